@@ -1,0 +1,205 @@
+"""From a module to a whole graph: ``torch.export`` on fake tensors, with weights by name and inputs by path."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from districompile.errors import CaptureError, InputError
+from districompile.ir.plan import InputSpec, TensorSpec
+from districompile.structure import describe_output, flatten_call
+
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
+
+
+@dataclasses.dataclass
+class Captured:
+    """A module as one functional graph of whole aten operators.
+
+    Placeholders are the tensor inputs (``inputs``, in order), ``get_attr`` nodes the weights (parameters, buffers and
+    constants), the output a flat tuple. ``weights`` gives each weight's spec and how to get its data; the graph itself
+    holds fake tensors only.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[InputSpec, ...]
+    constants: dict[str, Any]
+    signature: tuple[str, ...]
+    output: Any
+    weights: dict[str, tuple[TensorSpec, Callable[[], Tensor]]]
+    fake_mode: FakeTensorMode
+
+
+def capture(module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Captured:
+    """Export ``module`` called with ``args`` and ``kwargs`` (on fake tensors: nothing is computed, no weight copied).
+
+    Python numbers passed where the signature takes a tensor (``timestep=5``) become 0-dim inputs, not constants.
+    Raises :class:`CaptureError` naming where and why for a module that cannot be exported, that writes to its
+    buffers or inputs, or whose output holds something else than tensors and constants.
+    """
+    signature, args, kwargs = bind_call(module, args, dict(kwargs or {}))
+    program = _export(module, args, kwargs)
+    graph, names = _graph_of(program)
+    inputs, constants = _inputs_of(program, names, flatten_call(signature, args, kwargs))
+    weights = _weights_of(program, module)
+    fake_mode = next(n.meta["val"].fake_mode for n in graph.nodes if isinstance(n.meta.get("val"), Tensor))
+    out = pytree.tree_unflatten([n.meta["val"] if isinstance(n, fx.Node) else n for n in graph.output_node().args[0]],  # type: ignore[union-attr]
+                                program.call_spec.out_spec)  # fmt: skip
+    described = describe_output(out)
+    _flatten_outputs(graph)
+    return Captured(graph, inputs, constants, signature, described, weights, fake_mode)
+
+
+def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[str, ...], Any, Any]:
+    """Parameter names of forward, and the arguments with numbers made tensors, in the order of the signature."""
+    parameters = inspect.signature(module.forward).parameters
+    names = tuple(
+        {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + n for n, p in parameters.items()
+    )
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError as e:
+        raise InputError(f"{type(module).__name__}.forward: {e}") from None
+    for name, value in bound.arguments.items():
+        takes_tensor = "Tensor" in str(parameters[name].annotation) or "timestep" in name
+        if takes_tensor and isinstance(value, int | float) and not isinstance(value, bool):
+            bound.arguments[name] = torch.tensor(value)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    # A fresh container for every call: a forward may pop from a list it was given
+    moved = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (bound.args, bound.kwargs))
+    return names, moved[0], moved[1]
+
+
+@contextlib.contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """The module in eval mode, every submodule's own mode restored afterwards."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _export(module: torch.nn.Module, args: Any, kwargs: Any) -> torch.export.ExportedProgram:
+    try:
+        with _evaluating(module), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
+            # Functionalise, but keep convolutions, norms, linears and attention whole
+            return program.run_decompositions({})
+    except Exception as e:
+        raise CaptureError(f"{type(module).__name__} cannot be exported: {_reason(e)}") from e
+
+
+def _reason(error: BaseException) -> str:
+    """Where in the model's own code, and why, in one line."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    own = [f for f in frames if not f.filename.endswith("districompile/capture.py")]
+    where = f" ({own[-1].filename}:{own[-1].lineno}, in {own[-1].name}: {own[-1].line})" if own else ""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}{where}"
+
+
+def _graph_of(program: torch.export.ExportedProgram) -> tuple[fx.Graph, dict[str, str]]:
+    """The program's graph with parameters, buffers and constants as ``get_attr`` nodes, and user inputs as placeholders.
+
+    Also gives the placeholder of every user input, by the name the export gave it.
+    """
+    signature = program.graph_signature
+    lifted = {s.arg.name: s.target for s in signature.input_specs if s.kind != InputKind.USER_INPUT}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    names: dict[str, str] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in lifted:
+            new = graph.create_node("get_attr", str(lifted[node.name]), name=node.name)
+            new.meta.update(node.meta)
+        elif node.op == "output":
+            new = _output(graph, program, env, node)
+        else:
+            new = graph.node_copy(node, lambda n: env[n])
+            if node.op == "placeholder":
+                names[node.name] = new.name
+        if new.meta.get("nn_module_stack"):
+            path = next(reversed(new.meta["nn_module_stack"].values()))[0]
+            new.meta["site"] = path or new.name
+        env[node] = new
+    return graph, names
+
+
+def _output(
+    graph: fx.Graph, program: torch.export.ExportedProgram, env: dict[fx.Node, fx.Node], node: fx.Node
+) -> fx.Node:
+    values: list[Any] = []
+    for spec, value in zip(program.graph_signature.output_specs, node.args[0], strict=True):  # type: ignore[arg-type]
+        if spec.kind != OutputKind.USER_OUTPUT:
+            what = spec.target or getattr(spec.arg, "name", "?")
+            raise CaptureError(f"the module writes to {what} as it runs ({spec.kind.name.lower()}): call it in eval mode, without caches")
+        values.append(env[value] if isinstance(value, fx.Node) else value)
+    return graph.output(tuple(values))
+
+
+def _flatten_outputs(graph: fx.Graph) -> None:
+    """Keep the tensors among the outputs only: constants are in the description."""
+    output = graph.output_node()
+    output.args = (tuple(v for v in output.args[0] if isinstance(v, fx.Node)),)  # type: ignore[union-attr]
+
+
+def _inputs_of(
+    program: torch.export.ExportedProgram, names: dict[str, str], leaves: Mapping[str, Any]
+) -> tuple[tuple[InputSpec, ...], dict[str, Any]]:
+    """Tensor inputs with their placeholders, and the constants, both by path. Leaves come in the order export flattens them."""
+    user = [s.arg for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    if len(user) != len(leaves):
+        raise CaptureError(f"{len(leaves)} inputs were passed, but the export has {len(user)}: pass plain containers of tensors")
+    inputs, constants = [], {}
+    for argument, (path, leaf) in zip(user, leaves.items(), strict=True):
+        if isinstance(leaf, Tensor):
+            spec = TensorSpec(tuple(int(s) for s in leaf.shape), leaf.dtype)
+            inputs.append(InputSpec(path, names[argument.name], spec))
+        elif isinstance(leaf, _CONSTANTS):
+            constants[path] = leaf if not isinstance(leaf, torch.dtype) else str(leaf)
+        else:
+            raise CaptureError(f"input {path} is a {type(leaf).__name__}: pass tensors, numbers, strings, None or containers of them")
+    return tuple(inputs), constants
+
+
+def _weights_of(
+    program: torch.export.ExportedProgram, module: torch.nn.Module
+) -> dict[str, tuple[TensorSpec, Callable[[], Tensor]]]:
+    """Every lifted tensor by name. Parameters and buffers are read from the module itself when they are asked for."""
+    live = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    weights: dict[str, tuple[TensorSpec, Callable[[], Tensor]]] = {}
+    for s in program.graph_signature.input_specs:
+        if s.kind == InputKind.USER_INPUT:
+            continue
+        name = str(s.target)
+        tensor = live.get(name)
+        if tensor is None:
+            tensor = program.constants.get(name, program.state_dict.get(name))
+        if not isinstance(tensor, Tensor):
+            raise CaptureError(f"{name} is a {type(tensor).__name__}, not a tensor: such a constant cannot be compiled")
+        weights[name] = TensorSpec(tuple(tensor.shape), tensor.dtype), _reader(name, tensor)
+    return weights
+
+
+def _reader(name: str, tensor: Tensor) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        if tensor.device.type == "meta":
+            raise CaptureError(f"weight {name} is on the meta device: load the module's weights before saving or running it")
+        return tensor.detach()
+
+    return read

@@ -1,0 +1,328 @@
+"""What rules are written with: values with layouts, and the emission of local operators and collectives.
+
+The local graph is *one* graph for all ranks (SPMD): an argument that differs by rank is a
+:class:`~districompile.ir.layout.PerRank`. So all ranks post the same collectives in the same order by construction, and a pass
+works on one graph whatever the number of ranks. ``node.meta["local"]`` holds each rank's fake result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from districompile.ir.layout import Factor, Layout, PerRank, Refused, at_rank, per_rank, scale_bounds
+from districompile.ir.ops import ops
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor of the local graph: the node that holds each rank's part, and how it is laid out.
+
+    ``whole`` is a node holding all of it on every rank, where there is one: reading other ranks' rows is then free.
+    """
+
+    node: fx.Node
+    layout: Layout
+    whole: fx.Node | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.layout.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.node.meta["local"][0].dtype  # type: ignore[no-any-return]
+
+    @property
+    def is_cut(self) -> bool:
+        return self.layout.cut is not None
+
+    @property
+    def cut_dim(self) -> int | None:
+        cut = self.layout.cut
+        return None if cut is None else cut.dim
+
+
+class Cutter:
+    """Emits the local graph. ``fractions`` are the image's cut points (R+1 of them, 0 to 1).
+
+    ``target`` is the node of the whole graph that is being localised: its module path names the collectives, its result
+    is what the rule has to make.
+    """
+
+    def __init__(self, graph: fx.Graph, fractions: Sequence[float], fake_mode: FakeTensorMode) -> None:
+        self.graph = graph
+        self.fractions = tuple(fractions)
+        self.ranks = len(fractions) - 1
+        self.fake_mode = fake_mode
+        self.target: fx.Node | None = None
+        self._memo: dict[Any, Any] = {}
+
+    # -- what is being localised ------------------------------------------------------------------------------------
+
+    @property
+    def out(self) -> FakeTensor:
+        """The whole result of the operator being localised, as a fake tensor (for its shape and dtype)."""
+        assert self.target is not None
+        return self.target.meta["val"]  # type: ignore[no-any-return]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return tuple(int(s) for s in self.out.shape)
+
+    def bounds(self, rows: int) -> tuple[int, ...]:
+        """Where ``rows`` rows of the image are cut; refuses where there are fewer rows than ranks."""
+        bounds = scale_bounds(self.fractions, rows)
+        if bounds is None:
+            raise Refused(f"{rows} rows are too few for {self.ranks} ranks")
+        return bounds
+
+    # -- emission ---------------------------------------------------------------------------------------------------
+
+    def emit(self, op: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+        """Append a node. Arguments may hold Values, nodes and PerRanks; each rank's result is computed on fake tensors."""
+        args, kwargs = _nodes_of(args), _nodes_of(kwargs)
+        if name is None and self.target is not None and op is self.target.target:
+            name = self.target.name
+        node = self.graph.create_node("call_function", op, args, kwargs, name=name)
+        node.meta["local"] = self.local_results(op, args, kwargs)
+        self.tag(node)
+        return node
+
+    def tag(self, node: fx.Node) -> None:
+        """Copy where the node comes from: module path, source line."""
+        if self.target is not None:
+            for key in ("site", "stack_trace", "nn_module_stack"):
+                if key in self.target.meta:
+                    node.meta[key] = self.target.meta[key]
+            node.meta["origin"] = self.target.name
+
+    def local_results(self, op: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """Each rank's fake result of ``op``; ranks whose arguments agree share one."""
+        inputs: list[fx.Node] = []
+        fx.map_arg((args, kwargs), lambda n: inputs.append(n) or n)
+        ranked: list[PerRank[Any]] = []
+        _collect_per_rank((args, kwargs), ranked)
+        results: dict[Any, Any] = {}
+        out = []
+        for r in range(self.ranks):
+            key = (tuple(id(n.meta["local"][r]) for n in inputs), tuple(repr(p.values[r]) for p in ranked))
+            if key not in results:
+                mine = at_rank((args, kwargs), r)
+                a, k = fx.map_arg(mine, lambda n, r=r: n.meta["local"][r])  # type: ignore[misc]
+                with self.fake_mode:
+                    results[key] = op(*a, **k)
+            out.append(results[key])
+        return tuple(out)
+
+    def value(self, node: fx.Node, layout: Layout, whole: fx.Node | None = None) -> Value:
+        """``node`` as a Value; checks on every rank that the local result has the shape the layout says."""
+        for r, t in enumerate(node.meta["local"]):
+            if tuple(t.shape) != layout.local_shape(r):
+                raise RuntimeError(
+                    f"rule of {self.target}: rank {r} computes {tuple(t.shape)}, layout {layout} says {layout.local_shape(r)}"
+                )
+        node.meta["layout"] = layout
+        return Value(node, layout, whole)
+
+    def call(self, op: Any, *args: Any, layout: Layout, **kwargs: Any) -> Value:
+        """Emit ``op`` and wrap its result."""
+        return self.value(self.emit(op, *args, **kwargs), layout)
+
+    def whole_value(self, node: fx.Node) -> Value:
+        return self.value(node, Layout.whole(node.meta["local"][0].shape))
+
+    # -- moving rows ------------------------------------------------------------------------------------------------
+
+    def own(self, bounds: Sequence[int]) -> tuple[int | PerRank[int], int | PerRank[int]]:
+        """(start, stop) of each rank's rows."""
+        return per_rank(bounds[:-1]), per_rank(bounds[1:])
+
+    def take(self, x: Value, layout: Layout) -> Value:
+        """Each rank's part of a whole value: a slice, no transfer."""
+        cut = layout.cut
+        if cut is None or x.layout.cut is not None:
+            raise RuntimeError("take cuts a whole value")
+        key = ("take", x.node, layout)
+        if key not in self._memo:
+            self._memo[key] = self.value(self._slice_whole(x.node, layout), layout, x.node)
+        return self._memo[key]  # type: ignore[no-any-return]
+
+    def _slice_whole(self, node: fx.Node, layout: Layout) -> fx.Node:
+        cut = layout.cut
+        assert cut is not None
+        start, stop = self.own(cut.bounds)
+        if cut.index == 0:
+            inner = math.prod(f.size for f in layout.dims[cut.dim][1:])
+            return self.emit(aten.slice.Tensor, node, cut.dim, _times(start, inner), _times(stop, inner))
+        flat, at = layout.flat()
+        split = self.emit(aten.reshape.default, node, [f.size for f in flat])
+        mine = self.emit(aten.slice.Tensor, split, at, start, stop)
+        return self.emit(aten.reshape.default, mine, self.local_sizes(layout))
+
+    def local_sizes(self, layout: Layout) -> list[int | PerRank[int]]:
+        """The local shape, with PerRank where ranks differ: for ``reshape`` and ``expand``."""
+        return [per_rank(s) for s in zip(*(layout.local_shape(r) for r in range(self.ranks)), strict=True)]
+
+    def fetch(
+        self, x: Value, want: Sequence[tuple[int, int]], *, edge: str = "zeros", fill: float = 0.0, kind: str = "other",
+        any_order: bool = False,
+    ) -> fx.Node:  # fmt: skip
+        """Rows [lo, hi) of the cut dim's whole, for each rank; rows outside hold ``fill`` or come from the other side.
+
+        The dim is taken as one factor (see :meth:`Layout.coarse`), and ``want`` counts its elements. ``edge`` is
+        "zeros", "circular", "reflect" or "replicate". ``any_order`` allows the rank's own rows to come first (attention
+        does not care, and all ranks then have the same graph). Returns a node, as the result overlaps between ranks.
+        """
+        cut = x.layout.cut
+        assert cut is not None
+        bounds = x.layout.coarse(cut.dim).bounds
+        assert bounds is not None
+        lo, hi = [w[0] for w in want], [w[1] for w in want]
+        key = ("fetch", x.node, tuple(lo), tuple(hi), edge, fill, any_order)
+        if key in self._memo:
+            return self._memo[key]  # type: ignore[no-any-return]
+        n = bounds[-1]
+        inside = all(a >= 0 and b <= n for a, b in want)
+        if lo == list(bounds[:-1]) and hi == list(bounds[1:]):
+            node = x.node
+        elif x.whole is not None and (inside or edge == "zeros"):
+            node = self._window_of_whole(x.whole, cut.dim, n, want, fill)
+        else:
+            order = "own_first" if any_order and all(a <= p and q <= b for (a, b), p, q in
+                                                     zip(want, bounds, bounds[1:], strict=False)) else "rows"  # fmt: skip
+            rank: Any = per_rank(range(self.ranks))
+            site = self.site()
+            assert self.target is not None
+            node = self.emit(
+                ops.fetch.default, x.node, cut.dim, list(bounds), lo, hi, edge, order, float(fill), rank, site, kind,
+                name=f"{self.target.name}_fetch",
+            )  # fmt: skip
+        self._memo[key] = node
+        return node
+
+    def site(self) -> str:
+        """The module path of the operator being localised, or its name where it has none."""
+        assert self.target is not None
+        return str(self.target.meta.get("site") or self.target.name)
+
+    def _window_of_whole(
+        self, node: fx.Node, dim: int, n: int, want: Sequence[tuple[int, int]], fill: float
+    ) -> fx.Node:
+        """Rows [lo, hi) of a value that every rank holds whole: pad once where some rank looks past the border, then slice."""
+        above = max(0, -min(a for a, _ in want))
+        below = max(0, max(b for _, b in want) - n)
+        if above or below:
+            ndim = len(node.meta["local"][0].shape)
+            node = self.emit(aten.constant_pad_nd.default, node, [0, 0] * (ndim - 1 - dim) + [above, below], fill)
+        start = per_rank(a + above for a, _ in want)
+        return self.emit(aten.slice.Tensor, node, dim, start, per_rank(b + above for _, b in want))
+
+    def gather(self, x: Value, *, kind: str = "other", any_order: bool = False) -> Value:
+        """All of ``x`` on every rank."""
+        if not x.is_cut:
+            return x
+        if x.whole is not None:
+            return self.whole_value(x.whole)
+        key = ("gather", x.node, any_order)
+        if key not in self._memo:
+            self._memo[key] = self._gather(x, kind, any_order)
+        return self._memo[key]  # type: ignore[no-any-return]
+
+    def _gather(self, x: Value, kind: str, any_order: bool) -> Value:
+        cut = x.layout.cut
+        assert cut is not None
+        if cut.index:  # rows are not outermost in their dim: give them a dim of their own first
+            flat, at = x.layout.flat()
+            split = Layout(tuple((f,) for f in flat))
+            inner = self.call(aten.reshape.default, x, self.local_sizes(split), layout=split)
+            n = flat[at].size
+            node = self.fetch(inner, [(0, n)] * self.ranks, kind=kind)
+            return self.whole_value(self.emit(aten.reshape.default, node, list(x.shape)))
+        n = x.shape[cut.dim]
+        return self.whole_value(self.fetch(x, [(0, n)] * self.ranks, kind=kind, any_order=any_order))
+
+    def rebound(self, x: Value, bounds: Sequence[int], *, kind: str = "other") -> Value:
+        """``x`` cut at other bounds along the same dim (which must be one factor)."""
+        cut = x.layout.cut
+        assert cut is not None
+        if tuple(cut.bounds) == tuple(bounds) and len(x.layout.dims[cut.dim]) == 1:
+            return x
+        factor = x.layout.coarse(cut.dim)
+        layout = x.layout.with_dim(cut.dim, (Factor(factor.size, tuple(bounds)),))
+        node = self.fetch(x, list(zip(bounds[:-1], bounds[1:], strict=True)), kind=kind)
+        return self.value(node, layout, x.whole)
+
+    def align(self, x: Value, dim: int, factors: Sequence[Factor], *, kind: str = "other") -> Value:
+        """``x`` with its dim ``dim`` laid out as ``factors`` (which hold a cut): a slice, a change of bounds or, at worst, all of it."""
+        want = x.layout.with_dim(dim, factors)
+        cut = x.layout.cut
+        if cut is None:
+            return self.take(x, want)
+        if x.layout.dims[dim] == want.dims[dim]:
+            return x
+        target = want.dims[dim]
+        if cut.dim == dim and cut.index == 0 and target[0].bounds is not None:
+            bounds = want.coarse(dim).bounds
+            assert bounds is not None
+            moved = self.rebound(x, bounds, kind=kind)
+            return self.value(moved.node, want, x.whole)
+        return self.take(self.gather(x, kind=kind), Layout.whole(x.shape).with_dim(dim, factors))
+
+    def reduce(self, x: fx.Node, op: str, *, kind: str = "other") -> Value:
+        """Sum, max or min over the ranks of partial results that all have one shape."""
+        if self.ranks == 1:
+            return self.whole_value(x)
+        assert self.target is not None
+        name = f"{self.target.name}_{op}"
+        return self.whole_value(self.emit(ops.reduce.default, x, op, self.site(), kind, name=name))
+
+
+def _times(x: int | PerRank[int], k: int) -> int | PerRank[int]:
+    return per_rank(v * k for v in x.values) if isinstance(x, PerRank) else x * k
+
+
+def _nodes_of(x: Any) -> Any:
+    """Values replaced by their nodes, through nested containers."""
+    if isinstance(x, Value):
+        return x.node
+    if isinstance(x, list | tuple):
+        return type(x)(_nodes_of(v) for v in x)
+    if isinstance(x, dict):
+        return {k: _nodes_of(v) for k, v in x.items()}
+    return x
+
+
+def _collect_per_rank(x: Any, into: list[PerRank[Any]]) -> None:
+    if isinstance(x, PerRank):
+        into.append(x)
+    elif isinstance(x, list | tuple):
+        for v in x:
+            _collect_per_rank(v, into)
+    elif isinstance(x, dict):
+        for v in x.values():
+            _collect_per_rank(v, into)
+
+
+def values_in(x: Any) -> Iterable[Value]:
+    """All Values in nested arguments."""
+    if isinstance(x, Value):
+        yield x
+    elif isinstance(x, list | tuple):
+        for v in x:
+            yield from values_in(v)
+    elif isinstance(x, dict):
+        for v in x.values():
+            yield from values_in(v)

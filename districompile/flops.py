@@ -1,0 +1,65 @@
+"""Floating-point operations of a node, for shares and balance: convolutions, matrix products and attention; all else counts 0."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def flops_of(node: fx.Node, rank: int | None = None) -> float:
+    """FLOPs of a node: of a whole graph (``rank`` None), or of one rank of a local graph."""
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return 0.0
+    out = _tensor(node, rank)
+    if out is None:
+        return 0.0
+    name = target._schema.name
+    if name == "aten::linear":
+        return 2.0 * out.numel() * _arg(node, 1, rank).shape[1]
+    if name.startswith("aten::conv") and out.ndim > 2:
+        weight = _arg(node, 1, rank)
+        per_output = weight[0].numel()
+        source = _arg(node, 0, rank) if "transpose" in name else out
+        return 2.0 * source.numel() * per_output
+    if name == "aten::scaled_dot_product_attention":
+        q, k, v = (_arg(node, i, rank) for i in range(3))
+        return 2.0 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+    if name in ("aten::matmul", "aten::bmm", "aten::mm"):
+        return 2.0 * out.numel() * _arg(node, 0, rank).shape[-1]
+    if name in ("aten::baddbmm", "aten::addmm"):
+        return 2.0 * out.numel() * _arg(node, 1, rank).shape[-1]
+    if name == "aten::einsum":
+        return _einsum_flops(node, rank)
+    return 0.0
+
+
+def _einsum_flops(node: fx.Node, rank: int | None) -> float:
+    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    if "..." in equation:
+        out = _tensor(node, rank)
+        return 0.0 if out is None else 2.0 * out.numel()
+    sizes: dict[str, int] = {}
+    for term, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
+        shape = _tensor(operand, rank)
+        if shape is not None:
+            sizes.update(zip(term, shape.shape, strict=True))
+    return 2.0 * math.prod(sizes.values())
+
+
+def _tensor(node: Any, rank: int | None) -> torch.Tensor | None:
+    if not isinstance(node, fx.Node):
+        return None
+    value = node.meta.get("val") if rank is None else node.meta.get("local", [None] * (rank + 1))[rank]
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _arg(node: fx.Node, position: int, rank: int | None) -> torch.Tensor:
+    value = _tensor(node.args[position], rank)
+    assert value is not None, f"{node.name}: argument {position} is no tensor"
+    return value

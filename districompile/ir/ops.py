@@ -1,0 +1,155 @@
+"""The operators that local graphs hold besides aten's.
+
+Two are collectives, ``fetch`` and ``reduce``: real operators with fake kernels, so that a graph holding them can be traced
+and checked, and kernels that refuse to run outside a program. Lowering turns ``fetch`` into ``place(exchange(strips(x)), x)``:
+what others want of this rank's rows, the transfer, and the result put together. ``previous`` is a value of the call before.
+
+All others are *composites*: plain functions over aten operators, registered so that a dump shows one line where the
+arithmetic takes ten, and so that a backend may match them whole. Any backend can decompose them
+(``CompositeImplicitAutograd``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LIB = torch.library.Library("districompile", "DEF")
+
+_LIB.define(
+    "fetch(Tensor x, int dim, int[] bounds, int[] lo, int[] hi, str edge, str order, float fill, int rank, str site, str kind)"
+    " -> Tensor"
+)
+_LIB.define("reduce(Tensor x, str op, str site, str kind) -> Tensor")
+_LIB.define("exchange(Tensor x, int[] shape) -> Tensor")
+_LIB.define("previous(Tensor x) -> Tensor")
+_LIB.define("place(Tensor foreign, Tensor x, int dim, int before, int after, int start, int stop) -> Tensor")
+_LIB.define("strips(Tensor x, int dim, int top, int bottom) -> Tensor")
+_LIB.define("pick(Tensor x, int dim, int[] rows) -> Tensor")
+_LIB.define("moments(Tensor x, int groups) -> Tensor")
+_LIB.define("merge_moments(Tensor parts, float[] counts) -> Tensor")
+_LIB.define("correct_moments(Tensor merged, Tensor stale, Tensor fresh) -> Tensor")
+_LIB.define("normalize(Tensor x, Tensor stats, int groups, Tensor? weight, Tensor? bias, float eps) -> Tensor")
+
+
+def fetch_meta(
+    x: Tensor, dim: int, bounds: list[int], lo: list[int], hi: list[int], edge: str, order: str, fill: float,
+    rank: int, site: str, kind: str,
+) -> Tensor:  # fmt: skip
+    shape = list(x.shape)
+    shape[dim] = hi[rank] - lo[rank]
+    return x.new_empty(shape)
+
+
+def _outside(*args: object, **kwargs: object) -> Tensor:
+    raise RuntimeError("collectives run inside a program only (program.simulate, dc.load)")
+
+
+def place(foreign: Tensor, x: Tensor, dim: int, before: int, after: int, start: int, stop: int) -> Tensor:
+    """``foreign[:before] ++ x[start:stop] ++ foreign[before:before + after]`` along ``dim``: own rows between others'."""
+    parts = []
+    if before:
+        parts.append(foreign.narrow(dim, 0, before))
+    if stop > start:
+        parts.append(x.narrow(dim, start, stop - start))
+    if after:
+        parts.append(foreign.narrow(dim, before, after))
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
+
+
+def strips(x: Tensor, dim: int, top: int, bottom: int) -> Tensor:
+    """The first ``top`` and the last ``bottom`` rows of ``x`` along ``dim``: what its neighbours want of it. All of it where the strips meet."""
+    n = x.shape[dim]
+    if top + bottom >= n:
+        return x.contiguous()
+    if not bottom:
+        return x.narrow(dim, 0, top).contiguous()
+    last = x.narrow(dim, n - bottom, bottom)
+    return torch.cat([x.narrow(dim, 0, top), last], dim) if top else last.contiguous()
+
+
+def pick(x: Tensor, dim: int, rows: list[int]) -> Tensor:
+    """``x.index_select(dim, rows)`` without an index tensor: runs of rows that follow each other are sliced out."""
+    parts: list[Tensor] = []
+    start = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            parts.append(x.narrow(dim, rows[start], i - start))
+            start = i
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+    return wide.reshape(x.shape[0], groups, -1)
+
+
+def moments(x: Tensor, groups: int) -> Tensor:
+    """Mean and biased variance of each group of channels over this rank's rows.
+
+    ``x`` (B, C, ...) -> (1, 2, B, groups) in float32 (float64 stays). Two passes: nothing is squared before the mean is
+    taken off, so that a large mean over a tiny variance, or half precision, cannot cancel.
+    """
+    y = _grouped(x, groups)
+    mean = y.mean(-1, keepdim=True)
+    var = (y - mean).square().mean(-1)
+    return torch.stack([mean.squeeze(-1), var]).unsqueeze(0)
+
+
+def merge_moments(parts: Tensor, counts: list[float]) -> Tensor:
+    """Moments of the union of ``parts`` (R, 2, B, G), which hold ``counts`` elements each: (2, B, G).
+
+    Chan, Golub and LeVeque's parallel update, for R parts at once.
+    """
+    total = sum(counts)
+    mean, var = parts[:, 0], parts[:, 1]
+    if len(set(counts)) == 1:
+        whole = mean.mean(0)
+        return torch.stack([whole, var.mean(0) + (mean - whole).square().mean(0)])
+    weights = torch.tensor([c / total for c in counts], dtype=parts.dtype, device=parts.device).reshape(-1, 1, 1)
+    whole = (mean * weights).sum(0)
+    return torch.stack([whole, ((var + (mean - whole).square()) * weights).sum(0)])
+
+
+def correct_moments(merged: Tensor, stale: Tensor, fresh: Tensor) -> Tensor:
+    """DistriFusion's corrected asynchronous group norm (arXiv 2402.19481, section 4.2).
+
+    E[x] and E[x^2] of the previous step's whole image (``merged``, (2, B, G)) plus this rank's own change since then
+    (``fresh`` minus ``stale``, each (1, 2, B, G)). Written in central moments: the variance this gives is
+    ``V + (v' - v) + 2 (m' - m) (m - M)``, which does not cancel where means are large. Where it is not positive the
+    rank's own variance stands in, as in the paper.
+    """
+    mean, var = merged[0], merged[1]
+    old_mean, old_var = stale[0, 0], stale[0, 1]
+    new_mean, new_var = fresh[0, 0], fresh[0, 1]
+    shift = new_mean - old_mean
+    corrected = var + (new_var - old_var) + 2 * shift * (old_mean - mean)
+    return torch.stack([mean + shift, torch.where(corrected > 0, corrected, new_var)])
+
+
+def normalize(x: Tensor, stats: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` by group; ``stats`` (2, B, groups). Computed in ``stats``' dtype, given in ``x``'s."""
+    y = _grouped(x, groups)
+    y = (y - stats[0].unsqueeze(-1)) * torch.rsqrt(stats[1] + eps).unsqueeze(-1)
+    y = y.reshape(x.shape)
+    shape = [1, x.shape[1]] + [1] * (x.ndim - 2)
+    if weight is not None:
+        y = y * weight.to(y.dtype).reshape(shape)
+    if bias is not None:
+        y = y + bias.to(y.dtype).reshape(shape)
+    return y.to(x.dtype)
+
+
+_LIB.impl("fetch", fetch_meta, "Meta")
+_LIB.impl("fetch", _outside, "CompositeExplicitAutograd")
+_LIB.impl("reduce", lambda x, op, site, kind: torch.empty_like(x), "Meta")
+_LIB.impl("reduce", _outside, "CompositeExplicitAutograd")
+_LIB.impl("exchange", lambda x, shape: x.new_empty(shape), "Meta")
+_LIB.impl("exchange", _outside, "CompositeExplicitAutograd")
+_LIB.impl("previous", lambda x: torch.empty_like(x), "Meta")
+_LIB.impl("previous", _outside, "CompositeExplicitAutograd")
+COMPOSITES = {f.__name__: f for f in (place, strips, pick, moments, merge_moments, correct_moments, normalize)}
+for _name, _function in COMPOSITES.items():
+    _LIB.impl(_name, _function, "CompositeImplicitAutograd")
+
+ops = torch.ops.districompile

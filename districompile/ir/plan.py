@@ -1,0 +1,241 @@
+"""The plan: what one converted model does at run time, as plain data.
+
+The compiler writes it, the bundle stores it (``plan.json``), the runtime executes it. Nothing here refers to a graph or to
+a rule, so that ``runtime/`` needs neither.
+
+Values are named tensors of one call on one rank. A step reads and writes values:
+
+- ``Run(segment)``: the engine of that segment and rank computes its outputs from its inputs.
+- ``Post(collectives)``: starts the transfer of each collective's ``source`` value. Non-blocking.
+- ``Wait(collectives)``: each collective's result becomes a value under the collective's own name.
+- ``Keep(state, value)``: at the end of the call, ``value`` becomes what the next call reads under the name ``state``.
+
+``Wait`` completes the transfer that was posted last, in this call or in the previous one, and remembers its result;
+where nothing is under way it gives the remembered result again. So the exact phase is ``Run, Post, Wait, Run, ...``, and
+the displaced phase is ``Wait, Run, Post`` over the same collectives: its first call reads what the last exact call received.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from districompile.errors import BundleError
+
+PHASES = ("warmup", "steady")
+Phase = Literal["warmup", "steady"]
+
+_DTYPES: dict[str, torch.dtype] = {
+    str(d).removeprefix("torch."): d
+    for d in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+        torch.int8, torch.uint8, torch.bool, torch.complex64,
+    )
+}  # fmt: skip
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float16`` -> ``"float16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """``"float16"`` -> ``torch.float16``; raises :class:`BundleError` for an unknown name."""
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise BundleError(f"unknown dtype {name!r} in the plan") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        n = self.dtype.itemsize
+        for s in self.shape:
+            n *= s
+        return n
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Rows that one rank sends to another: ``rows`` rows from row ``start`` of the sender's source value, put at row
+    ``at`` of the receiver's result."""
+
+    src: int
+    dst: int
+    start: int
+    at: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """A row exchange. Rank r contributes ``source`` (``specs[r]``) and receives a tensor of ``results[r]``, assembled
+    from ``pieces`` along ``dim``; rows that no piece covers hold ``fill``. ``pattern`` says what the pieces amount to."""
+
+    name: str
+    site: str  # the operator it serves, as shown to users: "down_blocks.0.resnets.0.conv1"
+    kind: str  # "conv", "attention", "norm", "resize", "output", "fallback", "other": what --displace selects by
+    source: str
+    dim: int
+    specs: tuple[TensorSpec, ...]
+    results: tuple[TensorSpec, ...]
+    pieces: tuple[Piece, ...]
+    fill: float
+    pattern: Literal["none", "neighbour", "all_gather", "general"]
+    displaced: bool = False  # in the steady phase
+
+    def sent_bytes(self, rank: int) -> int:
+        """Bytes that ``rank`` sends to other ranks in one call."""
+        spec = self.specs[rank]
+        row = spec.nbytes // max(1, spec.shape[self.dim])
+        return sum(p.rows for p in self.pieces if p.src == rank and p.dst != rank) * row
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """An all-reduce of ``source`` over the ranks: ``op`` is ``"sum"``, ``"max"`` or ``"min"``. All ranks get bitwise the
+    same result: contributions are combined in rank order."""
+
+    name: str
+    site: str
+    kind: str
+    source: str
+    op: Literal["sum", "max", "min"]
+    specs: tuple[TensorSpec, ...]
+    displaced: bool = False
+
+    @property
+    def results(self) -> tuple[TensorSpec, ...]:
+        return self.specs
+
+    def sent_bytes(self, rank: int) -> int:
+        return self.specs[rank].nbytes * (len(self.specs) - 1)
+
+
+Collective = Exchange | Reduction
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    segment: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Post:
+    collectives: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wait:
+    collectives: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    state: str
+    value: str
+
+
+Step = Run | Post | Wait | Keep
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentPlan:
+    """A segment's interface: value names in order, and its engine for each rank (a content hash; equal for equal ranks)."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: tuple[str, ...]
+    engines: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class PhasePlan:
+    """The steps of one phase; ``outputs`` are the values that make up the module's output leaves, in order."""
+
+    steps: tuple[Step, ...]
+    segments: dict[str, SegmentPlan]
+    outputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """One tensor of the module's signature. ``path`` is where it is passed ("sample", "added_cond_kwargs.time_ids",
+    "residuals.0"); every rank is given the whole tensor. ``rows`` is the dim that is cut, if any."""
+
+    path: str
+    value: str
+    spec: TensorSpec
+    rows: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything the runtime needs besides the engines and the weights."""
+
+    ranks: int  # on the mesh's patch axis
+    inputs: tuple[InputSpec, ...]
+    constants: dict[str, Any]  # path -> the baked value (None, bool, int, float, str) of each non-tensor input
+    signature: tuple[str, ...]  # parameter names of forward, in order
+    output: Any  # JSON description of the output structure: see districompile/structure.py
+    collectives: dict[str, Collective]
+    phases: dict[str, PhasePlan]
+    weights: dict[str, TensorSpec]
+    bounds: dict[str, tuple[int, ...]]  # rows of the image (as a string) -> where they are cut
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # cfg, groupnorm, warmup_steps, displace, ...
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)  # fallbacks, FLOPs, per-site figures
+
+    def to_json(self) -> str:
+        return json.dumps(_encode(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        try:
+            plan = _decode(json.loads(text))
+        except (KeyError, TypeError, ValueError) as e:
+            raise BundleError(f"plan.json cannot be read: {e}") from e
+        if not isinstance(plan, Plan):
+            raise BundleError("plan.json does not hold a plan")
+        return plan
+
+
+_CLASSES: dict[str, type[Any]] = {
+    c.__name__: c
+    for c in (TensorSpec, Piece, Exchange, Reduction, Run, Post, Wait, Keep, SegmentPlan, PhasePlan, InputSpec, Plan)
+}
+
+
+def _encode(x: Any) -> Any:
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        fields = {f.name: _encode(getattr(x, f.name)) for f in dataclasses.fields(x)}
+        return {"@": type(x).__name__, **fields}
+    if isinstance(x, torch.dtype):
+        return {"@dtype": dtype_name(x)}
+    if isinstance(x, Mapping):
+        return {str(k): _encode(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_encode(v) for v in x]
+    return x
+
+
+def _decode(x: Any) -> Any:
+    if isinstance(x, dict):
+        if "@dtype" in x:
+            return dtype_of(x["@dtype"])
+        fields = {k: _decode(v) for k, v in x.items() if k != "@"}
+        return _CLASSES[x["@"]](**fields) if "@" in x else fields
+    if isinstance(x, list):
+        return tuple(_decode(v) for v in x)
+    return x

@@ -1,0 +1,208 @@
+"""fx graphs as JSON: canonical text, so that equal graphs have equal hashes, and no code when it is read back.
+
+::
+
+    {"inputs": [["float32", [1, 8, 4]], ["float32", [8]]],
+     "nodes": [["aten.mul.Tensor", ["%0", "%1"], {}], ["aten.sum.dim_IntList", ["%2", [-1]], {}]],
+     "outputs": ["%3"]}
+
+Values are numbered in order: inputs (placeholders) first, then nodes. Nodes that no output needs are left out.
+Arguments are JSON values; what JSON lacks is an object with one key: ``{"float": "inf"}``, ``{"str": "mean"}`` (a bare
+string is a reference), ``{"dtype": "float16"}``, ``{"device": "cpu"}``, ``{"layout": "strided"}``,
+``{"memory_format": "contiguous_format"}``, ``{"slice": [0, 4, 1]}``, ``{"complex": [0.0, 1.0]}``. Tuples are written as
+lists, which every operator takes as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import Argument
+
+import districompile.ir.ops  # noqa: F401  (registers torch.ops.districompile)
+from districompile.errors import BackendError, BundleError
+from districompile.ir.plan import TensorSpec, dtype_name, dtype_of
+
+_NAMESPACES = ("aten", "prims", "districompile")
+_REFUSED = ("aten.from_file",)  # opens files
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f"{module.__name__.removeprefix('_')}.{name}": getattr(module, name)
+    for module, names in (
+        (operator, "getitem add sub mul truediv floordiv mod neg pow eq ne lt le gt ge and_ or_ not_"),
+        (math, "ceil floor sqrt trunc"),
+    )
+    for name in names.split()
+}
+_FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
+
+
+def op_name(target: object) -> str:
+    """``"aten.conv2d.default"``, ``"operator.getitem"``; raises :class:`BackendError` for what a file may not hold."""
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target)
+        if target.namespace in _NAMESPACES and not name.startswith(_REFUSED):
+            return name
+    elif callable(target) and target in _FUNCTION_NAMES:
+        return _FUNCTION_NAMES[target]
+    allowed = ", ".join(_NAMESPACES)
+    raise BackendError(f"the operator {target} cannot be stored: only those of {allowed} and plain arithmetic can")
+
+
+def op_of(name: str) -> Callable[..., Any]:
+    """The operator called ``name``; raises :class:`BackendError` if it is unknown or not allowed."""
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
+    parts = name.split(".")
+    if len(parts) == 3 and parts[0] in _NAMESPACES and not name.startswith(_REFUSED):
+        packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
+        if isinstance(packet, torch._ops.OpOverloadPacket) and parts[2] in packet.overloads():
+            overload: Callable[..., Any] = getattr(packet, parts[2])
+            return overload
+    raise BackendError(f"the graph uses the operator {name!r}, which this version does not know or does not allow")
+
+
+def needed(graph: fx.Graph) -> list[fx.Node]:
+    """The call nodes that the output needs, in order."""
+    wanted: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in wanted:
+            wanted.update(node.all_input_nodes)
+    return [n for n in graph.nodes if n in wanted and n.op != "placeholder"]
+
+
+def output_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that the flat output tuple names; raises :class:`BackendError` for any other output."""
+    value = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
+    values = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(v, fx.Node) for v in values):
+        raise BackendError(f"a segment's output must be a flat tuple of tensors, not {value}")
+    return [v for v in values if isinstance(v, fx.Node)]
+
+
+def spec_of(node: fx.Node) -> TensorSpec:
+    """Shape and dtype from ``node.meta["val"]``; raises :class:`BackendError` if it is not a tensor of static shape."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise BackendError(f"{node.name} ({node.target}) is not known to be a tensor")
+    if not all(isinstance(s, int) for s in value.shape):
+        raise BackendError(f"{node.name} ({node.target}) has the shape {tuple(value.shape)}, which is not static")
+    return TensorSpec(tuple(int(s) for s in value.shape), value.dtype)
+
+
+def graph_to_json(gm: fx.GraphModule) -> str:
+    """Canonical text of a graph; raises :class:`BackendError` naming the node that cannot be written."""
+    names: dict[fx.Node, str] = {}
+    inputs = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            spec = spec_of(node)
+            names[node] = f"%{len(names)}"
+            inputs.append([dtype_name(spec.dtype), list(spec.shape)])
+    nodes = []
+    for node in needed(gm.graph):
+        if node.op != "call_function":
+            raise BackendError(f"{node.name}: a segment holds operators only, not a {node.op} ({node.target})")
+        try:
+            args = [encode(a, names) for a in node.args]
+            kwargs = {k: encode(v, names) for k, v in sorted(node.kwargs.items())}
+            nodes.append([op_name(node.target), args, kwargs])
+        except TypeError as e:
+            raise BackendError(f"{node.name} ({node.target}): {e}") from e
+        names[node] = f"%{len(names)}"
+    outputs = [names[n] for n in output_nodes(gm.graph)]
+    return _text({"inputs": inputs, "nodes": nodes, "outputs": outputs})
+
+
+def graph_from_json(text: str, device: torch.device | None = None) -> fx.GraphModule:
+    """The graph that :func:`graph_to_json` wrote, for ``device``. Only placeholders carry ``meta["val"]``.
+
+    Raises :class:`BackendError` for text that is not such a graph, or uses an operator that is not allowed.
+    """
+    graph = fx.Graph()
+    values: dict[str, fx.Node] = {}
+    try:
+        data = json.loads(text)
+        for dtype, shape in data["inputs"]:
+            node = graph.placeholder(f"v{len(values)}")
+            node.meta["val"] = torch.empty([int(s) for s in shape], dtype=dtype_of(dtype), device="meta")
+            values[f"%{len(values)}"] = node
+        for name, args, kwargs in data["nodes"]:
+            decoded = tuple(decode(a, values, device) for a in args)
+            named = {str(k): decode(v, values, device) for k, v in kwargs.items()}
+            node = graph.call_function(op_of(name), decoded, named)
+            values[f"%{len(values)}"] = node
+        graph.output(tuple(values[o] for o in data["outputs"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, BundleError) as e:
+        raise BackendError(f"not a graph of this version: {type(e).__name__} {e}") from e
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def content_hash(text: str) -> str:
+    """20 hex digits of sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def encode(x: object, names: dict[fx.Node, str]) -> Any:
+    """An argument as a JSON value; nodes become ``names``. Raises ``TypeError`` for what cannot be stored."""
+    if isinstance(x, fx.Node):
+        return names[x]
+    if x is None or isinstance(x, bool | int):
+        return x
+    if isinstance(x, float):
+        return x if math.isfinite(x) else {"float": repr(x)}
+    if isinstance(x, str):
+        return {"str": x}
+    if isinstance(x, list | tuple):
+        return [encode(v, names) for v in x]
+    if isinstance(x, torch.dtype):
+        return {"dtype": dtype_name(x)}
+    if isinstance(x, torch.device):
+        return {"device": "cpu"}  # a segment is on one device, which its reader chooses
+    if isinstance(x, torch.layout | torch.memory_format):
+        kind = "layout" if isinstance(x, torch.layout) else "memory_format"
+        return {kind: str(x).removeprefix("torch.")}
+    if isinstance(x, slice):
+        return {"slice": [encode(v, names) for v in (x.start, x.stop, x.step)]}
+    if isinstance(x, complex):
+        return {"complex": [encode(x.real, names), encode(x.imag, names)]}
+    raise TypeError(f"an argument of type {type(x).__name__} cannot be stored (symbolic shapes must be made static)")
+
+
+def decode(x: Any, values: dict[str, fx.Node], device: torch.device | None = None) -> Argument:
+    """The argument that :func:`encode` wrote; names become the nodes of ``values``, any device ``device`` (cpu)."""
+    if isinstance(x, str):
+        return values[x]
+    if isinstance(x, list):
+        return [decode(v, values, device) for v in x]
+    if not isinstance(x, dict):
+        return x  # type: ignore[no-any-return]
+    ((kind, value),) = x.items()
+    if kind == "float":
+        return float(value)
+    if kind == "str":
+        return str(value)
+    if kind == "dtype":
+        return dtype_of(value)
+    if kind == "device":
+        return device or torch.device("cpu")
+    if kind in ("layout", "memory_format"):
+        found = getattr(torch, value)
+        if not isinstance(found, torch.layout | torch.memory_format):
+            raise ValueError(f"{value!r} is no {kind}")
+        return found
+    if kind == "slice":
+        return slice(*(decode(v, values, device) for v in value))
+    if kind == "complex":
+        return complex(*(decode(v, values, device) for v in value))  # type: ignore[arg-type]
+    raise ValueError(f"unknown kind of argument {kind!r}")

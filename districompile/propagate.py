@@ -1,0 +1,240 @@
+"""Propagation: the walk over the whole graph that applies rules and builds the local graph.
+
+It runs twice. On one imaginary rank it finds out where the image's rows are in every value (*annotate*); on the real ranks
+it cuts (*localise*), with the annotation telling where a value that had to become whole can be cut again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from districompile.cutter import Cutter, Value, values_in
+from districompile.errors import ConvertError
+from districompile.flops import flops_of
+from districompile.ir.layout import Factor, Layout, Refused
+from districompile.rule import find_rule, is_pointwise
+
+
+@dataclasses.dataclass
+class Fallback:
+    """An operator computed on gathered inputs: which, why, and the bytes each rank receives for it."""
+
+    node: str
+    op: str
+    reason: str
+    bytes: int
+    source: str
+
+
+@dataclasses.dataclass
+class Propagated:
+    """The local graph, the layout of every value of the whole graph, and what it cost."""
+
+    graph: fx.Graph
+    values: dict[str, Any]
+    fallbacks: list[Fallback]
+    replicated: list[str]
+    flops_cut: float
+    flops_whole: float
+
+
+def propagate(
+    graph: fx.Graph, rows: Mapping[str, int], fractions: Sequence[float], fake_mode: FakeTensorMode,
+    annotation: Mapping[str, Any] | None = None,
+) -> Propagated:  # fmt: skip
+    """Localise ``graph`` for ``len(fractions) - 1`` ranks. ``rows``: the cut dim of each placeholder that is cut, by name."""
+    return _Propagation(graph, rows, fractions, fake_mode, annotation or {}).run()
+
+
+class _Propagation:
+    def __init__(
+        self, graph: fx.Graph, rows: Mapping[str, int], fractions: Sequence[float], fake_mode: FakeTensorMode,
+        annotation: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        self.graph, self.rows, self.annotation = graph, rows, annotation
+        self.local = fx.Graph()
+        self.cut = Cutter(self.local, fractions, fake_mode)
+        self.env: dict[fx.Node, Any] = {}
+        self.result = Propagated(self.local, {}, [], [], 0.0, 0.0)
+
+    def run(self) -> Propagated:
+        for node in self.graph.nodes:
+            self.cut.target = node
+            if node.op in ("placeholder", "get_attr"):
+                value = self._leaf(node)
+            elif node.op == "output":
+                self._output(node)
+                break
+            elif node.op == "call_function":
+                value = self._call(node)
+            else:
+                raise ConvertError(f"node {node.name}: a graph with {node.op} nodes cannot be cut")
+            self.env[node] = value
+            self.result.values[node.name] = value
+        self.cut.target = None
+        return self.result
+
+    def _leaf(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            local = self.local.placeholder(node.name)
+        else:
+            local = self.local.create_node("get_attr", node.target, name=node.name)
+        fake = node.meta["val"]
+        local.meta.update(local=(fake,) * self.cut.ranks, val=fake)
+        value = self.cut.whole_value(local)
+        dim = self.rows.get(node.name)
+        if dim is None:
+            return value
+        try:
+            bounds = self.cut.bounds(value.shape[dim])
+        except Refused:
+            return value  # an input of a level with fewer rows than ranks
+        return self.cut.take(value, Layout.cut_at(value.shape, dim, bounds))
+
+    def _output(self, node: fx.Node) -> None:
+        leaves = []
+        for source in node.args[0]:  # type: ignore[union-attr]
+            self.cut.target = source if isinstance(source, fx.Node) else node
+            x = self.env[source] if isinstance(source, fx.Node) else source
+            leaves.append(self.cut.gather(x, kind="output").node if isinstance(x, Value) else x)
+        self.local.output(tuple(leaves))
+
+    def _call(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.env[n])
+        work = flops_of(node)
+        if not any(v.is_cut for v in values_in((args, kwargs))):
+            # Whole operands make whole results; only work that *could* be cut counts as lost
+            if _has_rows(self.annotation.get(node.name)):
+                self.result.flops_whole += work
+            return self._settle(node, self._plain(node, args, kwargs))
+        try:
+            if self._too_few_rows(node):
+                self.result.replicated.append(node.name)
+                self.result.flops_whole += work
+                return self._plain(node, *self._gathered(args, kwargs))
+            value = self._apply(node, args, kwargs)
+            self.result.flops_cut += work
+            return self._settle(node, value)
+        except Refused as refusal:
+            # What the rule emitted before it refused is used by nothing: dead code, dropped later
+            self.result.flops_whole += work
+            return self._fall_back(node, args, kwargs, str(refusal))
+
+    def _apply(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        found = find_rule(node.target)
+        if found is not None:
+            return found.function(self.cut, *args, **kwargs)
+        if is_pointwise(node.target):
+            rule = find_rule("pointwise")
+            assert rule is not None
+            return rule.function(self.cut, *args, **kwargs)
+        raise Refused("the operator has no rule")
+
+    def _too_few_rows(self, node: fx.Node) -> bool:
+        for layout in _layouts(self.annotation.get(node.name)):
+            cut = layout.cut
+            if cut is not None:
+                try:
+                    self.cut.bounds(cut.size)
+                except Refused:
+                    return True
+        return False
+
+    def _gathered(self, args: Any, kwargs: Any, kind: str = "other") -> tuple[Any, Any]:
+        def gather(x: Any) -> Any:
+            if isinstance(x, Value):
+                return self.cut.gather(x, kind=kind)
+            if isinstance(x, list | tuple):
+                return type(x)(gather(v) for v in x)
+            if isinstance(x, dict):
+                return {k: gather(v) for k, v in x.items()}
+            return x
+
+        return gather(args), gather(kwargs)
+
+    def _fall_back(self, node: fx.Node, args: Any, kwargs: Any, reason: str) -> Any:
+        cut_values = [v for v in values_in((args, kwargs)) if v.is_cut]
+        size = sum(v.dtype.itemsize * _numel(v.shape) for v in cut_values)
+        self.result.fallbacks.append(
+            Fallback(node.name, str(node.target), reason, size, source_line(node))
+        )
+        value = self._plain(node, *self._gathered(args, kwargs, "fallback"))
+        if isinstance(value, Value) and node.name not in self.annotation:
+            for v in cut_values:
+                if v.shape == value.shape:
+                    return self.cut.take(value, v.layout)
+        return self._settle(node, value)
+
+    def _plain(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        local = self.cut.emit(node.target, *args, **kwargs)
+        return self._wrap(local, local.meta["local"])
+
+    def _wrap(self, node: fx.Node, local: tuple[Any, ...]) -> Any:
+        if isinstance(local[0], FakeTensor):
+            return self.cut.whole_value(node)
+        if isinstance(local[0], list | tuple):
+            out = []
+            for i in range(len(local[0])):
+                item = self.cut.emit(operator.getitem, node, i)
+                out.append(self._wrap(item, item.meta["local"]))
+            return tuple(out)
+        return node
+
+    def _settle(self, node: fx.Node, value: Any) -> Any:
+        """Cut a whole result again where the annotation knows its rows and there are enough of them."""
+        note = self.annotation.get(node.name)
+        if isinstance(value, tuple) and isinstance(note, tuple):
+            return tuple(self._settle_one(v, n) for v, n in zip(value, note, strict=True))
+        return self._settle_one(value, note)
+
+    def _settle_one(self, value: Any, note: Any) -> Any:
+        if not (isinstance(value, Value) and isinstance(note, Value)) or value.is_cut or note.layout.cut is None:
+            return value
+        try:
+            bounds = self.cut.bounds(note.layout.cut.size)
+        except Refused:
+            return value
+        return self.cut.take(value, note.layout.map_cut(lambda f: Factor(f.size, bounds)))
+
+
+def _layouts(note: Any) -> list[Layout]:
+    if isinstance(note, Value):
+        return [note.layout]
+    if isinstance(note, tuple):
+        return [layout for n in note for layout in _layouts(n)]
+    return []
+
+
+def _has_rows(note: Any) -> bool:
+    return any(layout.cut is not None for layout in _layouts(note))
+
+
+def _numel(shape: Sequence[int]) -> int:
+    n = 1
+    for s in shape:
+        n *= s
+    return n
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the model's own code that made the node: ``file.py:12, in forward``; empty if unknown."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    own = [line for line in lines if "/torch/nn/" not in line] or lines
+    return own[-1].removeprefix("File ") if own else ""
+
+
+def tensors_of(node: fx.Node) -> list[torch.Tensor]:
+    """The fake results of a whole-graph node, flattened."""
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor):
+        return [val]
+    return [v for v in val if isinstance(v, torch.Tensor)] if isinstance(val, list | tuple) else []

@@ -1,0 +1,41 @@
+"""The named pipelines: literal lists, in order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from districompile.passes.annotate import Annotate
+from districompile.passes.choose_displaced import ChooseDisplaced
+from districompile.passes.drop_noops import DropNoOps
+from districompile.passes.explicit_casts import ExplicitCasts
+from districompile.passes.group_norm_mode import GroupNormMode
+from districompile.passes.localise import Localise
+from districompile.passes.lower_collectives import LowerCollectives
+from districompile.passmanager import Pass
+from districompile.unit import Options
+
+PASSES: dict[str, type[Any]] = {
+    p.name: p
+    for p in (DropNoOps, ExplicitCasts, Annotate, Localise, ChooseDisplaced, LowerCollectives, GroupNormMode)
+}
+
+
+def cut(options: Options) -> list[Pass]:
+    """From the captured graph to the local graph with its collectives marked. Both phases share it."""
+    return [
+        DropNoOps(),
+        ExplicitCasts(),
+        Annotate(),
+        Localise(),
+        ChooseDisplaced(kinds=options.displace, groupnorm=options.groupnorm),
+    ]
+
+
+def lower(options: Options) -> list[Pass]:
+    """From the local graph, as the user's own passes left it, to the lowered graph."""
+    return [LowerCollectives()]
+
+
+def steady(options: Options) -> list[Pass]:
+    """What the displaced phase does on top. The warm-up phase is the lowered graph as it is."""
+    return [GroupNormMode(mode=options.groupnorm)] if options.groupnorm in ("corrected_async", "local") else []

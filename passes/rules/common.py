@@ -1,0 +1,43 @@
+"""What several families of rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from districompile.cutter import Cutter, Value
+from districompile.ir.layout import Layout, Refused
+
+aten = torch.ops.aten
+
+
+def positive(dim: int, ndim: int) -> int:
+    """A dim counted from the front."""
+    return dim + ndim if dim < 0 else dim
+
+
+def spread(x: int | Sequence[int], n: int) -> list[int]:
+    """``stride=2`` or ``stride=[2]`` as one number for each of ``n`` spatial dims."""
+    if isinstance(x, int):
+        return [x] * n
+    return list(x) * n if len(x) == 1 else list(x)
+
+
+def the_cut(x: Value) -> tuple[int, tuple[int, ...], int]:
+    """(dim, bounds, size) of the cut dim of ``x`` taken as one factor; refuses where rows are not outermost in it."""
+    cut = x.layout.cut
+    if cut is None:
+        raise Refused("the operand that decides is whole")
+    factor = x.layout.coarse(cut.dim)
+    assert factor.bounds is not None
+    return cut.dim, factor.bounds, factor.size
+
+
+def along(cut: Cutter, x: Value, op: Callable[..., Any] | Any, *args: Any, **kwargs: Any) -> Value:
+    """``op`` does not mix the cut dim and leaves it in place: compute locally, keep the cut."""
+    position = x.layout.cut
+    assert position is not None
+    layout = Layout.whole(cut.out_shape).with_dim(position.dim, x.layout.dims[position.dim])
+    return cut.call(op, x, *args, layout=layout, **kwargs)

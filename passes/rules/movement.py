@@ -1,0 +1,125 @@
+"""Operators that move rows to other places: slices, padding, roll and flip. All are fetches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from districompile.cutter import Cutter, Value
+from districompile.ir.layout import Factor, Refused
+from districompile.passes.rules.common import along, positive, the_cut
+from districompile.rule import Sample, rule
+
+aten = torch.ops.aten
+
+
+def _slice_samples() -> Iterable[Sample]:
+    x = torch.randn(2, 3, 12, 4)
+    yield Sample((x, 2, 1, 11), (2,))
+    yield Sample((x, 2, 0, sys.maxsize, 2), (2,))
+    yield Sample((x, 2, 1, sys.maxsize, 2), (2,))
+    yield Sample((x, 3, 1, 3), (2,))
+    yield Sample((x, 2, -9, -1), (2,))
+
+
+@rule(aten.slice.Tensor, kind="window", samples=_slice_samples)
+def slice_(
+    cut: Cutter, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Value:
+    dim = positive(dim, x.ndim)
+    first, last, step = slice(start, end, step).indices(x.shape[dim])
+    size = cut.out_shape[dim]
+    if x.cut_dim != dim:
+        return along(cut, x, aten.slice.Tensor, dim, first, last, step)
+    if size == x.shape[dim]:
+        return x
+    bounds = cut.bounds(size)
+    want = [(first + a * step, first + (b - 1) * step + 1) for a, b in zip(bounds, bounds[1:], strict=False)]
+    node = cut.fetch(x, want)
+    if step > 1:
+        node = cut.emit(aten.slice.Tensor, node, dim, 0, sys.maxsize, step)
+    return cut.value(node, x.layout.with_dim(dim, (Factor(size, bounds),)))
+
+
+def _pad_samples() -> Iterable[Sample]:
+    x = torch.randn(2, 3, 12, 4)
+    yield Sample((x, [0, 1, 0, 1]), (2,))
+    yield Sample((x, [2, 1, 3, 0], "constant", 0.5), (2,))
+    for mode in ("reflect", "replicate", "circular"):
+        yield Sample((x, [1, 2, 2, 1], mode), (2,))
+    yield Sample((x, [-1, 0, -2, 1]), (2,))
+    yield Sample((x, [1, 1]), (2,))
+
+
+@rule(aten.pad.default, aten.constant_pad_nd.default, kind="window", samples=_pad_samples)
+def pad(
+    cut: Cutter, x: Value, pad: Sequence[int], mode: str | float = "constant", value: float | None = None
+) -> Value:
+    if not isinstance(mode, str):  # constant_pad_nd(x, pad, value)
+        mode, value = "constant", mode
+    fill = 0.0 if value is None else float(value)
+    sides = {x.ndim - 1 - i: (pad[2 * i], pad[2 * i + 1]) for i in range(len(pad) // 2)}
+    dim, _, size = the_cut(x)
+    top, bottom = sides.pop(dim, (0, 0))
+    node = x.node
+    if any(a or b for a, b in sides.values()):
+        node = _pad_other_dims(cut, x, sides, mode, fill)
+    layout = x.layout
+    for d, (a, b) in sides.items():
+        layout = layout.with_dim(d, (Factor(x.shape[d] + a + b),))
+    inner = cut.value(node, layout)
+    if not (top or bottom):
+        return inner
+    rows = size + top + bottom
+    bounds = cut.bounds(rows)
+    want = [(a - top, b - top) for a, b in zip(bounds, bounds[1:], strict=False)]
+    edge = "zeros" if mode == "constant" else mode
+    moved = cut.fetch(inner, want, edge=edge, fill=fill, kind="conv")
+    return cut.value(moved, layout.with_dim(dim, (Factor(rows, bounds),)))
+
+
+def _pad_other_dims(cut: Cutter, x: Value, sides: dict[int, tuple[int, int]], mode: str, fill: float) -> torch.fx.Node:
+    """Pad the whole dims locally. Modes other than constant go dim by dim: torch pads no more than the trailing three."""
+    if mode == "constant":
+        flat = [side for d in range(x.ndim - 1, min(sides) - 1, -1) for side in sides.get(d, (0, 0))]
+        return cut.emit(aten.constant_pad_nd.default, x, flat, fill)
+    if max(x.ndim - 1 - d for d in sides) >= 3 or x.ndim - (x.cut_dim or 0) > 4:
+        raise Refused(f"padding mode {mode} over these dims")
+    flat = [side for d in range(x.ndim - 1, min(sides) - 1, -1) for side in sides.get(d, (0, 0))]
+    return cut.emit(aten.pad.default, x, flat, mode)
+
+
+@rule(
+    aten.roll.default, kind="window",
+    samples=lambda: [
+        Sample((torch.randn(2, 9, 4), [3, -1], [1, 2]), (1,)), Sample((torch.randn(2, 9, 4), [-4], [1]), (1,)),
+    ],
+)  # fmt: skip
+def roll(cut: Cutter, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()) -> Value:
+    if not dims:
+        raise Refused("roll over the flattened tensor")
+    for shift, d in zip(shifts, dims, strict=True):
+        d = positive(d, x.ndim)
+        if d != x.cut_dim:
+            x = cut.call(aten.roll.default, x, [shift], [d], layout=x.layout)
+            continue
+        _, bounds, size = the_cut(x)
+        shift %= size
+        want = [(a - shift, b - shift) for a, b in zip(bounds, bounds[1:], strict=False)]
+        x = cut.value(cut.fetch(x, want, edge="circular"), x.layout)
+    return x
+
+
+@rule(aten.flip.default, kind="window",
+      samples=lambda: [Sample((torch.randn(2, 9, 4), [1, 2]), (1,)), Sample((torch.randn(2, 9, 4), [2]), (1,))])  # fmt: skip
+def flip(cut: Cutter, x: Value, dims: Sequence[int]) -> Value:
+    dims = [positive(d, x.ndim) for d in dims]
+    if x.cut_dim not in dims:
+        return cut.call(aten.flip.default, x, dims, layout=x.layout)
+    dim, bounds, size = the_cut(x)
+    if len(x.layout.dims[dim]) > 1:
+        raise Refused("a merged dim is flipped")
+    node = cut.fetch(x, [(size - b, size - a) for a, b in zip(bounds, bounds[1:], strict=False)])
+    return cut.value(cut.emit(aten.flip.default, node, dims), x.layout)

@@ -1,0 +1,76 @@
+"""Pointwise operators, and those that only look at dtype or shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from districompile.cutter import Cutter, Value, values_in
+from districompile.ir.layout import Layout
+from districompile.rule import Sample, rule
+
+aten = torch.ops.aten
+
+
+def _map(x: Any, f: Any) -> Any:
+    if isinstance(x, Value):
+        return f(x)
+    if isinstance(x, list | tuple):
+        return type(x)(_map(v, f) for v in x)
+    if isinstance(x, dict):
+        return {k: _map(v, f) for k, v in x.items()}
+    return x
+
+
+@rule("pointwise", kind="pointwise")
+def pointwise(cut: Cutter, *args: Any, **kwargs: Any) -> Value:
+    """Broadcasting follows the largest cut operand; the others are sliced or re-cut to match it."""
+    shape = cut.out_shape
+    operands = list(values_in((args, kwargs)))
+    leader = max((v for v in operands if v.is_cut), key=lambda v: (v.ndim, v.node.meta["local"][0].numel()))
+    where = leader.layout.cut
+    assert where is not None
+    dim = where.dim + len(shape) - leader.ndim
+    factors = leader.layout.dims[where.dim]
+    if shape[dim] != leader.shape[where.dim]:
+        raise AssertionError("a cut dim is never broadcast: it has at least one row on each rank")
+
+    def operand(v: Value) -> Value:
+        k = dim - (len(shape) - v.ndim)
+        if k < 0 or v.shape[k] == 1:
+            return cut.gather(v)
+        return cut.align(v, k, factors)
+
+    args, kwargs = _map(args, operand), _map(kwargs, operand)
+    assert cut.target is not None
+    return cut.call(cut.target.target, *args, layout=Layout.whole(shape).with_dim(dim, factors), **kwargs)
+
+
+@rule(
+    aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default,
+    aten.dropout.default, aten.feature_dropout.default, aten.native_dropout.default,
+    kind="pointwise",
+)  # fmt: skip
+def identity(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
+    return x
+
+
+@rule(
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default, kind="pointwise"
+)
+def factory(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """Takes dtype and device of ``x`` only; the new tensor is whole."""
+    assert cut.target is not None
+    return cut.whole_value(cut.emit(cut.target.target, x, *args, **kwargs))
+
+
+def _embedding_samples() -> Iterable[Sample]:
+    yield Sample((torch.randn(11, 6), torch.randint(0, 11, (2, 9))), (None, 1))
+
+
+@rule(aten.embedding.default, kind="pointwise", samples=_embedding_samples)
+def embedding(cut: Cutter, weight: Value, indices: Value, *args: Any, **kwargs: Any) -> Value:
+    layout = indices.layout.insert(indices.ndim, Layout.whole(weight.shape).dims[1])
+    return cut.call(aten.embedding.default, cut.gather(weight), indices, *args, layout=layout, **kwargs)

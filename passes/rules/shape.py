@@ -1,0 +1,227 @@
+"""Operators that only rearrange dims: the layout is rearranged, the local shapes follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from districompile.cutter import Cutter, Value
+from districompile.ir.layout import Layout, Refused
+from districompile.passes.rules.common import positive
+from districompile.rule import Sample, rule
+
+aten = torch.ops.aten
+
+
+def _reshape_samples() -> Iterable[Sample]:
+    x = torch.randn(2, 6, 9, 4)
+    yield Sample((x, [2, 6, 36]), (2,))
+    yield Sample((x, [12, 9, 4]), (2,))
+    yield Sample((x, [2, 6, 3, 3, 4]), (2,))
+    yield Sample((x, [2, 2, 3, 9, 2, 2]), (2,))
+    yield Sample((x, [2, 6, 3, 12]), (2,))
+
+
+@rule(
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
+    kind="shape", samples=_reshape_samples,
+)  # fmt: skip
+def reshape(cut: Cutter, x: Value, *args: Any) -> Value:
+    """Any reshape. Where it splits the rows at a place that is no rank's border, the rows are re-cut so that it is."""
+    shape = cut.out_shape
+    try:
+        layout = x.layout.regrouped(shape)
+    except Refused:
+        x = _recut_for(cut, x, shape)
+        layout = x.layout.regrouped(shape)
+    return cut.call(aten.reshape.default, x, cut.local_sizes(layout), layout=layout)
+
+
+def _recut_for(cut: Cutter, x: Value, shape: Sequence[int]) -> Value:
+    where = x.layout.cut
+    assert where is not None
+    if where.index or len(x.layout.dims[where.dim]) > 1:
+        raise Refused(f"reshape of {list(x.shape)} to {list(shape)} breaks the rows up")
+    for outer in sorted({s for s in shape if where.size % s == 0 and 1 < s < where.size}, reverse=True):
+        inner = where.size // outer
+        bounds = tuple(b * inner for b in cut.bounds(outer))
+        moved = x.layout.map_cut(lambda f, b=bounds: type(f)(f.size, b))  # type: ignore[misc]
+        try:
+            moved.regrouped(shape)
+        except Refused:
+            continue
+        return cut.rebound(x, bounds)
+    raise Refused(f"reshape of {list(x.shape)} to {list(shape)} breaks the rows up")
+
+
+def _permute(cut: Cutter, x: Value, order: Sequence[int]) -> Value:
+    return cut.call(aten.permute.default, x, list(order), layout=x.layout.permuted(order))
+
+
+@rule(
+    aten.permute.default, kind="shape",
+    samples=lambda: [Sample((torch.randn(2, 3, 7, 4), [0, 2, 3, 1]), (2,))],
+)  # fmt: skip
+def permute(cut: Cutter, x: Value, order: Sequence[int]) -> Value:
+    return _permute(cut, x, [positive(d, x.ndim) for d in order])
+
+
+@rule(
+    aten.transpose.int, aten.swapaxes.default, kind="shape",
+    samples=lambda: [Sample((torch.randn(2, 3, 7, 4), 1, -2), (2,))],
+)  # fmt: skip
+def transpose(cut: Cutter, x: Value, a: int, b: int) -> Value:
+    order = list(range(x.ndim))
+    a, b = positive(a, x.ndim), positive(b, x.ndim)
+    order[a], order[b] = order[b], order[a]
+    return _permute(cut, x, order)
+
+
+@rule(aten.t.default, aten.mT.default, aten.numpy_T.default, kind="shape",
+      samples=lambda: [Sample((torch.randn(7, 4),), (0,))])  # fmt: skip
+def matrix_transpose(cut: Cutter, x: Value) -> Value:
+    order = list(range(x.ndim))
+    if x.ndim > 1:
+        order[-1], order[-2] = order[-2], order[-1]
+    return _permute(cut, x, order)
+
+
+@rule(aten.movedim.int, kind="shape", samples=lambda: [Sample((torch.randn(2, 3, 7), 1, -1), (2,))])
+def movedim(cut: Cutter, x: Value, source: int, target: int) -> Value:
+    order = list(range(x.ndim))
+    order.insert(positive(target, x.ndim), order.pop(positive(source, x.ndim)))
+    return _permute(cut, x, order)
+
+
+@rule(aten.unsqueeze.default, kind="shape", samples=lambda: [Sample((torch.randn(2, 7), -1), (1,))])
+def unsqueeze(cut: Cutter, x: Value, dim: int) -> Value:
+    dim = positive(dim, x.ndim + 1)
+    return cut.call(aten.unsqueeze.default, x, dim, layout=x.layout.insert(dim))
+
+
+def _expand_samples() -> Iterable[Sample]:
+    yield Sample((torch.randn(1, 7, 1), [3, 7, 5]), (1,))
+    yield Sample((torch.randn(7, 1), [2, 3, -1, 4]), (0,))
+
+
+@rule(aten.expand.default, aten.broadcast_to.default, kind="shape", samples=_expand_samples)
+def expand(cut: Cutter, x: Value, size: Sequence[int], **kwargs: Any) -> Value:
+    shape = cut.out_shape
+    extra = len(shape) - x.ndim
+    where = x.layout.cut
+    assert where is not None
+    layout = Layout.whole(shape).with_dim(where.dim + extra, x.layout.dims[where.dim])
+    return cut.call(aten.expand.default, x, cut.local_sizes(layout), layout=layout)
+
+
+@rule(aten.expand_as.default, kind="shape",
+      samples=lambda: [Sample((torch.randn(1, 7), torch.randn(3, 7)), (1, 1))])  # fmt: skip
+def expand_as(cut: Cutter, x: Value, other: Value) -> Value:
+    if not x.is_cut:
+        raise Refused("a whole tensor is expanded to a cut one")
+    return expand(cut, x, other.shape)  # type: ignore[no-any-return]
+
+
+@rule(aten.repeat.default, aten.tile.default, kind="shape",
+      samples=lambda: [Sample((torch.randn(2, 7, 3), [2, 1, 3]), (1,)), Sample((torch.randn(7, 3), [2, 1, 2]), (0,))])  # fmt: skip
+def repeat(cut: Cutter, x: Value, repeats: Sequence[int]) -> Value:
+    times = [1] * (x.ndim - len(repeats)) + list(repeats)
+    extra = len(times) - x.ndim
+    where = x.layout.cut
+    assert where is not None
+    if times[where.dim + extra] != 1:
+        raise Refused("the rows themselves are repeated")
+    layout = Layout.whole(cut.out_shape).with_dim(where.dim + extra, x.layout.dims[where.dim])
+    return cut.call(aten.repeat.default, x, times, layout=layout)
+
+
+@rule(aten.repeat_interleave.self_int, kind="shape",
+      samples=lambda: [Sample((torch.randn(2, 7, 3), 2, 1), (1,)), Sample((torch.randn(2, 7, 3), 2, 0), (1,))])  # fmt: skip
+def repeat_interleave(cut: Cutter, x: Value, repeats: int, dim: int | None = None, **kwargs: Any) -> Value:
+    if dim is None:
+        raise Refused("repeat_interleave over the flattened tensor")
+    dim = positive(dim, x.ndim)
+    where = x.layout.cut
+    assert where is not None
+    factors = (x.layout.coarse(dim).scaled(repeats),) if dim == where.dim else Layout.whole(cut.out_shape).dims[dim]
+    layout = x.layout.with_dim(dim, factors)
+    return cut.call(aten.repeat_interleave.self_int, x, repeats, dim, layout=layout)
+
+
+@rule(aten.select.int, kind="shape", samples=lambda: [Sample((torch.randn(3, 7, 2), 0, 1), (1,))])
+def select(cut: Cutter, x: Value, dim: int, index: int) -> Value:
+    dim = positive(dim, x.ndim)
+    if x.cut_dim == dim:
+        raise Refused("one row is selected")
+    return cut.call(aten.select.int, x, dim, index, layout=x.layout.without([dim]))
+
+
+def _pieces(cut: Cutter, x: Value, dim: int, sizes: Sequence[int]) -> tuple[Value, ...]:
+    if x.cut_dim == dim:
+        raise Refused("the rows are split into pieces")
+    out, start = [], 0
+    for size in sizes:
+        layout = x.layout.with_dim(dim, Layout.whole((size,)).dims[0])
+        assert cut.target is not None
+        node = cut.emit(aten.slice.Tensor, x, dim, start, start + size, name=f"{cut.target.name}_part")
+        out.append(cut.value(node, layout))
+        start += size
+    return tuple(out)
+
+
+@rule(
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections, kind="shape",
+    samples=lambda: [Sample((torch.randn(2, 7, 9), 4, -1), (1,))],
+)  # fmt: skip
+def split(cut: Cutter, x: Value, how: Any, dim: int = 0) -> tuple[Value, ...]:
+    dim = positive(dim, x.ndim)
+    results: Any = cut.out
+    return _pieces(cut, x, dim, [int(t.shape[dim]) for t in results])
+
+
+@rule(aten.unbind.int, kind="shape", samples=lambda: [Sample((torch.randn(3, 7, 2), 0), (1,))])
+def unbind(cut: Cutter, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    dim = positive(dim, x.ndim)
+    if x.cut_dim == dim:
+        raise Refused("the rows are unbound")
+    layout = x.layout.without([dim])
+    return tuple(
+        cut.value(cut.emit(aten.select.int, x, dim, i, name=f"{cut.target.name}_part"), layout)  # type: ignore[union-attr]
+        for i in range(x.shape[dim])
+    )
+
+
+def _cat_samples() -> Iterable[Sample]:
+    yield Sample(([torch.randn(2, 3, 7), torch.randn(2, 1, 7)], 1), (2, 2))
+    yield Sample(([torch.randn(2, 3, 7), torch.randn(2, 1, 7)], 1), (2, None))
+
+
+@rule(aten.cat.default, aten.concat.default, kind="shape", samples=_cat_samples)
+def cat(cut: Cutter, tensors: Sequence[Value], dim: int = 0) -> Value:
+    tensors = [t for t in tensors if t.shape != (0,)]
+    leader = next(t for t in tensors if t.is_cut)
+    where = leader.layout.cut
+    assert where is not None
+    dim = positive(dim, leader.ndim)
+    if where.dim == dim:
+        raise Refused("tensors are concatenated along their rows")
+    factors = leader.layout.dims[where.dim]
+    parts = [cut.align(t, where.dim, factors) for t in tensors]
+    layout = Layout.whole(cut.out_shape).with_dim(where.dim, factors)
+    return cut.call(aten.cat.default, parts, dim, layout=layout)
+
+
+@rule(aten.stack.default, kind="shape",
+      samples=lambda: [Sample(([torch.randn(2, 7), torch.randn(2, 7)], 1), (1, 1))])  # fmt: skip
+def stack(cut: Cutter, tensors: Sequence[Value], dim: int = 0) -> Value:
+    leader = next(t for t in tensors if t.is_cut)
+    where = leader.layout.cut
+    assert where is not None
+    dim = positive(dim, leader.ndim + 1)
+    factors = leader.layout.dims[where.dim]
+    parts = [cut.align(t, where.dim, factors) for t in tensors]
+    layout = parts[0].layout.insert(dim, Layout.whole((len(parts),)).dims[0])
+    return cut.call(aten.stack.default, parts, dim, layout=layout)

@@ -1,0 +1,285 @@
+"""Convolution and pooling: each output row reads a window of input rows, so ranks fetch a halo.
+
+For output rows [a, b), stride s, padding p, dilation d and kernel k, the input rows are
+[a*s - p, (b-1)*s - p + (k-1)*d + 1). Rows outside the image are the padding itself, so the local operator pads nothing
+along the rows and has the same shape on every rank, border or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from districompile.cutter import Cutter, Value
+from districompile.ir.layout import Factor, Layout, Refused
+from districompile.passes.rules.common import positive, spread
+from districompile.rule import Sample, rule
+
+aten = torch.ops.aten
+
+
+def _window(
+    cut: Cutter, x: Value, spatial: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], local: Callable[[Any, list[int]], Any], fill: float = 0.0,
+) -> Value:  # fmt: skip
+    """A window operator: ``local(x, padding)`` computes it with the given paddings. The cut may also be in the batch."""
+    where = x.layout.cut
+    assert where is not None
+    first = x.ndim - spatial
+    shape = cut.out_shape
+    if where.dim < first:
+        if where.dim == first - 1:
+            raise Refused("the channels are cut")
+        layout = Layout.whole(shape).with_dim(where.dim, x.layout.dims[where.dim])
+        return cut.value(local(x.node, list(padding)), layout)
+    x.layout.coarse(where.dim)
+    i = where.dim - first
+    bounds = cut.bounds(shape[where.dim])
+    k, s, p, d = kernel[i], stride[i], padding[i], dilation[i]
+    want = [(a * s - p, (b - 1) * s - p + (k - 1) * d + 1) for a, b in zip(bounds, bounds[1:], strict=False)]
+    window = cut.fetch(x, want, fill=fill, kind="conv")
+    rest = list(padding)
+    rest[i] = 0
+    layout = Layout.whole(shape).with_dim(where.dim, (Factor(shape[where.dim], bounds),))
+    return cut.value(local(window, rest), layout)
+
+
+def _conv_samples() -> Iterable[Sample]:
+    x = torch.randn(2, 4, 13, 6)
+
+    def w(o: int, i: int, *k: int) -> torch.Tensor:
+        return torch.randn(o, i, *k)
+
+    yield Sample((x, w(3, 4, 3, 3), torch.randn(3), [1, 1], [1, 1]), (2, None, None))
+    yield Sample((x, w(3, 4, 3, 3), None, [2, 2], [1, 1]), (2, None))
+    yield Sample((x, w(3, 4, 3, 3), None, [2, 2], [0, 0]), (2, None))
+    yield Sample((x, w(3, 4, 1, 1)), (2, None))
+    yield Sample((x, w(3, 4, 5, 3), None, [1, 1], [2, 1]), (2, None))
+    yield Sample((x, w(3, 4, 3, 3), None, [1, 1], [2, 2]), (2, None))  # the map grows by two rows
+    yield Sample((x, w(3, 4, 3, 3), None, [1, 1], [2, 2], [2, 2]), (2, None))
+    yield Sample((x, w(4, 1, 3, 3), None, [1, 1], [1, 1], [1, 1], 4), (2, None))
+    yield Sample((x, w(3, 4, 4, 4), None, [2, 2], [1, 1]), (2, None))
+    yield Sample((x, w(3, 4, 3, 3), None, [1, 1], [1, 1]), (3, None))  # columns cut
+    yield Sample((torch.randn(9, 4, 5, 5), w(3, 4, 3, 3), None, [1, 1], [1, 1]), (0, None))
+
+
+@rule(aten.conv2d.default, kind="window", samples=_conv_samples)
+@rule(
+    aten.conv1d.default, kind="window",
+    samples=lambda: [Sample((torch.randn(2, 4, 13), torch.randn(3, 4, 3), None, [1], [1]), (2, None))],
+)  # fmt: skip
+@rule(
+    aten.conv3d.default, kind="window",
+    samples=lambda: [
+        Sample((torch.randn(1, 2, 3, 9, 4), torch.randn(3, 2, 3, 3, 1), None, [1] * 3, [1, 1, 0]), (3, None)),
+        Sample((torch.randn(1, 2, 9, 3, 4), torch.randn(3, 2, 3, 3, 1), None, [1] * 3, [1, 1, 0]), (2, None)),
+    ],
+)  # fmt: skip
+def conv(
+    cut: Cutter, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Value:  # fmt: skip
+    """conv1d, conv2d and conv3d, grouped, strided, dilated, along any spatial dim; "same" padding may be uneven."""
+    n = weight.ndim - 2
+    op: Any = cut.target.target  # type: ignore[union-attr]
+    s, d, kernel = spread(stride, n), spread(dilation, n), weight.shape[2:]
+    p = spread(padding, n)
+    if not x.is_cut:
+        raise Refused("the weight is cut")
+    if x.ndim == n + 1:
+        raise Refused("no batch dim")
+    weight = cut.gather(weight)
+    return _window(cut, x, n, kernel, s, p, d, lambda v, q: cut.emit(op, v, weight, bias, s, q, d, groups))
+
+
+@rule(
+    aten.conv2d.padding, aten.conv1d.padding, aten.conv3d.padding, kind="window",
+    samples=lambda: [
+        Sample((torch.randn(2, 4, 13, 6), torch.randn(3, 4, 3, 5), None, [1, 1], "same"), (2, None)),
+        Sample((torch.randn(2, 4, 13, 6), torch.randn(3, 4, 4, 3), None, [1, 1], "same"), (2, None)),
+        Sample((torch.randn(2, 4, 13, 6), torch.randn(3, 4, 3, 3), None, [1, 1], "valid"), (2, None)),
+    ],
+)  # fmt: skip
+def conv_padding(
+    cut: Cutter, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: str = "valid",
+    dilation: Any = 1, groups: int = 1,
+) -> Value:  # fmt: skip
+    """Padding by name. "same" with an even kernel pads one more below; columns are then padded by an operator of their own."""
+    n = weight.ndim - 2
+    s, d, kernel = spread(stride, n), spread(dilation, n), weight.shape[2:]
+    op = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[n]
+    total = [(k - 1) * e if padding == "same" else 0 for k, e in zip(kernel, d, strict=True)]
+    first = x.ndim - n
+    uneven = [x.ndim - n + i for i, t in enumerate(total) if t % 2 and first + i != x.cut_dim]
+
+    def local(v: Any, q: list[int]) -> Any:
+        if uneven:
+            flat = [side for i in reversed(range(n)) for side in (0, 1 if first + i in uneven else 0)]
+            v = cut.emit(aten.constant_pad_nd.default, v, flat, 0.0)
+        return cut.emit(op, v, cut.gather(weight), bias, s, q, d, groups)
+
+    return _window(cut, x, n, kernel, s, [t // 2 for t in total], d, local)
+
+
+def _transposed_samples() -> Iterable[Sample]:
+    x = torch.randn(2, 4, 9, 5)
+    yield Sample((x, torch.randn(4, 3, 2, 2), torch.randn(3), [2, 2]), (2, None, None))
+    yield Sample((x, torch.randn(4, 3, 4, 4), None, [2, 2], [1, 1]), (2, None))
+    yield Sample((x, torch.randn(4, 3, 3, 3), None, [2, 2], [1, 1], [1, 1]), (2, None))
+    yield Sample((x, torch.randn(4, 3, 4, 4), None, [2, 2], [3, 3]), (2, None))
+    yield Sample((x, torch.randn(4, 2, 3, 3), None, [1, 1], [1, 1], [0, 0], 2, [2, 2]), (2, None))
+
+
+@rule(aten.conv_transpose2d.input, kind="window", samples=_transposed_samples)
+@rule(
+    aten.conv_transpose1d.default, kind="window",
+    samples=lambda: [Sample((torch.randn(2, 4, 9), torch.randn(4, 3, 4), torch.randn(3), [2], [1]), (2, None, None))],
+)  # fmt: skip
+@rule(
+    aten.conv_transpose3d.input, kind="window",
+    samples=lambda: [Sample((torch.randn(1, 2, 2, 9, 3), torch.randn(2, 3, 1, 4, 2), None, [1, 2, 2], [0, 1, 0]), (3, None))],
+)  # fmt: skip
+def conv_transpose(
+    cut: Cutter, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Value:  # fmt: skip
+    """Output row y gets input row i where i*s - p <= y <= i*s - p + (k-1)*d: fetch those, compute all they make, crop."""
+    n = weight.ndim - 2
+    op: Any = cut.target.target  # type: ignore[union-attr]
+    s, p, extra, d = spread(stride, n), spread(padding, n), spread(output_padding, n), spread(dilation, n)
+    where = x.layout.cut
+    if where is None:
+        raise Refused("the weight is cut")
+    first, shape = x.ndim - n, cut.out_shape
+    if where.dim == 0:
+        layout = Layout.whole(shape).with_dim(0, x.layout.dims[0])
+        return cut.call(op, x, weight, bias, s, p, extra, groups, d, layout=layout)
+    if where.dim < first:
+        raise Refused("the channels are cut")
+    i, dim = where.dim - first, where.dim
+    bounds = cut.bounds(shape[dim])
+    reach = (weight.shape[2 + i] - 1) * d[i]
+    want = [
+        (-((reach - a - p[i]) // s[i]), (b - 1 + p[i]) // s[i] + 1) for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
+    window = cut.fetch(x, want, kind="conv")
+    rest, spare = list(p), list(extra)
+    rest[i], spare[i] = 0, s[i] - 1  # room for rows that no input row reaches: the crop below takes what is due
+    node = cut.emit(op, window, cut.gather(weight), bias, s, rest, _within(spare, s, d), groups, d)
+    starts = [a - (lo * s[i] - p[i]) for (lo, _), a in zip(want, bounds, strict=False)]
+    stops = [start + b - a for start, a, b in zip(starts, bounds, bounds[1:], strict=False)]
+    return cut.value(_crop(cut, node, dim, starts, stops), Layout.whole(shape).with_dim(dim, (Factor(shape[dim], bounds),)))
+
+
+def _within(output_padding: list[int], stride: list[int], dilation: list[int]) -> list[int]:
+    """torch takes an output padding below the stride or the dilation only."""
+    return [min(o, max(s, d) - 1) for o, s, d in zip(output_padding, stride, dilation, strict=True)]
+
+
+def _crop(cut: Cutter, node: torch.fx.Node, dim: int, starts: Sequence[int], stops: Sequence[int]) -> torch.fx.Node:
+    """Rows [start, stop) of each rank's local result; nothing where that is all of it."""
+    from districompile.ir.layout import per_rank
+
+    sizes = [t.shape[dim] for t in node.meta["local"]]
+    if any(b > n for b, n in zip(stops, sizes, strict=True)):
+        raise Refused("the output padding reaches past what the rank's rows make")
+    if all(a == 0 and b == n for a, b, n in zip(starts, stops, sizes, strict=True)):
+        return node
+    return cut.emit(aten.slice.Tensor, node, dim, per_rank(starts), per_rank(stops))
+
+
+def _pool_samples() -> Iterable[Sample]:
+    x = torch.randn(2, 3, 14, 6)
+    yield Sample((x, [2, 2], [2, 2]), (2,))
+    yield Sample((x, [3, 3], [2, 2], [1, 1]), (2,))
+    yield Sample((x, [2, 2]), (2,))
+    yield Sample((x, [3, 3], [1, 1], [1, 1]), (2,))
+
+
+def _avg_samples() -> Iterable[Sample]:
+    yield from _pool_samples()
+    yield Sample((torch.randn(2, 3, 14, 6), [3, 3], [2, 2], [1, 1], False, False), (2,))
+
+
+@rule(aten.avg_pool2d.default, kind="window", samples=_avg_samples)
+def avg_pool2d(
+    cut: Cutter, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor: int | None = None,
+) -> Value:  # fmt: skip
+    k = spread(kernel, 2)
+    s, p = spread(stride, 2) if stride else k, spread(padding, 2)
+    if ceil_mode:
+        raise Refused("ceil_mode counts fewer elements at the border")
+    if not count_include_pad and any(p):
+        raise Refused("count_include_pad=False divides by another count at the border")
+
+    def local(v: Any, q: list[int]) -> Any:
+        return cut.emit(aten.avg_pool2d.default, v, k, s, q, False, True, divisor)
+
+    return _window(cut, x, 2, k, s, p, [1, 1], local)
+
+
+@rule(
+    aten.avg_pool1d.default, kind="window",
+    samples=lambda: [Sample((torch.randn(2, 3, 14), [2], [2]), (2,)), Sample((torch.randn(2, 3, 14), [3], [1], [1]), (2,))],
+)  # fmt: skip
+def avg_pool1d(
+    cut: Cutter, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Value:  # fmt: skip
+    k = spread(kernel, 1)
+    s, p = spread(stride, 1) if stride else k, spread(padding, 1)
+    if ceil_mode or (not count_include_pad and any(p)):
+        raise Refused("the border is divided by another count")
+    return _window(cut, x, 1, k, s, p, [1], lambda v, q: cut.emit(aten.avg_pool1d.default, v, k, s, q))
+
+
+@rule(aten.max_pool2d.default, kind="window", samples=_pool_samples)
+def max_pool2d(
+    cut: Cutter, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Value:
+    k = spread(kernel, 2)
+    s, p, d = spread(stride, 2) if stride else k, spread(padding, 2), spread(dilation, 2)
+    if ceil_mode:
+        raise Refused("ceil_mode")
+
+    def local(v: Any, q: list[int]) -> Any:
+        return cut.emit(aten.max_pool2d.default, v, k, s, q, d)
+
+    return _window(cut, x, 2, k, s, p, d, local, fill=-math.inf)
+
+
+@rule(
+    aten.pixel_shuffle.default, kind="window",
+    samples=lambda: [Sample((torch.randn(2, 8, 7, 5), 2), (2,)), Sample((torch.randn(2, 8, 7, 5), 2), (3,))],
+)  # fmt: skip
+def pixel_shuffle(cut: Cutter, x: Value, factor: int) -> Value:
+    """Each row becomes ``factor`` rows on the same rank."""
+    return _scaled(cut, x, aten.pixel_shuffle.default, factor, x.layout.coarse(_row_dim(x)).scaled(factor))
+
+
+@rule(
+    aten.pixel_unshuffle.default, kind="window",
+    samples=lambda: [Sample((torch.randn(2, 3, 14, 6), 2), (2,)), Sample((torch.randn(2, 3, 6, 14), 2), (3,))],
+)  # fmt: skip
+def pixel_unshuffle(cut: Cutter, x: Value, factor: int) -> Value:
+    """``factor`` rows become one: the rows are re-cut at multiples of it first."""
+    dim = _row_dim(x)
+    bounds = cut.bounds(cut.out_shape[dim])
+    x = cut.rebound(x, [b * factor for b in bounds])
+    return _scaled(cut, x, aten.pixel_unshuffle.default, factor, Factor(cut.out_shape[dim], bounds))
+
+
+def _row_dim(x: Value) -> int:
+    where = x.layout.cut
+    assert where is not None
+    if where.dim < positive(-2, x.ndim):
+        raise Refused("batch or channels are cut")
+    return where.dim
+
+
+def _scaled(cut: Cutter, x: Value, op: Any, factor: int, rows: Factor) -> Value:
+    return cut.call(op, x, factor, layout=Layout.whole(cut.out_shape).with_dim(_row_dim(x), (rows,)))
