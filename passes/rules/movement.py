@@ -53,7 +53,9 @@ def _pad_samples() -> Iterable[Sample]:
     yield Sample((x, [1, 1]), (2,))
 
 
-@rule(aten.pad.default, aten.constant_pad_nd.default, kind="window", samples=_pad_samples)
+@rule(aten.pad.default, kind="window", samples=_pad_samples)
+@rule(aten.constant_pad_nd.default, kind="window",
+      samples=lambda: [Sample((torch.randn(2, 3, 12, 4), [2, 1, 3, 0], 0.5), (2,))])  # fmt: skip
 def pad(
     cut: Cutter, x: Value, pad: Sequence[int], mode: str | float = "constant", value: float | None = None
 ) -> Value:
@@ -81,13 +83,11 @@ def pad(
 
 
 def _pad_other_dims(cut: Cutter, x: Value, sides: dict[int, tuple[int, int]], mode: str, fill: float) -> torch.fx.Node:
-    """Pad the whole dims locally. Modes other than constant go dim by dim: torch pads no more than the trailing three."""
+    """Pad the whole dims locally; the rows get none here."""
+    # as many dims as the original call named: torch takes the trailing 1, 2 or 3 of them, depending on the rank
+    flat = [side for d in range(x.ndim - 1, min(*sides, x.cut_dim or 0) - 1, -1) for side in sides.get(d, (0, 0))]
     if mode == "constant":
-        flat = [side for d in range(x.ndim - 1, min(sides) - 1, -1) for side in sides.get(d, (0, 0))]
         return cut.emit(aten.constant_pad_nd.default, x, flat, fill)
-    if max(x.ndim - 1 - d for d in sides) >= 3 or x.ndim - (x.cut_dim or 0) > 4:
-        raise Refused(f"padding mode {mode} over these dims")
-    flat = [side for d in range(x.ndim - 1, min(sides) - 1, -1) for side in sides.get(d, (0, 0))]
     return cut.emit(aten.pad.default, x, flat, mode)
 
 

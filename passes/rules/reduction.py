@@ -93,7 +93,10 @@ def vector_norm(cut: Cutter, x: Value, order: Any = 2, dim: Any = None, keepdim:
 
 
 @rule(
-    aten.var.correction, aten.var.dim, kind="reduction",
+    aten.var.dim, kind="reduction", samples=lambda: [Sample((torch.randn(2, 3, 9, 4), [1], False, True), (2,))]
+)
+@rule(
+    aten.var.correction, kind="reduction",
     samples=lambda: [Sample((torch.randn(2, 3, 9, 4), [1]), (2,), {"correction": 0, "keepdim": True})],
 )  # fmt: skip
 def var(cut: Cutter, x: Value, dim: Any = None, *args: Any, **kwargs: Any) -> Value:

@@ -24,11 +24,18 @@ def _reshape_samples() -> Iterable[Sample]:
     yield Sample((x, [2, 6, 3, 12]), (2,))
 
 
+@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, kind="shape", samples=_reshape_samples)
 @rule(
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
-    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
-    kind="shape", samples=_reshape_samples,
+    aten.flatten.using_ints, kind="shape",
+    samples=lambda: [Sample((torch.randn(2, 6, 9, 4), 2), (2,)), Sample((torch.randn(2, 6, 9, 4), 1, 2), (2,))],
 )  # fmt: skip
+@rule(
+    aten.unflatten.int, kind="shape",
+    samples=lambda: [Sample((torch.randn(2, 36, 4), 1, [9, -1]), (1,)), Sample((torch.randn(2, 7, 6), 2, [2, 3]), (1,))],
+)  # fmt: skip
+@rule(aten.squeeze.dim, kind="shape", samples=lambda: [Sample((torch.randn(2, 1, 9), 1), (2,))])
+@rule(aten.squeeze.dims, kind="shape", samples=lambda: [Sample((torch.randn(1, 1, 9), [0, 1]), (2,))])
+@rule(aten.squeeze.default, kind="shape", samples=lambda: [Sample((torch.randn(2, 1, 9),), (2,))])
 def reshape(cut: Cutter, x: Value, *args: Any) -> Value:
     """Any reshape. Where it splits the rows at a place that is no rank's border, the rows are re-cut so that it is."""
     shape = cut.out_shape
@@ -172,8 +179,10 @@ def _pieces(cut: Cutter, x: Value, dim: int, sizes: Sequence[int]) -> tuple[Valu
     return tuple(out)
 
 
+@rule(aten.split_with_sizes.default, kind="shape",
+      samples=lambda: [Sample((torch.randn(2, 7, 9), [4, 5], -1), (1,))])  # fmt: skip
 @rule(
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections, kind="shape",
+    aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections, kind="shape",
     samples=lambda: [Sample((torch.randn(2, 7, 9), 4, -1), (1,))],
 )  # fmt: skip
 def split(cut: Cutter, x: Value, how: Any, dim: int = 0) -> tuple[Value, ...]:

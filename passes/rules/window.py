@@ -96,7 +96,17 @@ def conv(
 
 
 @rule(
-    aten.conv2d.padding, aten.conv1d.padding, aten.conv3d.padding, kind="window",
+    aten.conv1d.padding, kind="window",
+    samples=lambda: [Sample((torch.randn(2, 4, 13), torch.randn(3, 4, 4), None, [1], "same"), (2, None))],
+)  # fmt: skip
+@rule(
+    aten.conv3d.padding, kind="window",
+    samples=lambda: [
+        Sample((torch.randn(1, 2, 3, 9, 4), torch.randn(3, 2, 2, 3, 2), None, [1, 1, 1], "same"), (3, None)),
+    ],
+)  # fmt: skip
+@rule(
+    aten.conv2d.padding, kind="window",
     samples=lambda: [
         Sample((torch.randn(2, 4, 13, 6), torch.randn(3, 4, 3, 5), None, [1, 1], "same"), (2, None)),
         Sample((torch.randn(2, 4, 13, 6), torch.randn(3, 4, 4, 3), None, [1, 1], "same"), (2, None)),
@@ -199,12 +209,7 @@ def _pool_samples() -> Iterable[Sample]:
     yield Sample((x, [3, 3], [1, 1], [1, 1]), (2,))
 
 
-def _avg_samples() -> Iterable[Sample]:
-    yield from _pool_samples()
-    yield Sample((torch.randn(2, 3, 14, 6), [3, 3], [2, 2], [1, 1], False, False), (2,))
-
-
-@rule(aten.avg_pool2d.default, kind="window", samples=_avg_samples)
+@rule(aten.avg_pool2d.default, kind="window", samples=_pool_samples)
 def avg_pool2d(
     cut: Cutter, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True, divisor: int | None = None,
