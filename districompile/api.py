@@ -14,15 +14,15 @@ from torch import Tensor, fx
 from districompile.backends.base import BuildSegment, get_backend
 from districompile.backends.build import build_segments
 from districompile.backends.eager import EagerEngine
-from districompile.bundle import BundleWriter
+from districompile.bundle import WEIGHTS, BundleWriter
 from districompile.capture import Captured, bind_call, capture
 from districompile.errors import ConvertError
-from districompile.ir.plan import PHASES, InputSpec, Phase, Plan
+from districompile.ir.plan import PHASES, InputSpec, Phase, PhasePlan, Plan
 from districompile.ir.printer import print_graph
 from districompile.ir.program import PhaseProgram, build_program, check_plan
 from districompile.passmanager import Pass, PassManager, import_pass, import_rules
 from districompile.progress import Progress, tasks
-from districompile.report import Report
+from districompile.report import Report, phase_text
 from districompile.runtime.inputs import InputChecker
 from districompile.runtime.runner import LockstepRunner
 from districompile.runtime.streams import Decision
@@ -32,7 +32,7 @@ from districompile.weights import WeightFile
 
 
 def convert(
-    module: torch.nn.Module,
+    module: torch.nn.Module | Captured,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -53,26 +53,37 @@ def convert(
 ) -> Program:
     """Compile ``module``, called with ``args`` and ``kwargs``, into a program for ``ranks`` processes.
 
-    ``rows`` names the inputs that are cut, as they are passed, and the dim of their rows (``{"sample": 2}``); left out, it
-    is every floating-point image or volume among the inputs. ``cfg="split"`` gives each half of the batch (guidance) to
-    half of the ranks. ``groupnorm``, ``displace`` and ``warmup_steps`` say how the steady phase differs from the exact
-    one; ``displace="none"`` makes it exact too. ``segments``: into how many engines the steady phase is cut at most.
-    ``passes`` run on the local graph, before collectives are lowered; ``rules`` are modules that register operator rules.
-    ``strict`` refuses a module with an operator that has to be computed whole. ``dump`` is a folder for the graph after
-    each pass.
+    A module captured already (:func:`districompile.capture`, with its arguments) may be given instead, several times.
+    ``rows`` names the inputs that are cut, as they are passed, and the dim of their rows (``{"sample": 2}``); left
+    out, it is every floating-point image or volume among the inputs. ``cfg="split"`` gives each half of the batch
+    (guidance) to half of the ranks. ``groupnorm``, ``displace`` and ``warmup_steps`` say how the steady phase differs
+    from the exact one; ``displace="none"`` makes it exact too. ``segments``: into how many engines the steady phase
+    is cut at most. ``passes`` run on the local graph, before collectives are lowered; ``rules`` are modules that
+    register operator rules. ``strict`` refuses a module with an operator that has to be computed whole. ``dump`` is a
+    folder for the graph after each pass.
 
     Raises :class:`districompile.Error` for everything a caller can get wrong, saying what to do.
     """
     for rule_module in rules:
         import_rules(rule_module)
     options = _options(ranks, cfg, groupnorm, displace, warmup_steps, segments, strict)
-    args, kwargs, halved = _halve(module, args, dict(kwargs or {}), rows) if cfg == "split" else (args, kwargs or {}, ())
     bars = tasks(progress)
-    with bars.task("capturing the graph"):
-        captured = capture(module, args, kwargs)
+    halved: Sequence[str] = ()
+    if isinstance(module, Captured):
+        if args or kwargs or cfg == "split":
+            raise ConvertError(
+                "a captured module has its arguments already, and cfg='split' halves them: pass the module"
+            )
+        captured = module
+    else:
+        if cfg == "split":
+            args, kwargs, halved = _halve(module, args, dict(kwargs or {}), rows)
+        with bars.task("capturing the graph"):
+            captured = capture(module, args, kwargs)
     inputs = _with_rows(captured.inputs, rows)
-    captured.inputs = inputs
-    unit = Unit(captured.graph, "whole", captured, options, {i.value: i.rows for i in inputs if i.rows is not None})
+    captured = dataclasses.replace(captured, inputs=inputs)
+    cut = {i.value: i.rows for i in inputs if i.rows is not None}
+    unit = Unit(captured.copy_graph(), "whole", captured, options, cut)
     manager = PassManager(Path(dump) if dump is not None else None, stop_after, tuple(skip))
     mine = [import_pass(p) if isinstance(p, str) else p for p in passes]
     with bars.task("cutting"):
@@ -89,7 +100,9 @@ def _options(
 ) -> Options:
     if cfg == "split":
         if ranks % 2:
-            raise ConvertError(f"cfg='split' gives each guidance half to half of the ranks: {ranks} is odd, use an even number")
+            raise ConvertError(
+                f"cfg='split' gives each guidance half to half of the ranks: {ranks} is odd, use an even number"
+            )
         ranks //= 2
     if isinstance(displace, str):
         displace = DISPLACEABLE if displace == "all" else [k for k in displace.split(",") if k]
@@ -124,7 +137,7 @@ def _plan(
     dropped = set(phases["warmup"][1].collectives) - set(phases["steady"][1].collectives)
     for name in dropped:  # nothing is read of them in the steady phase
         collectives[name] = dataclasses.replace(collectives[name], displaced=False)
-    phase_plans = {}
+    phase_plans: dict[str, PhasePlan] = {}
     used: set[str] = set()
     for name in PHASES:
         program = phases[name][1]
@@ -165,9 +178,7 @@ def _with_rows(inputs: Sequence[InputSpec], rows: Mapping[str, int] | None) -> t
             raise ConvertError(f"rows names {path!r}, but the tensor inputs are: {', '.join(known)}")
         if not -len(known[path].spec.shape) <= dim < len(known[path].spec.shape):
             raise ConvertError(f"rows: {path} has {len(known[path].spec.shape)} dims, there is no dim {dim}")
-    return tuple(
-        dataclasses.replace(i, rows=rows[i.path] % len(i.spec.shape)) if i.path in rows else i for i in inputs
-    )
+    return tuple(dataclasses.replace(i, rows=rows[i.path] % len(i.spec.shape)) if i.path in rows else i for i in inputs)
 
 
 def _inferred(inputs: Sequence[InputSpec]) -> dict[str, int]:
@@ -187,10 +198,14 @@ def _halve(
     """The arguments of one guidance half: every tensor with the batch of the image loses half of it."""
     signature, bound_args, bound_kwargs = bind_call(module, args, kwargs)
     leaves = flatten_call(signature, bound_args, bound_kwargs)
-    images = [leaves[p] for p in rows or {} if p in leaves] or [v for v in leaves.values() if isinstance(v, Tensor) and v.ndim > 3]
+    images = [leaves[p] for p in rows or {} if p in leaves] or [
+        v for v in leaves.values() if isinstance(v, Tensor) and v.ndim > 3
+    ]
     batch = images[0].shape[0] if images else 0
     if batch == 0 or batch % 2:
-        raise ConvertError(f"cfg='split' halves the batch, which is {batch}: pass both guidance halves, stacked on dim 0")
+        raise ConvertError(
+            f"cfg='split' halves the batch, which is {batch}: pass both guidance halves, stacked on dim 0"
+        )
     halved = tuple(p for p, v in leaves.items() if isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == batch)
     first = torch.utils._pytree.tree_map(
         lambda v: v[: batch // 2] if isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == batch else v,
@@ -223,7 +238,9 @@ class Program:
         call = InputChecker(self.plan, device)(args, kwargs)
         with torch.no_grad():
             leaves = self._runner.call(Decision(phase, 0, False), call.tensors)
-        return rebuild_output(self.plan.output, leaves, call.return_dict if isinstance(call.return_dict, bool) else None)
+        return rebuild_output(
+            self.plan.output, leaves, call.return_dict if isinstance(call.return_dict, bool) else None
+        )
 
     def reset(self) -> None:
         """Forget the state of the calls so far: the next image starts with the warm-up phase."""
@@ -253,7 +270,10 @@ class Program:
                 outputs = tuple(n for n, _ in segment.outputs)
                 built[key] = EagerEngine(segment.graph, dict(segment.inputs), tensors, outputs)
         return [
-            {p: {s: built[p, s, int(plan.engines[r])] for s, plan in self.plan.phases[p].segments.items()} for p in PHASES}
+            {
+                p: {s: built[p, s, int(plan.engines[r])] for s, plan in self.plan.phases[p].segments.items()}
+                for p in PHASES
+            }
             for r in range(self.plan.ranks)
         ]
 
@@ -273,23 +293,46 @@ class Program:
         self._need_phases()
         chosen = get_backend(backend)
         bars = tasks(progress)
-        with BundleWriter(Path(path)) as writer:
-            self._write(writer, chosen, source, config, bars)
+        with BundleWriter(path) as writer:
+            weights = self._write_weights(writer, bars)
+            with bars.task("building engines", 1.0) as task:
+                segments = (item for phase in PHASES for item in self.segments(phase))
+                files = build_segments(chosen, segments, weights, writer.path("engines/_").parent, _advance(task))
+            plan = self._plan_with(files)
+            text = "\n\n".join([str(Report(plan)), *(f"{phase}\n{phase_text(plan, phase)}" for phase in PHASES)])
+            with bars.task("hashing files", 1.0) as task:
+                writer.finish(
+                    plan, text, backend=chosen.name, source=source, model_class=self._captured.model_class,
+                    config=config if config is not None else self._captured.config, progress=_advance(task),
+                )  # fmt: skip
 
-    def _write(self, writer: Any, backend: Any, source: str | None, config: Any, bars: Progress) -> None:
-        raise NotImplementedError
+    def _write_weights(self, writer: BundleWriter, bars: Progress) -> WeightFile:
+        path = writer.path(WEIGHTS)
+        items = [(name, spec, self._captured.weights[name][1]) for name, spec in self.plan.weights.items()]
+        with bars.task("writing weights", 1.0) as task:
+            writer.known(WEIGHTS, WeightFile.write(path, items, _advance(task)))
+        return WeightFile.open(path)
+
+    def _plan_with(self, files: Mapping[tuple[str, str, int], str]) -> Plan:
+        """The plan with engine files in place of rank classes."""
+        phases = {}
+        for name, phase in self.plan.phases.items():
+            segments = {
+                s: dataclasses.replace(p, engines=tuple(files[name, s, int(e)] for e in p.engines))
+                for s, p in phase.segments.items()
+            }
+            phases[name] = dataclasses.replace(phase, segments=segments)
+        return dataclasses.replace(self.plan, phases=phases)
 
 
 def _advance(task: Any) -> Callable[[int, int], None]:
-    """A task told of progress by (done, total)."""
-    last = 0
+    """A bar of total 1, told of progress as (done, in all)."""
+    shown = 0.0
 
     def update(done: int, total: int) -> None:
-        nonlocal last
-        task.advance((done - last) / max(1, total))
-        last = done
+        nonlocal shown
+        share = done / max(1, total)
+        task.advance(max(0.0, share - shown))
+        shown = share
 
     return update
-
-
-__all__ = ["Program", "WeightFile", "build_segments", "convert"]

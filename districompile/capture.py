@@ -20,6 +20,7 @@ from districompile.errors import CaptureError, InputError
 from districompile.ir.plan import InputSpec, TensorSpec
 from districompile.structure import describe_output, flatten_call
 
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 
 
@@ -39,6 +40,14 @@ class Captured:
     output: Any
     weights: dict[str, tuple[TensorSpec, Callable[[], Tensor]]]
     fake_mode: FakeTensorMode
+    model_class: str = ""
+    config: dict[str, Any] | None = None
+
+    def copy_graph(self) -> fx.Graph:
+        """The graph for one compilation: passes change theirs, and a capture may serve several."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return graph
 
 
 def capture(module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Captured:
@@ -58,15 +67,15 @@ def capture(module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
                                 program.call_spec.out_spec)  # fmt: skip
     described = describe_output(out)
     _flatten_outputs(graph)
-    return Captured(graph, inputs, constants, signature, described, weights, fake_mode)
+    config = getattr(module, "config", None)
+    known = dict(config) if isinstance(config, Mapping) else None  # diffusers' reads like a mapping
+    return Captured(graph, inputs, constants, signature, described, weights, fake_mode, type(module).__name__, known)
 
 
 def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[str, ...], Any, Any]:
     """Parameter names of forward, and the arguments with numbers made tensors, in the order of the signature."""
     parameters = inspect.signature(module.forward).parameters
-    names = tuple(
-        {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + n for n, p in parameters.items()
-    )
+    names = tuple(_STARS.get(p.kind, "") + n for n, p in parameters.items())
     try:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
     except TypeError as e:
@@ -99,7 +108,8 @@ def _export(module: torch.nn.Module, args: Any, kwargs: Any) -> torch.export.Exp
             warnings.simplefilter("ignore")
             program = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
             # Functionalise, but keep convolutions, norms, linears and attention whole
-            return program.run_decompositions({})
+            functional: torch.export.ExportedProgram = program.run_decompositions({})
+            return functional
     except Exception as e:
         raise CaptureError(f"{type(module).__name__} cannot be exported: {_reason(e)}") from e
 
@@ -114,7 +124,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _graph_of(program: torch.export.ExportedProgram) -> tuple[fx.Graph, dict[str, str]]:
-    """The program's graph with parameters, buffers and constants as ``get_attr`` nodes, and user inputs as placeholders.
+    """The program's graph with parameters, buffers and constants as ``get_attr`` nodes, and user inputs as
+    placeholders.
 
     Also gives the placeholder of every user input, by the name the export gave it.
     """
@@ -147,9 +158,12 @@ def _output(
     for spec, value in zip(program.graph_signature.output_specs, node.args[0], strict=True):  # type: ignore[arg-type]
         if spec.kind != OutputKind.USER_OUTPUT:
             what = spec.target or getattr(spec.arg, "name", "?")
-            raise CaptureError(f"the module writes to {what} as it runs ({spec.kind.name.lower()}): call it in eval mode, without caches")
+            raise CaptureError(
+                f"the module writes to {what} as it runs ({spec.kind.name.lower()}): "
+                "call it in eval mode, without caches"
+            )
         values.append(env[value] if isinstance(value, fx.Node) else value)
-    return graph.output(tuple(values))
+    return graph.output(tuple(values))  # type: ignore[no-any-return]
 
 
 def _flatten_outputs(graph: fx.Graph) -> None:
@@ -161,10 +175,13 @@ def _flatten_outputs(graph: fx.Graph) -> None:
 def _inputs_of(
     program: torch.export.ExportedProgram, names: dict[str, str], leaves: Mapping[str, Any]
 ) -> tuple[tuple[InputSpec, ...], dict[str, Any]]:
-    """Tensor inputs with their placeholders, and the constants, both by path. Leaves come in the order export flattens them."""
+    """Tensor inputs with their placeholders, and the constants, both by path. Leaves come in the order export
+    flattens them."""
     user = [s.arg for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
     if len(user) != len(leaves):
-        raise CaptureError(f"{len(leaves)} inputs were passed, but the export has {len(user)}: pass plain containers of tensors")
+        raise CaptureError(
+            f"{len(leaves)} inputs were passed, but the export has {len(user)}: pass plain containers of tensors"
+        )
     inputs, constants = [], {}
     for argument, (path, leaf) in zip(user, leaves.items(), strict=True):
         if isinstance(leaf, Tensor):
@@ -173,7 +190,9 @@ def _inputs_of(
         elif isinstance(leaf, _CONSTANTS):
             constants[path] = leaf if not isinstance(leaf, torch.dtype) else str(leaf)
         else:
-            raise CaptureError(f"input {path} is a {type(leaf).__name__}: pass tensors, numbers, strings, None or containers of them")
+            raise CaptureError(
+                f"input {path} is a {type(leaf).__name__}: pass tensors, numbers, strings, None or containers of them"
+            )
     return tuple(inputs), constants
 
 
@@ -181,7 +200,10 @@ def _weights_of(
     program: torch.export.ExportedProgram, module: torch.nn.Module
 ) -> dict[str, tuple[TensorSpec, Callable[[], Tensor]]]:
     """Every lifted tensor by name. Parameters and buffers are read from the module itself when they are asked for."""
-    live = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    live = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     weights: dict[str, tuple[TensorSpec, Callable[[], Tensor]]] = {}
     for s in program.graph_signature.input_specs:
         if s.kind == InputKind.USER_INPUT:
@@ -199,7 +221,9 @@ def _weights_of(
 def _reader(name: str, tensor: Tensor) -> Callable[[], Tensor]:
     def read() -> Tensor:
         if tensor.device.type == "meta":
-            raise CaptureError(f"weight {name} is on the meta device: load the module's weights before saving or running it")
+            raise CaptureError(
+                f"weight {name} is on the meta device: load the module's weights before saving or running it"
+            )
         return tensor.detach()
 
     return read

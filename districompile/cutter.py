@@ -1,15 +1,16 @@
 """What rules are written with: values with layouts, and the emission of local operators and collectives.
 
 The local graph is *one* graph for all ranks (SPMD): an argument that differs by rank is a
-:class:`~districompile.ir.layout.PerRank`. So all ranks post the same collectives in the same order by construction, and a pass
-works on one graph whatever the number of ranks. ``node.meta["local"]`` holds each rank's fake result.
+:class:`~districompile.ir.layout.PerRank`. So all ranks post the same collectives in the same order by construction,
+and a pass works on one graph whatever the number of ranks. ``node.meta["local"]`` holds each rank's fake result.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from districompile.ir.layout import Factor, Layout, PerRank, Refused, at_rank, per_rank, scale_bounds
 from districompile.ir.ops import ops
+from districompile.ir.walk import of_type, replace
 
 aten = torch.ops.aten
 
@@ -69,6 +71,7 @@ class Cutter:
         self.fake_mode = fake_mode
         self.target: fx.Node | None = None
         self._memo: dict[Any, Any] = {}
+        self._fakes: dict[Any, Any] = {}  # networks repeat themselves: equal operators on equal shapes are run once
 
     # -- what is being localised ------------------------------------------------------------------------------------
 
@@ -92,8 +95,9 @@ class Cutter:
     # -- emission ---------------------------------------------------------------------------------------------------
 
     def emit(self, op: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
-        """Append a node. Arguments may hold Values, nodes and PerRanks; each rank's result is computed on fake tensors."""
-        args, kwargs = _nodes_of(args), _nodes_of(kwargs)
+        """Append a node. Arguments may hold Values, nodes and PerRanks; each rank's result is computed on fake
+        tensors."""
+        args, kwargs = replace((args, kwargs), Value, lambda v: v.node)
         if name is None and self.target is not None and op is self.target.target:
             name = self.target.name
         node = self.graph.create_node("call_function", op, args, kwargs, name=name)
@@ -110,21 +114,20 @@ class Cutter:
             node.meta["origin"] = self.target.name
 
     def local_results(self, op: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        """Each rank's fake result of ``op``; ranks whose arguments agree share one."""
-        inputs: list[fx.Node] = []
-        fx.map_arg((args, kwargs), lambda n: inputs.append(n) or n)
-        ranked: list[PerRank[Any]] = []
-        _collect_per_rank((args, kwargs), ranked)
-        results: dict[Any, Any] = {}
+        """Each rank's fake result of ``op``; equal arguments share one."""
+        ranked = of_type((args, kwargs), PerRank)
+        numbers = {n: i for i, n in enumerate(dict.fromkeys(of_type((args, kwargs), fx.Node)))}
+        shared = repr(fx.map_arg((args, kwargs), lambda n: _Ordinal(numbers[n])))  # PerRanks print all their values
         out = []
         for r in range(self.ranks):
-            key = (tuple(id(n.meta["local"][r]) for n in inputs), tuple(repr(p.values[r]) for p in ranked))
-            if key not in results:
+            operands = tuple(_signature(n.meta["local"][r]) for n in numbers)
+            key = (op, shared if not ranked else shared + repr([p.values[r] for p in ranked]), operands)
+            if key not in self._fakes:
                 mine = at_rank((args, kwargs), r)
                 a, k = fx.map_arg(mine, lambda n, r=r: n.meta["local"][r])  # type: ignore[misc]
                 with self.fake_mode:
-                    results[key] = op(*a, **k)
-            out.append(results[key])
+                    self._fakes[key] = op(*a, **k)
+            out.append(self._fakes[key])
         return tuple(out)
 
     def value(self, node: fx.Node, layout: Layout, whole: fx.Node | None = None) -> Value:
@@ -132,7 +135,8 @@ class Cutter:
         for r, t in enumerate(node.meta["local"]):
             if tuple(t.shape) != layout.local_shape(r):
                 raise RuntimeError(
-                    f"rule of {self.target}: rank {r} computes {tuple(t.shape)}, layout {layout} says {layout.local_shape(r)}"
+                    f"rule of {self.target}: rank {r} computes {tuple(t.shape)}, "
+                    f"layout {layout} says {layout.local_shape(r)}"
                 )
         node.meta["layout"] = layout
         return Value(node, layout, whole)
@@ -201,8 +205,9 @@ class Cutter:
         elif x.whole is not None and (inside or edge == "zeros"):
             node = self._window_of_whole(x.whole, cut.dim, n, want, fill)
         else:
-            order = "own_first" if any_order and all(a <= p and q <= b for (a, b), p, q in
-                                                     zip(want, bounds, bounds[1:], strict=False)) else "rows"  # fmt: skip
+            owned = zip(want, bounds, bounds[1:], strict=False)
+            covers_own = all(a <= first and last <= b for (a, b), first, last in owned)
+            order = "own_first" if any_order and covers_own else "rows"
             rank: Any = per_rank(range(self.ranks))
             site = self.site()
             assert self.target is not None
@@ -221,7 +226,8 @@ class Cutter:
     def _window_of_whole(
         self, node: fx.Node, dim: int, n: int, want: Sequence[tuple[int, int]], fill: float
     ) -> fx.Node:
-        """Rows [lo, hi) of a value that every rank holds whole: pad once where some rank looks past the border, then slice."""
+        """Rows [lo, hi) of a value that every rank holds whole: pad once where some rank looks past the border, then
+        slice."""
         above = max(0, -min(a for a, _ in want))
         below = max(0, max(b for _, b in want) - n)
         if above or below:
@@ -262,11 +268,12 @@ class Cutter:
             return x
         factor = x.layout.coarse(cut.dim)
         layout = x.layout.with_dim(cut.dim, (Factor(factor.size, tuple(bounds)),))
-        node = self.fetch(x, list(zip(bounds[:-1], bounds[1:], strict=True)), kind=kind)
+        node = self.fetch(x, list(itertools.pairwise(bounds)), kind=kind)
         return self.value(node, layout, x.whole)
 
     def align(self, x: Value, dim: int, factors: Sequence[Factor], *, kind: str = "other") -> Value:
-        """``x`` with its dim ``dim`` laid out as ``factors`` (which hold a cut): a slice, a change of bounds or, at worst, all of it."""
+        """``x`` with its dim ``dim`` laid out as ``factors`` (which hold a cut): a slice, a change of bounds or, at
+        worst, all of it."""
         want = x.layout.with_dim(dim, factors)
         cut = x.layout.cut
         if cut is None:
@@ -290,39 +297,37 @@ class Cutter:
         return self.whole_value(self.emit(ops.reduce.default, x, op, self.site(), kind, name=name))
 
 
+def rows_of(x: Value) -> tuple[int, tuple[int, ...], int]:
+    """(dim, bounds, number) of the rows of a cut value, its dim taken as one factor.
+
+    Raises :class:`Refused` where the value is whole, or the rows are not the outermost part of their dim.
+    """
+    cut = x.layout.cut
+    if cut is None:
+        raise Refused("the operand that decides is whole")
+    factor = x.layout.coarse(cut.dim)
+    assert factor.bounds is not None
+    return cut.dim, factor.bounds, factor.size
+
+
+class _Ordinal(int):
+    """The position of a node among the arguments, told apart from plain numbers when printed."""
+
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+
+def _signature(x: Any) -> Any:
+    """What a fake result depends on: shape, strides and dtype of a tensor, through tuples."""
+    if isinstance(x, torch.Tensor):
+        return tuple(x.shape), x.stride(), x.dtype, x.device
+    return tuple(_signature(v) for v in x) if isinstance(x, list | tuple) else repr(x)
+
+
 def _times(x: int | PerRank[int], k: int) -> int | PerRank[int]:
     return per_rank(v * k for v in x.values) if isinstance(x, PerRank) else x * k
 
 
-def _nodes_of(x: Any) -> Any:
-    """Values replaced by their nodes, through nested containers."""
-    if isinstance(x, Value):
-        return x.node
-    if isinstance(x, list | tuple):
-        return type(x)(_nodes_of(v) for v in x)
-    if isinstance(x, dict):
-        return {k: _nodes_of(v) for k, v in x.items()}
-    return x
-
-
-def _collect_per_rank(x: Any, into: list[PerRank[Any]]) -> None:
-    if isinstance(x, PerRank):
-        into.append(x)
-    elif isinstance(x, list | tuple):
-        for v in x:
-            _collect_per_rank(v, into)
-    elif isinstance(x, dict):
-        for v in x.values():
-            _collect_per_rank(v, into)
-
-
-def values_in(x: Any) -> Iterable[Value]:
+def values_in(x: Any) -> list[Value]:
     """All Values in nested arguments."""
-    if isinstance(x, Value):
-        yield x
-    elif isinstance(x, list | tuple):
-        for v in x:
-            yield from values_in(v)
-    elif isinstance(x, dict):
-        for v in x.values():
-            yield from values_in(v)
+    return of_type(x, Value)

@@ -1,4 +1,5 @@
-"""Floating-point operations of a node, for shares and balance: convolutions, matrix products and attention; all else counts 0."""
+"""Floating-point operations of a node, for shares and balance: convolutions, matrix products and attention; all else
+counts 0."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from districompile.unit import Stage, Unit
 class Pass(Protocol):
     """A transformation of a unit. A frozen dataclass whose fields are its options; one pass, one file.
 
-    ``name`` is what pipelines, ``--skip`` and ``--stop-after`` call it. ``exact`` says whether results stay the same up to
-    rounding. ``needs`` is the stage it works on, ``gives`` the stage it leaves.
+    ``name`` is what pipelines, ``--skip`` and ``--stop-after`` call it. ``exact`` says whether results stay the same
+    up to rounding. ``needs`` is the stage it works on, ``gives`` the stage it leaves.
     """
 
     name: ClassVar[str]
@@ -60,7 +60,8 @@ class PassManager:
     _skipped: set[str] = dataclasses.field(default_factory=set)
 
     def run(self, unit: Unit, passes: Iterable[Pass]) -> Unit:
-        """Run ``passes`` in order, verifying the unit after each. Raises :class:`ConvertError` for a pass out of place."""
+        """Run ``passes`` in order, verifying the unit after each. Raises :class:`ConvertError` for a pass out of
+        place."""
         for p in passes:
             if self.stopped:
                 break
@@ -76,7 +77,9 @@ class PassManager:
     def _run_one(self, unit: Unit, p: Pass) -> None:
         if unit.stage != p.needs:
             done = ", ".join(r.name for r in self.records) or "none"
-            raise ConvertError(f"pass {p.name} needs the {p.needs} stage, the graph is {unit.stage} (passes run: {done})")
+            raise ConvertError(
+                f"pass {p.name} needs the {p.needs} stage, the graph is {unit.stage} (passes run: {done})"
+            )
         counts = _count(unit.graph)
         start = time.perf_counter()
         p.run(unit)
@@ -117,7 +120,9 @@ def parse_pipeline(text: str, known: dict[str, type[Any]]) -> list[Pass]:
     while at < len(text):
         m = _ITEM.match(text, at)
         if m is None:
-            raise ConvertError(f"pipeline text cannot be read at {text[at:]!r}: write name or name{{option=value}}, with commas")
+            raise ConvertError(
+                f"pipeline text cannot be read at {text[at:]!r}: write name or name{{option=value}}, with commas"
+            )
         if m[1] not in known:
             raise ConvertError(f"unknown pass {m[1]!r}; there are: {', '.join(sorted(known))}")
         out.append(_construct(known[m[1]], m[2] or ""))
@@ -168,7 +173,10 @@ def import_pass(text: str) -> Pass:
         raise ConvertError(f"pass {text}: {module} cannot be imported ({e})") from e
     except AttributeError:
         raise ConvertError(f"pass {text}: {module} has no {name}") from None
-    found = cls() if isinstance(cls, type) else cls
+    try:
+        found = cls() if isinstance(cls, type) else cls
+    except TypeError as e:
+        raise ConvertError(f"pass {text} cannot be made without options: {e}") from e
     missing = [a for a in ("name", "exact", "needs", "gives", "run") if not hasattr(found, a)]
     if missing:
         raise ConvertError(f"pass {text} lacks {', '.join(missing)}: see docs/writing-a-pass.md")

@@ -1,17 +1,17 @@
 """Propagation: the walk over the whole graph that applies rules and builds the local graph.
 
-It runs twice. On one imaginary rank it finds out where the image's rows are in every value (*annotate*); on the real ranks
-it cuts (*localise*), with the annotation telling where a value that had to become whole can be cut again.
+It runs twice. On one imaginary rank it finds out where the image's rows are in every value (*annotate*); on the real
+ranks it cuts (*localise*), with the annotation telling where a value that had to become whole can be cut again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -19,7 +19,8 @@ from districompile.cutter import Cutter, Value, values_in
 from districompile.errors import ConvertError
 from districompile.flops import flops_of
 from districompile.ir.layout import Factor, Layout, Refused
-from districompile.rule import find_rule, is_pointwise
+from districompile.ir.walk import replace
+from districompile.registry import find_rule, is_pointwise
 
 
 @dataclasses.dataclass
@@ -49,7 +50,8 @@ def propagate(
     graph: fx.Graph, rows: Mapping[str, int], fractions: Sequence[float], fake_mode: FakeTensorMode,
     annotation: Mapping[str, Any] | None = None,
 ) -> Propagated:  # fmt: skip
-    """Localise ``graph`` for ``len(fractions) - 1`` ranks. ``rows``: the cut dim of each placeholder that is cut, by name."""
+    """Localise ``graph`` for ``len(fractions) - 1`` ranks. ``rows``: the cut dim of each placeholder that is cut, by
+    name."""
     return _Propagation(graph, rows, fractions, fake_mode, annotation or {}).run()
 
 
@@ -150,23 +152,13 @@ class _Propagation:
         return False
 
     def _gathered(self, args: Any, kwargs: Any, kind: str = "other") -> tuple[Any, Any]:
-        def gather(x: Any) -> Any:
-            if isinstance(x, Value):
-                return self.cut.gather(x, kind=kind)
-            if isinstance(x, list | tuple):
-                return type(x)(gather(v) for v in x)
-            if isinstance(x, dict):
-                return {k: gather(v) for k, v in x.items()}
-            return x
-
-        return gather(args), gather(kwargs)
+        gathered = replace((args, kwargs), Value, lambda v: self.cut.gather(v, kind=kind))
+        return gathered[0], gathered[1]
 
     def _fall_back(self, node: fx.Node, args: Any, kwargs: Any, reason: str) -> Any:
         cut_values = [v for v in values_in((args, kwargs)) if v.is_cut]
-        size = sum(v.dtype.itemsize * _numel(v.shape) for v in cut_values)
-        self.result.fallbacks.append(
-            Fallback(node.name, str(node.target), reason, size, source_line(node))
-        )
+        size = sum(v.dtype.itemsize * math.prod(v.shape) for v in cut_values)
+        self.result.fallbacks.append(Fallback(node.name, str(node.target), reason, size, source_line(node)))
         value = self._plain(node, *self._gathered(args, kwargs, "fallback"))
         if isinstance(value, Value) and node.name not in self.annotation:
             for v in cut_values:
@@ -218,23 +210,10 @@ def _has_rows(note: Any) -> bool:
     return any(layout.cut is not None for layout in _layouts(note))
 
 
-def _numel(shape: Sequence[int]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n
-
-
 def source_line(node: fx.Node) -> str:
     """The innermost line of the model's own code that made the node: ``file.py:12, in forward``; empty if unknown."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    lines = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
+    ]
     own = [line for line in lines if "/torch/nn/" not in line] or lines
     return own[-1].removeprefix("File ") if own else ""
-
-
-def tensors_of(node: fx.Node) -> list[torch.Tensor]:
-    """The fake results of a whole-graph node, flattened."""
-    val = node.meta.get("val")
-    if isinstance(val, torch.Tensor):
-        return [val]
-    return [v for v in val if isinstance(v, torch.Tensor)] if isinstance(val, list | tuple) else []

@@ -1,4 +1,5 @@
-"""What passes work on: a graph with its stage, the options of the conversion, and what is known about the image's rows."""
+"""What passes work on: a graph with its stage, the options of the conversion, and what is known about the image's
+rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Mark the collectives that the steady phase displaces: they use the previous step's values and send this step's for the next.
+"""Mark the collectives that the steady phase displaces: they use the previous step's values and send this step's for
+the next.
 
 A mark is ``node.meta["displaced"]``. Passes of the user's own may change marks afterwards.
 """
@@ -14,8 +15,8 @@ from districompile.unit import DISPLACEABLE, Stage, Unit
 
 @dataclasses.dataclass(frozen=True)
 class ChooseDisplaced:
-    """Requires the local stage. ``kinds``: which kinds of site. Norm sites in the ``sync`` mode stay exact, as do reductions, the
-    gathering of outputs, and operators computed on gathered inputs."""
+    """Requires the local stage. ``kinds``: which kinds of site. Norm sites in the ``sync`` mode stay exact, as do
+    reductions, the gathering of outputs, and operators computed on gathered inputs."""
 
     kinds: tuple[str, ...] = DISPLACEABLE
     groupnorm: str = "corrected_async"

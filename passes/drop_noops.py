@@ -1,8 +1,8 @@
 """Drop what computes nothing: asserts, dropout in eval mode, copies, casts to the dtype a value has already.
 
-    %a = aten.dropout(%x, 0.1, False)                       return %x
-    %b = aten._to_copy(%a, dtype=f32)          ->
-    return %b
+%a = aten.dropout(%x, 0.1, False)                       return %x
+%b = aten._to_copy(%a, dtype=f32)          ->
+return %b
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.de
 
 @dataclasses.dataclass(frozen=True)
 class DropNoOps:
-    """Requires a functional graph (a copy is then as good as its source). Gives the same graph without no-ops and dead code."""
+    """Requires a functional graph (a copy is then as good as its source). Gives the same graph without no-ops and
+    dead code."""
 
     name: ClassVar[str] = "drop-noops"
     exact: ClassVar[bool] = True

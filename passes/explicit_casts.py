@@ -1,18 +1,19 @@
 """Make every implicit type promotion an explicit cast: engines are strongly typed.
 
-    %y = aten.cat([%half, %float], -1)     ->     %half_f32 = aten._to_copy(%half, dtype=f32)
-                                                  %y = aten.cat([%half_f32, %float], -1)
+%y = aten.cat([%half, %float], -1)     ->     %half_f32 = aten._to_copy(%half, dtype=f32)
+                                              %y = aten.cat([%half_f32, %float], -1)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from districompile.rule import is_pointwise
+from districompile.ir.walk import of_type
+from districompile.registry import is_pointwise
 from districompile.unit import Stage, Unit
 
 aten = torch.ops.aten
@@ -23,7 +24,8 @@ _KEEP = {"where", "masked_fill", "_to_copy", "bitwise_not", "logical_not", "isna
 
 @dataclasses.dataclass(frozen=True)
 class ExplicitCasts:
-    """Requires fake values on all nodes. Gives a graph in which operands of pointwise operators, ``cat`` and ``stack`` agree in dtype."""
+    """Requires fake values on all nodes. Gives a graph in which operands of pointwise operators, ``cat`` and
+    ``stack`` agree in dtype."""
 
     name: ClassVar[str] = "explicit-casts"
     exact: ClassVar[bool] = True
@@ -43,7 +45,7 @@ class ExplicitCasts:
 
 
 def _promote(graph: fx.Graph, node: fx.Node, name: str, skip: int = 0) -> None:
-    operands = [n for n in _operands(node.args[skip:]) if isinstance(n.meta.get("val"), Tensor)]
+    operands = [n for n in of_type(node.args[skip:], fx.Node) if isinstance(n.meta.get("val"), Tensor)]
     dtypes = {n.meta["val"].dtype for n in operands}
     if len(dtypes) < 2:
         return
@@ -70,9 +72,3 @@ def _cast(graph: fx.Graph, user: fx.Node, x: fx.Node, dtype: torch.dtype) -> fx.
         if key in user.meta:
             cast.meta[key] = user.meta[key]
     return cast
-
-
-def _operands(args: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(args, lambda n: found.append(n) or n)
-    return found

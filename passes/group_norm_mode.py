@@ -1,7 +1,8 @@
 """How displaced group norms get their statistics in the steady phase.
 
-At a displaced norm site the statistics of the other ranks are the previous step's. ``stale`` merges them with this rank's
-own of this step, which is what the graph does as it stands. ``corrected_async`` (DistriFusion) merges the previous step's of
+At a displaced norm site the statistics of the other ranks are the previous step's. ``stale`` merges them with this
+rank's own of this step, which is what the graph does as it stands. ``corrected_async`` (DistriFusion) merges the
+previous step's of
 *all* ranks and adds this rank's own change since then. ``local`` uses this rank's own alone and exchanges nothing.
 
     %g = dc.place(%halo, %m, 0, ...)        %old = dc.previous(%m)

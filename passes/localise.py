@@ -1,8 +1,8 @@
 """Cut: replace the whole graph by the local graph of all ranks, with ``fetch`` and ``reduce`` where rows are missing.
 
-    %y = aten.conv2d(%x, @w, None, [1, 1], [1, 1])
- -> %y_fetch = dc.fetch(%x, 2, [0, 8, 16], [-1, 7], [9, 17], 'zeros', ...) : f32[1, 4, 10, 8]
-    %y = aten.conv2d(%y_fetch, @w, None, [1, 1], [0, 1]) : f32[1, 4, 8, 8] @ [1, 4, 16*, 8]
+   %y = aten.conv2d(%x, @w, None, [1, 1], [1, 1])
+-> %y_fetch = dc.fetch(%x, 2, [0, 8, 16], [-1, 7], [9, 17], 'zeros', ...) : f32[1, 4, 10, 8]
+   %y = aten.conv2d(%y_fetch, @w, None, [1, 1], [0, 1]) : f32[1, 4, 8, 8] @ [1, 4, 16*, 8]
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Localise:
     def run(self, unit: Unit) -> None:
         ranks = unit.options.ranks
         rows = unit.rows if ranks > 1 else {}
-        result = propagate(unit.graph, rows, unit.fractions, unit.captured.fake_mode, unit.annotation if ranks > 1 else {})
+        result = propagate(
+            unit.graph, rows, unit.fractions, unit.captured.fake_mode, unit.annotation if ranks > 1 else {}
+        )
         # The inputs are part of the interface: keep them even where nothing reads them
         result.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         if ranks > 1 and rows and not any("layout" in n.meta and n.meta["layout"].cut for n in result.graph.nodes):

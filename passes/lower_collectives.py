@@ -26,7 +26,8 @@ from districompile.unit import Stage, Unit
 
 @dataclasses.dataclass(frozen=True)
 class LowerCollectives:
-    """Requires the local stage; gives the lowered stage: every exchange and reduce node carries ``meta["collective"]``."""
+    """Requires the local stage; gives the lowered stage: every exchange and reduce node carries
+    ``meta["collective"]``."""
 
     name: ClassVar[str] = "lower-collectives"
     exact: ClassVar[bool] = True
@@ -41,9 +42,10 @@ class LowerCollectives:
                 _lower_fetch(unit.graph, emitter, node, sources)
             elif node.target is ops.reduce.default:
                 specs = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in node.meta["local"])
-                x, op, site, kind = node.args
+                args: Any = node.args
+                x, op, site, kind = args
                 node.meta["collective"] = Reduction(
-                    node.name, site, kind, x.name, op, specs, bool(node.meta.get("displaced"))  # type: ignore[arg-type, union-attr]
+                    node.name, site, kind, x.name, op, specs, bool(node.meta.get("displaced"))
                 )  # fmt: skip
 
 
@@ -58,7 +60,8 @@ class _Split:
 
 
 def _split(bounds: Sequence[int], rank: int, rows: Sequence[int], first: int) -> _Split:
-    """Find this rank's own rows in ``rows``: the longest run of them that is in order. ``first``: where to look for it."""
+    """Find this rank's own rows in ``rows``: the longest run of them that is in order. ``first``: where to look for
+    it."""
     lo, hi = bounds[rank], bounds[rank + 1]
     if not (0 <= first < len(rows) and lo <= rows[first] < hi):
         return _Split(tuple(rows), (), 0, 0)
@@ -68,30 +71,55 @@ def _split(bounds: Sequence[int], rank: int, rows: Sequence[int], first: int) ->
     return _Split(tuple(rows[:first]), tuple(rows[end:]), rows[first] - lo, rows[first] - lo + end - first)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fetch:
+    """A fetch node's arguments, and what follows from them."""
+
+    node: fx.Node
+    x: fx.Node
+    dim: int
+    bounds: tuple[int, ...]
+    splits: tuple[_Split, ...]
+    fill: float
+    site: str
+    kind: str
+
+    @staticmethod
+    def of(node: fx.Node) -> _Fetch:
+        args: Any = node.args
+        x, dim, bounds, lo, hi, edge, order, fill, _rank, site, kind = args
+        splits = []
+        for r in range(len(bounds) - 1):
+            rows = wanted_rows(bounds, lo, hi, edge, order, r)
+            if kind == "output":  # leaves the program: the transfer puts its own rows in place, too
+                splits.append(_Split(tuple(rows), (), 0, 0))
+                continue
+            first = 0 if order == "own_first" else max(bounds[r], lo[r]) - lo[r]
+            splits.append(_split(bounds, r, rows, first))
+        return _Fetch(node, x, dim, tuple(bounds), tuple(splits), fill, site, kind)
+
+    @property
+    def heights(self) -> list[int]:
+        return [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
+
+
 def _lower_fetch(graph: fx.Graph, emitter: Cutter, node: fx.Node, sources: dict[tuple[Any, ...], fx.Node]) -> None:
-    x, dim, bounds, lo, hi, edge, order, fill, _rank, site, kind = node.args
-    assert isinstance(x, fx.Node)
-    ranks = len(bounds) - 1  # type: ignore[arg-type]
-    splits = []
-    for r in range(ranks):
-        rows = wanted_rows(bounds, lo, hi, edge, order, r)  # type: ignore[arg-type]
-        first = 0 if order == "own_first" else max(bounds[r], lo[r]) - lo[r]  # type: ignore[index, operator]
-        splits.append(_split(bounds, r, rows, first))  # type: ignore[arg-type]
+    f = _Fetch.of(node)
     emitter.target = node
-    heights = [bounds[r + 1] - bounds[r] for r in range(ranks)]  # type: ignore[index, operator]
+    name, own = f"{node.name}_rows", _own(f.splits)
     with graph.inserting_before(node):
-        if not any(s.before or s.after for s in splits):
-            new = emitter.emit(ops.place.default, x, x, dim, 0, 0, *_own(splits), name=f"{node.name}_rows")
+        if not any(s.before or s.after for s in f.splits):
+            new = emitter.emit(ops.place.default, f.x, f.x, f.dim, 0, 0, *own, name=name)
         else:
-            source, exchange = _exchange(emitter, node, x, splits, heights, sources)
-            before = per_rank(len(s.before) for s in splits)
-            after = per_rank(len(s.after) for s in splits)
-            new = emitter.emit(ops.place.default, exchange, x, dim, before, after, *_own(splits), name=f"{node.name}_rows")
-            exchange.meta["displaced"] = bool(node.meta.get("displaced"))
-            exchange.meta["collective"] = _plan(exchange, source, node, splits, heights)
-    for key in ("layout",):
-        if key in node.meta:
-            new.meta[key] = node.meta[key]
+            source, new = _exchange(emitter, f, sources)
+            new.meta["displaced"] = bool(node.meta.get("displaced"))
+            new.meta["collective"] = _plan(new, source, f)
+            if f.kind != "output":
+                before = per_rank(len(s.before) for s in f.splits)
+                after = per_rank(len(s.after) for s in f.splits)
+                new = emitter.emit(ops.place.default, new, f.x, f.dim, before, after, *own, name=name)
+    if "layout" in node.meta:
+        new.meta["layout"] = node.meta["layout"]
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 
@@ -122,53 +150,44 @@ def _strip_sizes(needed: Sequence[set[int]], heights: Sequence[int]) -> tuple[in
     return top, bottom
 
 
-def _exchange(
-    emitter: Cutter, node: fx.Node, x: fx.Node, splits: Sequence[_Split], heights: Sequence[int],
-    sources: dict[tuple[Any, ...], fx.Node],
-) -> tuple[fx.Node, fx.Node]:  # fmt: skip
-    dim, bounds = node.args[1], node.args[2]
-    top, bottom = _strip_sizes(_needed(splits, bounds), heights)  # type: ignore[arg-type]
-    source = x
-    if any(top + bottom < h for h in heights):
-        key = (x, dim, top, bottom)
+def _exchange(emitter: Cutter, f: _Fetch, sources: dict[tuple[Any, ...], fx.Node]) -> tuple[fx.Node, fx.Node]:
+    top, bottom = _strip_sizes(_needed(f.splits, f.bounds), f.heights)
+    source = f.x
+    if any(top + bottom < h for h in f.heights):
+        key = (f.x, f.dim, top, bottom)
         if key not in sources:
-            sources[key] = emitter.emit(ops.strips.default, x, dim, top, bottom, name=f"{node.name}_strips")
+            sources[key] = emitter.emit(ops.strips.default, f.x, f.dim, top, bottom, name=f"{f.node.name}_strips")
         source = sources[key]
-    counts = per_rank(max(1, len(s.before) + len(s.after)) for s in splits)
-    shape: list[Any] = [per_rank(int(v) for v in sizes) for sizes in
-                        zip(*(t.shape for t in x.meta["local"]), strict=True)]  # fmt: skip
-    shape[dim] = counts  # type: ignore[index]
-    return source, emitter.emit(ops.exchange.default, source, shape, name=f"{node.name}_halo")
+    shape: list[Any] = [per_rank(sizes) for sizes in zip(*(t.shape for t in f.x.meta["local"]), strict=True)]
+    shape[f.dim] = per_rank(max(1, len(s.before) + len(s.after)) for s in f.splits)
+    return source, emitter.emit(ops.exchange.default, source, shape, name=f"{f.node.name}_halo")
 
 
-def _plan(
-    exchange: fx.Node, source: fx.Node, node: fx.Node, splits: Sequence[_Split], heights: Sequence[int]
-) -> Exchange:
-    _x, dim, bounds, _lo, _hi, _edge, _order, fill, _rank, site, kind = node.args
-    top, bottom = _strip_sizes(_needed(splits, bounds), heights)  # type: ignore[arg-type]
-    strips = source is not node.args[0]
+def _plan(exchange: fx.Node, source: fx.Node, f: _Fetch) -> Exchange:
+    top, bottom = _strip_sizes(_needed(f.splits, f.bounds), f.heights)
+    strips = source is not f.x
 
     def position(src: int, row: int) -> int:
         """Where a local row stands in what its rank sends."""
-        height = heights[src]
+        height = f.heights[src]
         return row if not strips or top + bottom >= height or row < top else top + row - (height - bottom)
 
     pieces: list[Piece] = []
-    for dst, s in enumerate(splits):
+    for dst, s in enumerate(f.splits):
         for at, row in enumerate((*s.before, *s.after)):
             if row < 0:
                 continue
-            src = owner(bounds, row)  # type: ignore[arg-type]
-            start = position(src, row - bounds[src])  # type: ignore[index, operator]
-            last = pieces[-1] if pieces else None
-            if last and last.dst == dst and last.src == src and last.start + last.rows == start and last.at + last.rows == at:
-                pieces[-1] = dataclasses.replace(last, rows=last.rows + 1)
+            src = owner(f.bounds, row)
+            start = position(src, row - f.bounds[src])
+            p = pieces[-1] if pieces else None
+            if p and p.dst == dst and p.src == src and p.start + p.rows == start and p.at + p.rows == at:
+                pieces[-1] = dataclasses.replace(p, rows=p.rows + 1)
             else:
                 pieces.append(Piece(src, dst, start, at, 1))
     return Exchange(
-        name=exchange.name, site=str(site), kind=str(kind), source=source.name, dim=int(dim),  # type: ignore[call-overload]
-        specs=_specs(source), results=_specs(exchange), pieces=tuple(pieces), fill=float(fill),  # type: ignore[arg-type]
-        pattern=_pattern(pieces, len(splits)), displaced=bool(node.meta.get("displaced")),
+        name=exchange.name, site=f.site, kind=f.kind, source=source.name, dim=f.dim, specs=_specs(source),
+        results=_specs(exchange), pieces=tuple(pieces), fill=f.fill, pattern=_pattern(pieces, len(f.splits)),
+        displaced=bool(f.node.meta.get("displaced")),
     )  # fmt: skip
 
 

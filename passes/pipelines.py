@@ -15,8 +15,7 @@ from districompile.passmanager import Pass
 from districompile.unit import Options
 
 PASSES: dict[str, type[Any]] = {
-    p.name: p
-    for p in (DropNoOps, ExplicitCasts, Annotate, Localise, ChooseDisplaced, LowerCollectives, GroupNormMode)
+    p.name: p for p in (DropNoOps, ExplicitCasts, Annotate, Localise, ChooseDisplaced, LowerCollectives, GroupNormMode)
 }
 
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from districompile.cutter import Value
 from districompile.ir.interpret import interpret, join
 from districompile.propagate import Propagated, propagate
-from districompile.rule import Rule, Sample, all_rules
+from districompile.registry import Rule, Sample, all_rules
 
 # Operators whose whole point is their dtype, or that return their argument: nothing to sample
 WITHOUT_SAMPLES = {"identity", "factory", "pointwise"}
@@ -61,9 +61,7 @@ def graph_of(op: Any, sample: Sample, mode: FakeTensorMode) -> tuple[fx.Graph, d
     return graph, inputs, rows
 
 
-def run_cut(
-    op: Any, sample: Sample, fractions: Sequence[float]
-) -> tuple[Propagated, list[Tensor], list[Tensor]]:
+def run_cut(op: Any, sample: Sample, fractions: Sequence[float]) -> tuple[Propagated, list[Tensor], list[Tensor]]:
     """The propagated graph, what the ranks compute (joined), and what the operator computes."""
     mode = FakeTensorMode()
     graph, inputs, rows = graph_of(op, sample, mode)

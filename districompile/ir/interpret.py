@@ -1,7 +1,7 @@
 """Runs an SPMD graph on all ranks at once, in this process: the meaning of ``fetch`` and ``reduce``, as plain code.
 
-It is what the lowering is tested against, what rules are tested with, and what compares every node with the original model
-when an error has to be found (``verify --nodes``).
+It is what the lowering is tested against, what rules are tested with, and what compares every node with the original
+model when an error has to be found (``verify --nodes``).
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def reduce_all(parts: Sequence[Tensor], op: str) -> list[Tensor]:
     """What ``districompile.reduce`` gives each rank. Contributions are combined in rank order."""
     total = parts[0]
     for part in parts[1:]:
-        total = total + part if op == "sum" else torch.maximum(total, part) if op == "max" else torch.minimum(total, part)
+        total = (
+            total + part if op == "sum" else torch.maximum(total, part) if op == "max" else torch.minimum(total, part)
+        )
     return [total for _ in parts]
 
 
@@ -56,7 +58,8 @@ def interpret(
     graph: fx.Graph, inputs: Mapping[str, Tensor], weight: Callable[[str], Tensor], ranks: int,
     watch: Callable[[fx.Node, Ranked], None] | None = None,
 ) -> list[tuple[Any, ...]]:  # fmt: skip
-    """The outputs of every rank. ``inputs``: placeholders by name; ``weight``: tensors by name; ``watch`` sees every node."""
+    """The outputs of every rank. ``inputs``: placeholders by name; ``weight``: tensors by name; ``watch`` sees every
+    node."""
     env: dict[fx.Node, Ranked] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -80,8 +83,7 @@ def _call(node: fx.Node, env: dict[fx.Node, Ranked], ranks: int) -> Ranked:
         return reduce_all(env[node.args[0]], node.args[1])  # type: ignore[index, arg-type]
     results: dict[Any, Any] = {}
     out = []
-    operands: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: operands.append(n) or n)
+    operands = node.all_input_nodes
     for r in range(ranks):
         args, kwargs = at_rank((node.args, node.kwargs), r)
         key = (repr((args, kwargs)), tuple(id(env[n][r]) for n in operands))

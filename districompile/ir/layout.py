@@ -8,9 +8,10 @@ A dim is a product of factors, outermost first, so that ``view``, ``permute`` an
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
 
@@ -61,7 +62,8 @@ class Factor:
         return self.size if self.bounds is None else self.bounds[rank + 1] - self.bounds[rank]
 
     def scaled(self, k: int) -> Factor:
-        """The factor of ``size * k`` that this one becomes when ``k`` inner elements are merged into each of its own."""
+        """The factor of ``size * k`` that this one becomes when ``k`` inner elements are merged into each of its
+        own."""
         return Factor(self.size * k, None if self.bounds is None else tuple(b * k for b in self.bounds))
 
     def __repr__(self) -> str:
@@ -71,7 +73,8 @@ class Factor:
 Dim = tuple[Factor, ...]
 
 
-class Cut(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Cut:
     """Where a layout is cut: dim, position of the factor in that dim, the factor's bounds and size."""
 
     dim: int
@@ -203,21 +206,21 @@ def _split(f: Factor, need: int) -> tuple[Factor, Factor]:
 def scale_bounds(fractions: Sequence[float], n: int) -> tuple[int, ...] | None:
     """Bounds of ``n`` rows at the image's cut points; None where some rank would be left without a row."""
     bounds = tuple(min(n, max(0, math.floor(f * n + 0.5))) for f in fractions)
-    return bounds if all(a < b for a, b in zip(bounds, bounds[1:], strict=False)) else None
+    return bounds if all(a < b for a, b in itertools.pairwise(bounds)) else None
 
 
 def choose_fractions(rows: int, ranks: int, sizes: Iterable[int]) -> tuple[float, ...]:
     """Cut points of the image as fractions of its height, the same for every map of it.
 
-    ``sizes`` are the heights of all maps in the graph. Ranks are aligned down to the deepest map that has a row for each
-    of them, unless that makes the tallest rank much taller than it need be: each further misaligned level is
+    ``sizes`` are the heights of all maps in the graph. Ranks are aligned down to the deepest map that has a row for
+    each of them, unless that makes the tallest rank much taller than it need be: each further misaligned level is
     weighed as 2 % of a step (wider halos), against the imbalance it saves.
     """
     units = sorted({n for n in sizes if ranks <= n <= rows and rows % n == 0} | {rows})
     best: tuple[float, tuple[float, ...]] | None = None
     for units_n in units:  # coarsest first: it wins ties
         offsets = [round(units_n * r / ranks) for r in range(ranks + 1)]
-        tallest = max(b - a for a, b in zip(offsets, offsets[1:], strict=False)) / units_n
+        tallest = max(b - a for a, b in itertools.pairwise(offsets)) / units_n
         misaligned = sum(1 for n in units if n < units_n)
         cost = tallest * (1 + 0.02 * misaligned)
         if best is None or cost < best[0] - 1e-9:

@@ -1,8 +1,9 @@
 """The operators that local graphs hold besides aten's.
 
-Two are collectives, ``fetch`` and ``reduce``: real operators with fake kernels, so that a graph holding them can be traced
-and checked, and kernels that refuse to run outside a program. Lowering turns ``fetch`` into ``place(exchange(strips(x)), x)``:
-what others want of this rank's rows, the transfer, and the result put together. ``previous`` is a value of the call before.
+Two are collectives, ``fetch`` and ``reduce``: real operators with fake kernels, so that a graph holding them can be
+traced and checked, and kernels that refuse to run outside a program. Lowering turns ``fetch`` into
+``place(exchange(strips(x)), x)``: what others want of this rank's rows, the transfer, and the result put together.
+``previous`` is a value of the call before.
 
 All others are *composites*: plain functions over aten operators, registered so that a dump shows one line where the
 arithmetic takes ten, and so that a backend may match them whole. Any backend can decompose them
@@ -11,14 +12,16 @@ arithmetic takes ten, and so that a backend may match them whole. Any backend ca
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-_LIB = torch.library.Library("districompile", "DEF")
+_LIB: Any = torch.library.Library("districompile", "DEF")  # type: ignore[no-untyped-call]
 
 _LIB.define(
-    "fetch(Tensor x, int dim, int[] bounds, int[] lo, int[] hi, str edge, str order, float fill, int rank, str site, str kind)"
-    " -> Tensor"
+    "fetch(Tensor x, int dim, int[] bounds, int[] lo, int[] hi, str edge, str order, float fill, int rank,"
+    " str site, str kind) -> Tensor"
 )
 _LIB.define("reduce(Tensor x, str op, str site, str kind) -> Tensor")
 _LIB.define("exchange(Tensor x, int[] shape) -> Tensor")
@@ -46,7 +49,8 @@ def _outside(*args: object, **kwargs: object) -> Tensor:
 
 
 def place(foreign: Tensor, x: Tensor, dim: int, before: int, after: int, start: int, stop: int) -> Tensor:
-    """``foreign[:before] ++ x[start:stop] ++ foreign[before:before + after]`` along ``dim``: own rows between others'."""
+    """``foreign[:before] ++ x[start:stop] ++ foreign[before:before + after]`` along ``dim``: own rows between
+    others'."""
     parts = []
     if before:
         parts.append(foreign.narrow(dim, 0, before))
@@ -58,7 +62,8 @@ def place(foreign: Tensor, x: Tensor, dim: int, before: int, after: int, start: 
 
 
 def strips(x: Tensor, dim: int, top: int, bottom: int) -> Tensor:
-    """The first ``top`` and the last ``bottom`` rows of ``x`` along ``dim``: what its neighbours want of it. All of it where the strips meet."""
+    """The first ``top`` and the last ``bottom`` rows of ``x`` along ``dim``: what its neighbours want of it. All of
+    it where the strips meet."""
     n = x.shape[dim]
     if top + bottom >= n:
         return x.contiguous()
@@ -104,11 +109,17 @@ def merge_moments(parts: Tensor, counts: list[float]) -> Tensor:
     total = sum(counts)
     mean, var = parts[:, 0], parts[:, 1]
     if len(set(counts)) == 1:
-        whole = mean.mean(0)
-        return torch.stack([whole, var.mean(0) + (mean - whole).square().mean(0)])
-    weights = torch.tensor([c / total for c in counts], dtype=parts.dtype, device=parts.device).reshape(-1, 1, 1)
-    whole = (mean * weights).sum(0)
-    return torch.stack([whole, ((var + (mean - whole).square()) * weights).sum(0)])
+        average = mean.mean(0)
+        return torch.stack([average, var.mean(0) + (mean - average).square().mean(0)])
+    shares = [c / total for c in counts]  # plain numbers: a constant tensor would be copied to the device on every call
+    whole = mean[0] * shares[0]
+    for r in range(1, len(shares)):
+        whole = whole + mean[r] * shares[r]
+    spread = var + (mean - whole).square()
+    merged = spread[0] * shares[0]
+    for r in range(1, len(shares)):
+        merged = merged + spread[r] * shares[r]
+    return torch.stack([whole, merged])
 
 
 def correct_moments(merged: Tensor, stale: Tensor, fresh: Tensor) -> Tensor:
@@ -128,7 +139,8 @@ def correct_moments(merged: Tensor, stale: Tensor, fresh: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, stats: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` by group; ``stats`` (2, B, groups). Computed in ``stats``' dtype, given in ``x``'s."""
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` by group; ``stats`` (2, B, groups). Computed in ``stats``'
+    dtype, given in ``x``'s."""
     y = _grouped(x, groups)
     y = (y - stats[0].unsqueeze(-1)) * torch.rsqrt(stats[1] + eps).unsqueeze(-1)
     y = y.reshape(x.shape)

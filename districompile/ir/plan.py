@@ -1,7 +1,7 @@
 """The plan: what one converted model does at run time, as plain data.
 
-The compiler writes it, the bundle stores it (``plan.json``), the runtime executes it. Nothing here refers to a graph or to
-a rule, so that ``runtime/`` needs neither.
+The compiler writes it, the bundle stores it (``plan.json``), the runtime executes it. Nothing here refers to a graph
+or to a rule, so that ``runtime/`` needs neither.
 
 Values are named tensors of one call on one rank. A step reads and writes values:
 
@@ -11,8 +11,9 @@ Values are named tensors of one call on one rank. A step reads and writes values
 - ``Keep(state, value)``: at the end of the call, ``value`` becomes what the next call reads under the name ``state``.
 
 ``Wait`` completes the transfer that was posted last, in this call or in the previous one, and remembers its result;
-where nothing is under way it gives the remembered result again. So the exact phase is ``Run, Post, Wait, Run, ...``, and
-the displaced phase is ``Wait, Run, Post`` over the same collectives: its first call reads what the last exact call received.
+where nothing is under way it gives the remembered result again. So the exact phase is ``Run, Post, Wait, Run, ...``,
+and the displaced phase is ``Wait, Run, Post`` over the same collectives: its first call reads what the last exact
+call received.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import torch
 
 from districompile.errors import BundleError
 
-PHASES = ("warmup", "steady")
 Phase = Literal["warmup", "steady"]
+PHASES: tuple[Phase, ...] = ("warmup", "steady")
 
 _DTYPES: dict[str, torch.dtype] = {
     str(d).removeprefix("torch."): d
@@ -81,7 +82,8 @@ class Piece:
 @dataclasses.dataclass(frozen=True)
 class Exchange:
     """A row exchange. Rank r contributes ``source`` (``specs[r]``) and receives a tensor of ``results[r]``, assembled
-    from ``pieces`` along ``dim``; rows that no piece covers hold ``fill``. ``pattern`` says what the pieces amount to."""
+    from ``pieces`` along ``dim``; rows that no piece covers hold ``fill``. ``pattern`` says what the pieces amount
+    to."""
 
     name: str
     site: str  # the operator it serves, as shown to users: "down_blocks.0.resnets.0.conv1"
@@ -104,8 +106,8 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
-    """An all-reduce of ``source`` over the ranks: ``op`` is ``"sum"``, ``"max"`` or ``"min"``. All ranks get bitwise the
-    same result: contributions are combined in rank order."""
+    """An all-reduce of ``source`` over the ranks: ``op`` is ``"sum"``, ``"max"`` or ``"min"``. All ranks get bitwise
+    the same result: contributions are combined in rank order."""
 
     name: str
     site: str
@@ -152,7 +154,8 @@ Step = Run | Post | Wait | Keep
 
 @dataclasses.dataclass(frozen=True)
 class SegmentPlan:
-    """A segment's interface: value names in order, and its engine for each rank (a content hash; equal for equal ranks)."""
+    """A segment's interface: value names in order, and its engine for each rank (a content hash; equal for equal
+    ranks)."""
 
     name: str
     inputs: tuple[str, ...]

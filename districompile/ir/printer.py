@@ -67,7 +67,7 @@ def _arg(x: Any) -> str:
 
 
 def _type(node: fx.Node) -> str:
-    local = node.meta.get("local") or (node.meta.get("val"),)
+    local: Any = node.meta.get("local") or (node.meta.get("val"),)
     if not isinstance(local[0], Tensor):
         return ""
     sizes = [_arg(per_rank(int(s) for s in dims)) for dims in zip(*(t.shape for t in local), strict=True)]

@@ -1,9 +1,9 @@
 """From a lowered graph to a phase's program: segments, and the steps that run them and move bytes between them.
 
 A segment is a run of nodes, in graph order, that becomes one engine. An exact collective ends a segment only when its
-result is needed: what can be computed meanwhile is, and collectives that are waiting together travel together. Displaced
-collectives end no segment: their results are there from the previous call. ``parts`` cuts long phases into pieces of
-about equal work, so that what a piece sends can leave before the call ends.
+result is needed: what can be computed meanwhile is, and collectives that are waiting together travel together.
+Displaced collectives end no segment: their results are there from the previous call. ``parts`` cuts long phases into
+pieces of about equal work, so that what a piece sends can leave before the call ends.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor, fx
 from districompile.backends.base import BuildSegment
 from districompile.errors import ConvertError
 from districompile.flops import flops_of
-from districompile.ir.layout import PerRank, at_rank
+from districompile.ir.layout import at_rank
 from districompile.ir.ops import ops
 from districompile.ir.plan import Collective, Keep, PhasePlan, Post, Run, SegmentPlan, Step, TensorSpec, Wait
+from districompile.ir.walk import per_ranks_of
 
 _COLLECTIVES = (ops.exchange.default, ops.reduce.default)
 
@@ -55,7 +56,7 @@ class Segment:
         for r in range(ranks):
             key = (
                 tuple(tuple(n.meta["local"][r].shape) for n in self.inputs),
-                tuple(repr(p.values[r]) for n in self.nodes for p in _per_ranks((n.args, n.kwargs))),
+                tuple(repr(p.values[r]) for n in self.nodes for p in per_ranks_of(n)),
             )
             out.append(keys.setdefault(key, r))
         return out
@@ -88,8 +89,11 @@ def value_name(node: fx.Node) -> str:
 
 
 def build_program(graph: fx.Graph, phase: str, parts: int = 1, states: dict[str, str] | None = None) -> PhaseProgram:
-    """Cut ``graph`` into segments. ``states``: values that this phase must keep for another (the warm-up for the steady phase)."""
-    displaced = {n for n in graph.nodes if phase == "steady" and n.target in _COLLECTIVES and n.meta["collective"].displaced}
+    """Cut ``graph`` into segments. ``states``: values that this phase must keep for another (the warm-up for the
+    steady phase)."""
+    displaced = {
+        n for n in graph.nodes if phase == "steady" and n.target in _COLLECTIVES and n.meta["collective"].displaced
+    }
     kept = dict(states or {})
     for node in graph.nodes:
         if node.target is ops.previous.default:
@@ -120,32 +124,34 @@ def _segments(graph: fx.Graph, displaced: set[fx.Node], parts: int, phase: str) 
     quota = sum(work.values()) / parts if parts > 1 else float("inf")
     segments: list[Segment] = []
     current: list[fx.Node] = []
-    here: set[fx.Node] = set()
     waiting: set[fx.Node] = set()  # exact collectives whose transfer could be under way
+    placing: list[fx.Node] = []  # put their results together: can wait for as long as nobody reads them
     done = 0.0
 
     def close() -> None:
         if current:
             segments.append(Segment(f"{phase}{len(segments)}", list(current)))
-        current.clear()
-        here.clear()
+        current[:] = placing
+        placing.clear()
         waiting.clear()
 
     for node in graph.nodes:
+        reads_waiting = any(source in waiting or source in placing for source in node.all_input_nodes)
         if node.target in _COLLECTIVES and node not in displaced:
-            waiting.add(node)
-            if node.args[0] in waiting:  # a transfer of what another transfer gives
+            if reads_waiting:  # a transfer of what another transfer gives
                 close()
-                waiting.add(node)
+            waiting.add(node)
+        elif node.target is ops.place.default and node.args[0] in waiting and node.args[1] not in placing:
+            placing.append(node)
         elif _is_compute(node):
-            if any(source in waiting for source in node.all_input_nodes):
+            if reads_waiting:
                 close()
             current.append(node)
-            here.add(node)
             done += work[node]
             if done >= quota * (len(segments) + 1) and parts > 1 and len(segments) + 1 < parts:
                 close()
     close()
+    close()  # what was placed last
     return segments
 
 
@@ -246,20 +252,9 @@ def _spec(node: fx.Node, rank: int) -> TensorSpec:
     return TensorSpec(tuple(int(s) for s in value.shape), value.dtype)
 
 
-def _per_ranks(x: Any) -> Iterable[PerRank[Any]]:
-    if isinstance(x, PerRank):
-        yield x
-    elif isinstance(x, list | tuple):
-        for v in x:
-            yield from _per_ranks(v)
-    elif isinstance(x, dict):
-        for v in x.values():
-            yield from _per_ranks(v)
-
-
 def check_plan(phase: str, plan: PhasePlan, collectives: dict[str, Collective], inputs: Iterable[str]) -> None:
-    """A phase's steps hold together: every value exists before it is read, every collective is posted once and (if exact) waited
-    for after its post, every state is written once. Raises :class:`ConvertError`."""
+    """A phase's steps hold together: every value exists before it is read, every collective is posted once and (if
+    exact) waited for after its post, every state is written once. Raises :class:`ConvertError`."""
     known = set(inputs)
     posted: list[str] = []
     states: list[str] = []

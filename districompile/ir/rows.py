@@ -11,7 +11,8 @@ EDGES = ("zeros", "circular", "reflect", "replicate")
 
 
 def source_row(row: int, n: int, edge: str) -> int:
-    """The row of an ``n``-row whole that stands at ``row`` when it is continued past its borders; -1: the fill value."""
+    """The row of an ``n``-row whole that stands at ``row`` when it is continued past its borders; -1: the fill
+    value."""
     if 0 <= row < n:
         return row
     if edge == "zeros":

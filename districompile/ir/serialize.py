@@ -62,7 +62,7 @@ def op_of(name: str) -> Callable[..., Any]:
     parts = name.split(".")
     if len(parts) == 3 and parts[0] in _NAMESPACES and not name.startswith(_REFUSED):
         packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
-        if isinstance(packet, torch._ops.OpOverloadPacket) and parts[2] in packet.overloads():
+        if isinstance(packet, torch._ops.OpOverloadPacket) and parts[2] in packet.overloads():  # type: ignore[no-untyped-call]
             overload: Callable[..., Any] = getattr(packet, parts[2])
             return overload
     raise BackendError(f"the graph uses the operator {name!r}, which this version does not know or does not allow")

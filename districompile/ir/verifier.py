@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
 from districompile.errors import ConvertError
-from districompile.ir.layout import PerRank
 from districompile.ir.ops import ops
+from districompile.ir.walk import per_ranks_of
 
 if TYPE_CHECKING:
     from districompile.unit import Unit
@@ -64,7 +64,7 @@ def _one_result_per_rank(unit: Unit) -> Iterator[str]:
 
 def _per_rank_lengths(unit: Unit) -> Iterator[str]:
     for node in unit.graph.nodes:
-        for value in _per_ranks((node.args, node.kwargs)):
+        for value in per_ranks_of(node):
             if len(value.values) != unit.options.ranks:
                 yield f"{node.name} has an argument for {len(value.values)} ranks, not {unit.options.ranks}"
 
@@ -75,7 +75,9 @@ def _layouts_hold(unit: Unit) -> Iterator[str]:
         if layout is None:
             continue
         cut = layout.cut
-        if cut is not None and (cut.bounds[0] != 0 or cut.bounds[-1] != cut.size or list(cut.bounds) != sorted(cut.bounds)):
+        if cut is not None and (
+            cut.bounds[0] != 0 or cut.bounds[-1] != cut.size or list(cut.bounds) != sorted(cut.bounds)
+        ):
             yield f"{node.name}: bounds {cut.bounds} do not divide {cut.size} rows"
         for r, t in enumerate(node.meta["local"]):
             if isinstance(t, Tensor) and tuple(t.shape) != layout.local_shape(r):
@@ -97,21 +99,10 @@ def _collectives_have_plans(unit: Unit) -> Iterator[str]:
 
 
 def _outputs_are_whole(unit: Unit) -> Iterator[str]:
-    for i, node in enumerate(unit.graph.output_node().args[0]):  # type: ignore[arg-type, union-attr]
+    for i, node in enumerate(unit.graph.output_node().args[0]):  # type: ignore[arg-type]
         shapes = {tuple(t.shape) for t in node.meta["local"]} if isinstance(node, fx.Node) else set()
         if len(shapes) > 1:
             yield f"output {i} differs by rank: {sorted(shapes)}"
-
-
-def _per_ranks(x: Any) -> Iterator[PerRank[Any]]:
-    if isinstance(x, PerRank):
-        yield x
-    elif isinstance(x, list | tuple):
-        for v in x:
-            yield from _per_ranks(v)
-    elif isinstance(x, dict):
-        for v in x.values():
-            yield from _per_ranks(v)
 
 
 _LOCAL: tuple[Check, ...] = (_well_formed, _one_result_per_rank, _per_rank_lengths, _layouts_hold, _outputs_are_whole)

@@ -9,7 +9,7 @@ import torch
 
 from districompile.cutter import Cutter, Value
 from districompile.ir.layout import Layout, Refused
-from districompile.rule import Sample, rule
+from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default

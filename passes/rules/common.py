@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from districompile.cutter import Cutter, Value
-from districompile.ir.layout import Layout, Refused
+from districompile.ir.layout import Layout
 
 aten = torch.ops.aten
 
@@ -23,16 +23,6 @@ def spread(x: int | Sequence[int], n: int) -> list[int]:
     if isinstance(x, int):
         return [x] * n
     return list(x) * n if len(x) == 1 else list(x)
-
-
-def the_cut(x: Value) -> tuple[int, tuple[int, ...], int]:
-    """(dim, bounds, size) of the cut dim of ``x`` taken as one factor; refuses where rows are not outermost in it."""
-    cut = x.layout.cut
-    if cut is None:
-        raise Refused("the operand that decides is whole")
-    factor = x.layout.coarse(cut.dim)
-    assert factor.bounds is not None
-    return cut.dim, factor.bounds, factor.size
 
 
 def along(cut: Cutter, x: Value, op: Callable[..., Any] | Any, *args: Any, **kwargs: Any) -> Value:

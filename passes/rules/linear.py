@@ -9,7 +9,7 @@ import torch
 
 from districompile.cutter import Cutter, Value
 from districompile.ir.layout import Dim, Layout, Refused
-from districompile.rule import Sample, rule
+from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
 
@@ -60,12 +60,17 @@ def matmul(cut: Cutter, a: Value, b: Value) -> Value:
 
 
 @rule(
-    aten.baddbmm.default, kind="contraction",
+    aten.baddbmm.default,
+    kind="contraction",
     samples=lambda: [
-        Sample((torch.randn(2, 9, 9), torch.randn(2, 9, 6), torch.randn(2, 6, 9)), (None, 1, 2), {"beta": 0, "alpha": 0.3}),
-        Sample((torch.randn(2, 9, 5), torch.randn(2, 9, 6), torch.randn(2, 6, 5)), (1, 1, None), {"beta": 2, "alpha": 0.3}),
+        Sample(
+            (torch.randn(2, 9, 9), torch.randn(2, 9, 6), torch.randn(2, 6, 9)), (None, 1, 2), {"beta": 0, "alpha": 0.3}
+        ),
+        Sample(
+            (torch.randn(2, 9, 5), torch.randn(2, 9, 6), torch.randn(2, 6, 5)), (1, 1, None), {"beta": 2, "alpha": 0.3}
+        ),
     ],
-)  # fmt: skip
+)
 def baddbmm(cut: Cutter, c: Value, a: Value, b: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
     """With ``beta`` 0 the first operand is ignored, as torch does (diffusers passes it uninitialised)."""
     if not (a.is_cut or b.is_cut):
@@ -74,7 +79,9 @@ def baddbmm(cut: Cutter, c: Value, a: Value, b: Value, *, beta: Any = 1, alpha: 
     node = product.node if alpha == 1 else cut.emit(aten.mul.Tensor, product, alpha)
     if beta:
         where = product.layout.cut
-        addend = c if where is None or c.shape[where.dim] == 1 else cut.align(c, where.dim, product.layout.dims[where.dim])
+        addend = (
+            c if where is None or c.shape[where.dim] == 1 else cut.align(c, where.dim, product.layout.dims[where.dim])
+        )
         scaled = addend.node if beta == 1 else cut.emit(aten.mul.Tensor, addend, beta)
         node = cut.emit(aten.add.Tensor, scaled, node)
     return cut.value(node, product.layout)
@@ -115,8 +122,8 @@ def _expand_ellipsis(equation: str, ndims: Sequence[int]) -> tuple[list[str], st
 
 
 def contract(cut: Cutter, terms: Sequence[str], out: str, operands: Sequence[Value], local: Any) -> Value:
-    """A contraction. The cut letter that survives to the output stays cut, operands cut elsewhere are fetched whole; where none
-    survives, ranks contract their own rows and the partial results are summed."""
+    """A contraction. The cut letter that survives to the output stays cut, operands cut elsewhere are fetched whole;
+    where none survives, ranks contract their own rows and the partial results are summed."""
     cut_letters = []
     for term, v in zip(terms, operands, strict=True):
         where = v.layout.cut

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
-from districompile.cutter import Cutter, Value
+from districompile.cutter import Cutter, Value, rows_of
 from districompile.ir.layout import Factor, Refused
-from districompile.passes.rules.common import along, positive, the_cut
-from districompile.rule import Sample, rule
+from districompile.passes.rules.common import along, positive
+from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
 
@@ -36,7 +38,7 @@ def slice_(
     if size == x.shape[dim]:
         return x
     bounds = cut.bounds(size)
-    want = [(first + a * step, first + (b - 1) * step + 1) for a, b in zip(bounds, bounds[1:], strict=False)]
+    want = [(first + a * step, first + (b - 1) * step + 1) for a, b in itertools.pairwise(bounds)]
     node = cut.fetch(x, want)
     if step > 1:
         node = cut.emit(aten.slice.Tensor, node, dim, 0, sys.maxsize, step)
@@ -56,14 +58,12 @@ def _pad_samples() -> Iterable[Sample]:
 @rule(aten.pad.default, kind="window", samples=_pad_samples)
 @rule(aten.constant_pad_nd.default, kind="window",
       samples=lambda: [Sample((torch.randn(2, 3, 12, 4), [2, 1, 3, 0], 0.5), (2,))])  # fmt: skip
-def pad(
-    cut: Cutter, x: Value, pad: Sequence[int], mode: str | float = "constant", value: float | None = None
-) -> Value:
+def pad(cut: Cutter, x: Value, pad: Sequence[int], mode: Any = "constant", value: float | None = None) -> Value:
     if not isinstance(mode, str):  # constant_pad_nd(x, pad, value)
-        mode, value = "constant", mode
+        mode, value = "constant", float(mode)
     fill = 0.0 if value is None else float(value)
     sides = {x.ndim - 1 - i: (pad[2 * i], pad[2 * i + 1]) for i in range(len(pad) // 2)}
-    dim, _, size = the_cut(x)
+    dim, _, size = rows_of(x)
     top, bottom = sides.pop(dim, (0, 0))
     node = x.node
     if any(a or b for a, b in sides.values()):
@@ -76,7 +76,7 @@ def pad(
         return inner
     rows = size + top + bottom
     bounds = cut.bounds(rows)
-    want = [(a - top, b - top) for a, b in zip(bounds, bounds[1:], strict=False)]
+    want = [(a - top, b - top) for a, b in itertools.pairwise(bounds)]
     edge = "zeros" if mode == "constant" else mode
     moved = cut.fetch(inner, want, edge=edge, fill=fill, kind="conv")
     return cut.value(moved, layout.with_dim(dim, (Factor(rows, bounds),)))
@@ -105,21 +105,24 @@ def roll(cut: Cutter, x: Value, shifts: Sequence[int], dims: Sequence[int] = ())
         if d != x.cut_dim:
             x = cut.call(aten.roll.default, x, [shift], [d], layout=x.layout)
             continue
-        _, bounds, size = the_cut(x)
+        _, bounds, size = rows_of(x)
         shift %= size
-        want = [(a - shift, b - shift) for a, b in zip(bounds, bounds[1:], strict=False)]
+        want = [(a - shift, b - shift) for a, b in itertools.pairwise(bounds)]
         x = cut.value(cut.fetch(x, want, edge="circular"), x.layout)
     return x
 
 
-@rule(aten.flip.default, kind="window",
-      samples=lambda: [Sample((torch.randn(2, 9, 4), [1, 2]), (1,)), Sample((torch.randn(2, 9, 4), [2]), (1,))])  # fmt: skip
+@rule(
+    aten.flip.default,
+    kind="window",
+    samples=lambda: [Sample((torch.randn(2, 9, 4), [1, 2]), (1,)), Sample((torch.randn(2, 9, 4), [2]), (1,))],
+)
 def flip(cut: Cutter, x: Value, dims: Sequence[int]) -> Value:
     dims = [positive(d, x.ndim) for d in dims]
     if x.cut_dim not in dims:
         return cut.call(aten.flip.default, x, dims, layout=x.layout)
-    dim, bounds, size = the_cut(x)
+    dim, bounds, size = rows_of(x)
     if len(x.layout.dims[dim]) > 1:
         raise Refused("a merged dim is flipped")
-    node = cut.fetch(x, [(size - b, size - a) for a, b in zip(bounds, bounds[1:], strict=False)])
+    node = cut.fetch(x, [(size - b, size - a) for a, b in itertools.pairwise(bounds)])
     return cut.value(cut.emit(aten.flip.default, node, dims), x.layout)

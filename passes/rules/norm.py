@@ -12,7 +12,7 @@ from districompile.cutter import Cutter, Value
 from districompile.ir.layout import Factor, Layout, Refused, per_rank
 from districompile.ir.ops import ops
 from districompile.passes.rules.common import along
-from districompile.rule import Sample, rule
+from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
 
@@ -30,7 +30,8 @@ def group_norm(
     cut: Cutter, x: Value, groups: int, weight: Value | None = None, bias: Value | None = None, eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Value:  # fmt: skip
-    """Each rank's (mean, variance) by group, merged over the ranks in float32: the biased variance of the whole image."""
+    """Each rank's (mean, variance) by group, merged over the ranks in float32: the biased variance of the whole
+    image."""
     where = x.layout.cut
     if where is None or (weight is not None and weight.is_cut):
         raise Refused("the affine parameters are cut")
@@ -45,7 +46,8 @@ def group_norm(
 
 
 def merge(cut: Cutter, x: Value, moments: torch.fx.Node, channels: int) -> torch.fx.Node:
-    """Statistics of the whole from each rank's ``moments`` (1, 2, B, G): gathered along their first dim, then merged."""
+    """Statistics of the whole from each rank's ``moments`` (1, 2, B, G): gathered along their first dim, then
+    merged."""
     ranks = cut.ranks
     shape = (ranks, *moments.meta["local"][0].shape[1:])
     stats = cut.value(moments, Layout.whole(shape).with_dim(0, (Factor(ranks, tuple(range(ranks + 1))),)))
@@ -56,12 +58,16 @@ def merge(cut: Cutter, x: Value, moments: torch.fx.Node, channels: int) -> torch
 
 
 @rule(
-    aten.instance_norm.default, kind="statistics",
+    aten.instance_norm.default,
+    kind="statistics",
     samples=lambda: [
-        Sample((torch.randn(2, 6, 9, 4), torch.randn(6), torch.randn(6), None, None, True, 0.1, 1e-5, False), (2, None, None)),
+        Sample(
+            (torch.randn(2, 6, 9, 4), torch.randn(6), torch.randn(6), None, None, True, 0.1, 1e-5, False),
+            (2, None, None),
+        ),
         Sample((torch.randn(2, 6, 9, 4), None, None, None, None, True, 0.1, 1e-5, False), (2,)),
     ],
-)  # fmt: skip
+)
 def instance_norm(
     cut: Cutter, x: Value, weight: Value | None, bias: Value | None, mean: Value | None, var: Value | None,
     use_input_stats: bool, momentum: float, eps: float, cudnn: bool,

@@ -9,19 +9,10 @@ import torch
 
 from districompile.cutter import Cutter, Value, values_in
 from districompile.ir.layout import Layout
-from districompile.rule import Sample, rule
+from districompile.ir.walk import replace
+from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
-
-
-def _map(x: Any, f: Any) -> Any:
-    if isinstance(x, Value):
-        return f(x)
-    if isinstance(x, list | tuple):
-        return type(x)(_map(v, f) for v in x)
-    if isinstance(x, dict):
-        return {k: _map(v, f) for k, v in x.items()}
-    return x
 
 
 @rule("pointwise", kind="pointwise")
@@ -43,7 +34,7 @@ def pointwise(cut: Cutter, *args: Any, **kwargs: Any) -> Value:
             return cut.gather(v)
         return cut.align(v, k, factors)
 
-    args, kwargs = _map(args, operand), _map(kwargs, operand)
+    args, kwargs = replace((args, kwargs), Value, operand)
     assert cut.target is not None
     return cut.call(cut.target.target, *args, layout=Layout.whole(shape).with_dim(dim, factors), **kwargs)
 
@@ -57,9 +48,7 @@ def identity(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
     return x
 
 
-@rule(
-    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default, kind="pointwise"
-)
+@rule(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default, kind="pointwise")
 def factory(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Takes dtype and device of ``x`` only; the new tensor is whole."""
     assert cut.target is not None

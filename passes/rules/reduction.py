@@ -11,7 +11,7 @@ import torch
 from districompile.cutter import Cutter, Value
 from districompile.ir.layout import Layout, Refused
 from districompile.passes.rules.common import along, positive
-from districompile.rule import Sample, rule
+from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
 
@@ -92,9 +92,7 @@ def vector_norm(cut: Cutter, x: Value, order: Any = 2, dim: Any = None, keepdim:
     return cut.whole_value(_as(cut, cut.emit(aten.sqrt.default, total), cut.out.dtype))
 
 
-@rule(
-    aten.var.dim, kind="reduction", samples=lambda: [Sample((torch.randn(2, 3, 9, 4), [1], False, True), (2,))]
-)
+@rule(aten.var.dim, kind="reduction", samples=lambda: [Sample((torch.randn(2, 3, 9, 4), [1], False, True), (2,))])
 @rule(
     aten.var.correction, kind="reduction",
     samples=lambda: [Sample((torch.randn(2, 3, 9, 4), [1]), (2,), {"correction": 0, "keepdim": True})],

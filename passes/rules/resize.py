@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from districompile.cutter import Cutter, Value
 from districompile.ir.layout import Factor, Layout, Refused, per_rank
 from districompile.passes.rules.common import along
-from districompile.rule import Sample, rule
+from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
 
@@ -27,16 +28,20 @@ def _nearest_samples() -> Iterable[Sample]:
 
 @rule(aten.upsample_nearest2d.vec, kind="resize", samples=_nearest_samples)
 @rule(
-    aten.upsample_nearest1d.vec, kind="resize",
-    samples=lambda: [Sample((torch.randn(2, 3, 9), None, [2.0]), (2,)), Sample((torch.randn(2, 3, 9), [13], None), (2,))],
-)  # fmt: skip
+    aten.upsample_nearest1d.vec,
+    kind="resize",
+    samples=lambda: [
+        Sample((torch.randn(2, 3, 9), None, [2.0]), (2,)),
+        Sample((torch.randn(2, 3, 9), [13], None), (2,)),
+    ],
+)
 @rule(
     aten.upsample_nearest3d.vec, kind="resize",
     samples=lambda: [Sample((torch.randn(2, 3, 2, 9, 4), None, [1.0, 2.0, 2.0]), (3,))],
 )  # fmt: skip
 def nearest(cut: Cutter, x: Value, size: Sequence[int] | None, scales: Sequence[float] | None) -> Value:
-    """Output row y reads input row floor(y * scale). Whole factors run the operator on the fetched rows and crop; other ratios
-    pick the rows one by one."""
+    """Output row y reads input row floor(y * scale). Whole factors run the operator on the fetched rows and crop;
+    other ratios pick the rows one by one."""
     op: Any = cut.target.target  # type: ignore[union-attr]
     where, shape = x.layout.cut, cut.out_shape
     assert where is not None
@@ -46,7 +51,7 @@ def nearest(cut: Cutter, x: Value, size: Sequence[int] | None, scales: Sequence[
     bounds = cut.bounds(rows_out)
     step = _step(where.dim, rows_in, rows_out, scales)
     source = [min(int(y * step), rows_in - 1) for y in range(rows_out)]
-    want = [(source[a], source[b - 1] + 1) for a, b in zip(bounds, bounds[1:], strict=False)]
+    want = [(source[a], source[b - 1] + 1) for a, b in itertools.pairwise(bounds)]
     window = cut.fetch(x, want, kind="resize")
     layout = Layout.whole(shape).with_dim(where.dim, (Factor(rows_out, bounds),))
     factor = rows_out // rows_in
@@ -64,7 +69,7 @@ def nearest(cut: Cutter, x: Value, size: Sequence[int] | None, scales: Sequence[
     node = cut.emit(torch.ops.districompile.pick.default, window, where.dim, per_rank(picks))
     if any(shape[d] != x.shape[d] for d in range(2, x.ndim) if d != where.dim):
         sizes: list[Any] = list(shape[2:])
-        sizes[where.dim - 2] = per_rank(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        sizes[where.dim - 2] = per_rank(b - a for a, b in itertools.pairwise(bounds))
         kept = None if scales is None else [1.0 if d == where.dim - 2 else s for d, s in enumerate(scales)]
         node = cut.emit(op, node, sizes, None) if kept is None else cut.emit(op, node, None, kept)
     return cut.value(node, layout)
@@ -83,13 +88,12 @@ def _linear_samples() -> Iterable[Sample]:
     yield Sample((x, [27, 8], False, None), (2,))
 
 
-@rule(
-    aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, kind="resize", samples=_linear_samples
-)
+@rule(aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, kind="resize", samples=_linear_samples)
 def linear(
     cut: Cutter, x: Value, size: Sequence[int] | None, align_corners: bool, scales: Sequence[float] | None
 ) -> Value:
-    """By a whole factor, not aligned at the corners: rows beyond the border repeat the border's, as the operator itself clamps."""
+    """By a whole factor, not aligned at the corners: rows beyond the border repeat the border's, as the operator
+    itself clamps."""
     op: Any = cut.target.target  # type: ignore[union-attr]
     where, shape = x.layout.cut, cut.out_shape
     assert where is not None
@@ -100,7 +104,7 @@ def linear(
         raise Refused("resizing rows by a fraction or aligned at the corners")
     factor, bounds = rows_out // rows_in, cut.bounds(rows_out)
     reach = 2 if op is aten.upsample_bicubic2d.vec else 1
-    want = [(a // factor - reach, -(-b // factor) + reach) for a, b in zip(bounds, bounds[1:], strict=False)]
+    want = [(a // factor - reach, -(-b // factor) + reach) for a, b in itertools.pairwise(bounds)]
     window = cut.fetch(x, want, edge="replicate", kind="resize")
     local: list[Any] = list(shape[2:])
     local[where.dim - 2] = per_rank((b - a) * factor for a, b in want)

@@ -10,7 +10,7 @@ import torch
 from districompile.cutter import Cutter, Value
 from districompile.ir.layout import Layout, Refused
 from districompile.passes.rules.common import positive
-from districompile.rule import Sample, rule
+from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
 
@@ -30,9 +30,13 @@ def _reshape_samples() -> Iterable[Sample]:
     samples=lambda: [Sample((torch.randn(2, 6, 9, 4), 2), (2,)), Sample((torch.randn(2, 6, 9, 4), 1, 2), (2,))],
 )  # fmt: skip
 @rule(
-    aten.unflatten.int, kind="shape",
-    samples=lambda: [Sample((torch.randn(2, 36, 4), 1, [9, -1]), (1,)), Sample((torch.randn(2, 7, 6), 2, [2, 3]), (1,))],
-)  # fmt: skip
+    aten.unflatten.int,
+    kind="shape",
+    samples=lambda: [
+        Sample((torch.randn(2, 36, 4), 1, [9, -1]), (1,)),
+        Sample((torch.randn(2, 7, 6), 2, [2, 3]), (1,)),
+    ],
+)
 @rule(aten.squeeze.dim, kind="shape", samples=lambda: [Sample((torch.randn(2, 1, 9), 1), (2,))])
 @rule(aten.squeeze.dims, kind="shape", samples=lambda: [Sample((torch.randn(1, 1, 9), [0, 1]), (2,))])
 @rule(aten.squeeze.default, kind="shape", samples=lambda: [Sample((torch.randn(2, 1, 9),), (2,))])
@@ -132,8 +136,12 @@ def expand_as(cut: Cutter, x: Value, other: Value) -> Value:
     return expand(cut, x, other.shape)  # type: ignore[no-any-return]
 
 
-@rule(aten.repeat.default, aten.tile.default, kind="shape",
-      samples=lambda: [Sample((torch.randn(2, 7, 3), [2, 1, 3]), (1,)), Sample((torch.randn(7, 3), [2, 1, 2]), (0,))])  # fmt: skip
+@rule(
+    aten.repeat.default,
+    aten.tile.default,
+    kind="shape",
+    samples=lambda: [Sample((torch.randn(2, 7, 3), [2, 1, 3]), (1,)), Sample((torch.randn(7, 3), [2, 1, 2]), (0,))],
+)
 def repeat(cut: Cutter, x: Value, repeats: Sequence[int]) -> Value:
     times = [1] * (x.ndim - len(repeats)) + list(repeats)
     extra = len(times) - x.ndim
@@ -145,8 +153,11 @@ def repeat(cut: Cutter, x: Value, repeats: Sequence[int]) -> Value:
     return cut.call(aten.repeat.default, x, times, layout=layout)
 
 
-@rule(aten.repeat_interleave.self_int, kind="shape",
-      samples=lambda: [Sample((torch.randn(2, 7, 3), 2, 1), (1,)), Sample((torch.randn(2, 7, 3), 2, 0), (1,))])  # fmt: skip
+@rule(
+    aten.repeat_interleave.self_int,
+    kind="shape",
+    samples=lambda: [Sample((torch.randn(2, 7, 3), 2, 1), (1,)), Sample((torch.randn(2, 7, 3), 2, 0), (1,))],
+)
 def repeat_interleave(cut: Cutter, x: Value, repeats: int, dim: int | None = None, **kwargs: Any) -> Value:
     if dim is None:
         raise Refused("repeat_interleave over the flattened tensor")

@@ -7,6 +7,7 @@ along the rows and has the same shape on every rank, border or not.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from districompile.cutter import Cutter, Value
 from districompile.ir.layout import Factor, Layout, Refused
 from districompile.passes.rules.common import positive, spread
-from districompile.rule import Sample, rule
+from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
 
@@ -25,7 +26,8 @@ def _window(
     cut: Cutter, x: Value, spatial: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], local: Callable[[Any, list[int]], Any], fill: float = 0.0,
 ) -> Value:  # fmt: skip
-    """A window operator: ``local(x, padding)`` computes it with the given paddings. The cut may also be in the batch."""
+    """A window operator: ``local(x, padding)`` computes it with the given paddings. The cut may also be in the
+    batch."""
     where = x.layout.cut
     assert where is not None
     first = x.ndim - spatial
@@ -39,7 +41,7 @@ def _window(
     i = where.dim - first
     bounds = cut.bounds(shape[where.dim])
     k, s, p, d = kernel[i], stride[i], padding[i], dilation[i]
-    want = [(a * s - p, (b - 1) * s - p + (k - 1) * d + 1) for a, b in zip(bounds, bounds[1:], strict=False)]
+    want = [(a * s - p, (b - 1) * s - p + (k - 1) * d + 1) for a, b in itertools.pairwise(bounds)]
     window = cut.fetch(x, want, fill=fill, kind="conv")
     rest = list(padding)
     rest[i] = 0
@@ -117,7 +119,8 @@ def conv_padding(
     cut: Cutter, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: str = "valid",
     dilation: Any = 1, groups: int = 1,
 ) -> Value:  # fmt: skip
-    """Padding by name. "same" with an even kernel pads one more below; columns are then padded by an operator of their own."""
+    """Padding by name. "same" with an even kernel pads one more below; columns are then padded by an operator of
+    their own."""
     n = weight.ndim - 2
     s, d, kernel = spread(stride, n), spread(dilation, n), weight.shape[2:]
     op = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[n]
@@ -149,14 +152,18 @@ def _transposed_samples() -> Iterable[Sample]:
     samples=lambda: [Sample((torch.randn(2, 4, 9), torch.randn(4, 3, 4), torch.randn(3), [2], [1]), (2, None, None))],
 )  # fmt: skip
 @rule(
-    aten.conv_transpose3d.input, kind="window",
-    samples=lambda: [Sample((torch.randn(1, 2, 2, 9, 3), torch.randn(2, 3, 1, 4, 2), None, [1, 2, 2], [0, 1, 0]), (3, None))],
-)  # fmt: skip
+    aten.conv_transpose3d.input,
+    kind="window",
+    samples=lambda: [
+        Sample((torch.randn(1, 2, 2, 9, 3), torch.randn(2, 3, 1, 4, 2), None, [1, 2, 2], [0, 1, 0]), (3, None))
+    ],
+)
 def conv_transpose(
     cut: Cutter, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
     output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
 ) -> Value:  # fmt: skip
-    """Output row y gets input row i where i*s - p <= y <= i*s - p + (k-1)*d: fetch those, compute all they make, crop."""
+    """Output row y gets input row i where i*s - p <= y <= i*s - p + (k-1)*d: fetch those, compute all they make,
+    crop."""
     n = weight.ndim - 2
     op: Any = cut.target.target  # type: ignore[union-attr]
     s, p, extra, d = spread(stride, n), spread(padding, n), spread(output_padding, n), spread(dilation, n)
@@ -172,16 +179,16 @@ def conv_transpose(
     i, dim = where.dim - first, where.dim
     bounds = cut.bounds(shape[dim])
     reach = (weight.shape[2 + i] - 1) * d[i]
-    want = [
-        (-((reach - a - p[i]) // s[i]), (b - 1 + p[i]) // s[i] + 1) for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    want = [(-((reach - a - p[i]) // s[i]), (b - 1 + p[i]) // s[i] + 1) for a, b in itertools.pairwise(bounds)]
     window = cut.fetch(x, want, kind="conv")
     rest, spare = list(p), list(extra)
     rest[i], spare[i] = 0, s[i] - 1  # room for rows that no input row reaches: the crop below takes what is due
     node = cut.emit(op, window, cut.gather(weight), bias, s, rest, _within(spare, s, d), groups, d)
     starts = [a - (lo * s[i] - p[i]) for (lo, _), a in zip(want, bounds, strict=False)]
     stops = [start + b - a for start, a, b in zip(starts, bounds, bounds[1:], strict=False)]
-    return cut.value(_crop(cut, node, dim, starts, stops), Layout.whole(shape).with_dim(dim, (Factor(shape[dim], bounds),)))
+    return cut.value(
+        _crop(cut, node, dim, starts, stops), Layout.whole(shape).with_dim(dim, (Factor(shape[dim], bounds),))
+    )
 
 
 def _within(output_padding: list[int], stride: list[int], dilation: list[int]) -> list[int]:
@@ -228,9 +235,13 @@ def avg_pool2d(
 
 
 @rule(
-    aten.avg_pool1d.default, kind="window",
-    samples=lambda: [Sample((torch.randn(2, 3, 14), [2], [2]), (2,)), Sample((torch.randn(2, 3, 14), [3], [1], [1]), (2,))],
-)  # fmt: skip
+    aten.avg_pool1d.default,
+    kind="window",
+    samples=lambda: [
+        Sample((torch.randn(2, 3, 14), [2], [2]), (2,)),
+        Sample((torch.randn(2, 3, 14), [3], [1], [1]), (2,)),
+    ],
+)
 def avg_pool1d(
     cut: Cutter, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True,

@@ -2,8 +2,8 @@
 
 A rule is called with the :class:`~districompile.cutter.Cutter` and the operator's own arguments, tensors as
 :class:`~districompile.cutter.Value`. It emits the local computation and returns the result. It answers two questions:
-which output rows does this rank make, and which input rows (or partial sums) does that take? What it cannot do it refuses
-with a reason (:class:`~districompile.ir.layout.Refused`); the operator is then computed on gathered inputs.
+which output rows does this rank make, and which input rows (or partial sums) does that take? What it cannot do it
+refuses with a reason (:class:`~districompile.ir.layout.Refused`); the operator is then computed on gathered inputs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ RuleFunction = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Arguments to try a rule with: ``args`` and ``kwargs`` of the operator; ``rows`` names the dim that is cut in each tensor
-    argument, by position among the tensors (None: the tensor is given whole)."""
+    """Arguments to try a rule with: ``args`` and ``kwargs`` of the operator; ``rows`` names the dim that is cut in
+    each tensor argument, by position among the tensors (None: the tensor is given whole)."""
 
     args: tuple[Any, ...]
     rows: tuple[int | None, ...]

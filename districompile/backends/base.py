@@ -1,0 +1,129 @@
+"""The protocol every backend implements: what it cannot do, building a segment, loading an engine, running it.
+
+A backend never sees ranks, layouts or collectives: it is given one plain ``torch.fx.GraphModule`` for one rank, whose
+placeholders are the segment's inputs followed by its weights, all with static shapes, and whose nodes are aten
+operators and the composites of :mod:`districompile.ir.ops` (each of which decomposes into aten operators).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import fx
+
+from districompile.errors import BackendError, InputError
+from districompile.ir.plan import TensorSpec, dtype_name
+from districompile.weights import WeightFile
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildSegment:
+    """What a backend builds. Nothing may change it afterwards.
+
+    ``graph``'s placeholders are ``inputs`` then ``weights``, in order; its output is a flat tuple, one tensor for each
+    of ``outputs``; every node has ``meta["val"]``. Weights are known by their names in the weight file, inputs and
+    outputs by the names of their values.
+    """
+
+    name: str
+    graph: fx.GraphModule
+    inputs: tuple[tuple[str, TensorSpec], ...]
+    weights: tuple[tuple[str, TensorSpec], ...]
+    outputs: tuple[tuple[str, TensorSpec], ...]
+
+
+class Engine(abc.ABC):
+    """A loaded segment. Inputs are bound by name, ``enqueue`` computes, outputs are read by name."""
+
+    @abc.abstractmethod
+    def bind(self, name: str, tensor: torch.Tensor) -> None:
+        """Give an input (or, where the backend supports it, an output) its memory for the next ``enqueue``.
+
+        Raises :class:`~districompile.errors.InputError` for an unknown name, another shape or another dtype.
+        """
+
+    @abc.abstractmethod
+    def enqueue(self) -> None:
+        """Compute all outputs; asynchronous on a device with streams. Bindings do not outlive it: every input is bound
+        anew, so that an engine does not keep activations alive."""
+
+    @abc.abstractmethod
+    def output(self, name: str) -> torch.Tensor:
+        """An output of the last ``enqueue``. It may be overwritten by the next one, unless the backend says that it
+        gives fresh memory each time (``eager`` and ``onnxruntime`` do)."""
+
+    def release(self) -> None:  # noqa: B027  (an engine with memory of its own has nothing to let go)
+        """Forget the outputs of the last ``enqueue``: the caller has read those it wants."""
+
+    def run(self, inputs: Mapping[str, torch.Tensor], outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Bind, enqueue and read, for callers without buffers of their own."""
+        for name, tensor in inputs.items():
+            self.bind(name, tensor)
+        self.enqueue()
+        results = {name: self.output(name) for name in outputs}
+        self.release()
+        return results
+
+
+class Backend(Protocol):
+    """A way of compiling segments. ``suffix`` is the ending of its engine files in ``engines/``; ``version`` changes
+    whenever the same segment would give another file."""
+
+    name: str
+    suffix: str
+    version: str
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot be used here (a missing package, and how to install it), or None."""
+
+    def prepare(self, segments: Sequence[BuildSegment]) -> None:
+        """Told all distinct segments of a conversion before the first ``refuses`` or ``build``, so that what they have
+        in common is translated once. Both work without it, but slowly. Never raises for an operator."""
+
+    def refuses(self, segment: BuildSegment) -> list[str]:
+        """What in ``segment`` this backend cannot build: one reason an operator; empty if it can."""
+
+    def build(self, segment: BuildSegment, weights: WeightFile, path: Path) -> None:
+        """Write the engine to ``path``. Weights are referred to in the shared file, never copied."""
+
+    def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
+        """Load an engine. ``segment`` names its outputs, in order. Raises :class:`BackendError` for a file that is no
+        engine of this backend, or another segment's, or for a device that the backend does not run on."""
+
+
+def check_input(name: str, tensor: torch.Tensor, specs: Mapping[str, TensorSpec]) -> None:
+    """Raise :class:`InputError` unless ``tensor`` fits the input ``name``."""
+    spec = specs.get(name)
+    if spec is None:
+        raise InputError(f"no input named {name!r}; there are: {', '.join(specs)}")
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+        given = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+        wanted = f"{dtype_name(spec.dtype)} {list(spec.shape)}"
+        raise InputError(f"{name} was converted as {wanted}, but is given as {given}")
+
+
+def source_line(node: fx.Node) -> str:
+    """`` at file.py:12`` of the user's code that a node comes from, or nothing if the graph does not say."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f" at {found[-1][0]}:{found[-1][1]}" if found else ""
+
+
+def get_backend(name: str) -> Backend:
+    """The backend called ``name``; raises :class:`BackendError` naming what there is, or what to install."""
+    from districompile.backends.eager import EagerBackend
+    from districompile.backends.onnxruntime import OnnxRuntimeBackend
+
+    known: dict[str, Backend] = {b.name: b for b in (EagerBackend(), OnnxRuntimeBackend())}
+    if name not in known:
+        raise BackendError(f"no backend named {name!r}; there are: {', '.join(sorted(known))}")
+    backend = known[name]
+    reason = backend.unavailable()
+    if reason is not None:
+        raise BackendError(reason)
+    return backend

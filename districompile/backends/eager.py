@@ -1,0 +1,103 @@
+"""The oracle: a segment's graph itself, stored as JSON and run operator by operator by PyTorch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from districompile.backends.base import BuildSegment, Engine, check_input, source_line
+from districompile.errors import BackendError
+from districompile.ir.plan import TensorSpec
+from districompile.ir.serialize import graph_from_json, graph_to_json, needed, op_name, spec_of
+from districompile.weights import WeightFile
+
+_FORMAT = "districompile segment 1"
+
+
+class EagerEngine(Engine):
+    """A graph module and its weights. Outputs are fresh memory at each call, or views of inputs where the graph gives
+    those."""
+
+    def __init__(
+        self, module: fx.GraphModule, inputs: dict[str, TensorSpec], weights: list[Tensor], outputs: tuple[str, ...]
+    ) -> None:
+        self._module = module
+        self._inputs = inputs
+        self._weights = weights
+        self._outputs = outputs
+        self._bound: dict[str, Tensor] = {}
+        self._results: dict[str, Tensor] = {}
+
+    def bind(self, name: str, tensor: Tensor) -> None:
+        check_input(name, tensor, self._inputs)
+        self._bound[name] = tensor
+
+    @torch.no_grad()
+    def enqueue(self) -> None:
+        # not inference mode: its tensors cannot be written in place by the caller's own code afterwards
+        self._results = {}
+        inputs = [self._bound.pop(name) for name in self._inputs]
+        self._results = dict(zip(self._outputs, self._module(*inputs, *self._weights), strict=True))
+
+    def output(self, name: str) -> Tensor:
+        return self._results[name]
+
+    def release(self) -> None:
+        self._results = {}
+
+
+class EagerBackend:
+    """Runs on any device PyTorch has; compiles nothing."""
+
+    name = "eager"
+    suffix = ".graph.json"
+    version = "1"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def prepare(self, segments: Sequence[BuildSegment]) -> None:
+        pass
+
+    def refuses(self, segment: BuildSegment) -> list[str]:
+        reasons: dict[str, str] = {}
+        for node in needed(segment.graph.graph):
+            try:
+                op_name(node.target)
+            except BackendError as e:
+                reasons.setdefault(str(node.target), f"{node.name}{source_line(node)}: {e}")
+        return list(reasons.values())
+
+    def build(self, segment: BuildSegment, weights: WeightFile, path: Path) -> None:
+        data = {
+            "format": _FORMAT,
+            "inputs": [name for name, _ in segment.inputs],
+            "weights": [name for name, _ in segment.weights],
+            "outputs": [name for name, _ in segment.outputs],
+            "graph": json.loads(graph_to_json(segment.graph)),
+        }
+        path.write_text(json.dumps(data, separators=(",", ":")))
+
+    def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
+        try:
+            data = json.loads(path.read_text())
+            if data["format"] != _FORMAT:
+                raise BackendError(f"{path} is of another version: {data['format']!r}, not {_FORMAT!r}")
+            names = [*data["inputs"], *data["weights"]]
+            module = graph_from_json(json.dumps(data["graph"]), device)
+            outputs = tuple(data["outputs"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e
+        placeholders = [spec_of(n) for n in module.graph.nodes if n.op == "placeholder"]
+        if outputs != tuple(segment) or len(placeholders) != len(names):
+            raise BackendError(f"{path} is another segment: it gives {outputs}, not {tuple(segment)}")
+        count = len(data["inputs"])
+        for name, spec in zip(names[count:], placeholders[count:], strict=True):
+            if weights.spec(name) != spec:
+                raise BackendError(f"{path} needs the weight {name!r} as {spec}, not as {weights.spec(name)}")
+        inputs = dict(zip(names[:count], placeholders[:count], strict=True))
+        return EagerEngine(module, inputs, [weights.tensor(n, device) for n in names[count:]], outputs)

@@ -1,0 +1,166 @@
+"""ONNX Runtime on the CPU: the backend that is there everywhere.
+
+Engine files hold no weights; a session maps them from the bundle's weight file, so that sessions and processes share
+their pages. (What a session makes of a weight is its own: float16 weights become float32 for lack of float16 kernels.)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from districompile.backends.base import BuildSegment, Engine, check_input, source_line
+from districompile.backends.onnx_export import Translator, kind_of
+from districompile.backends.onnx_proto import OPSET, Kind, Template, element_type, probe_model
+from districompile.errors import BackendError
+from districompile.ir.plan import TensorSpec, dtype_name
+from districompile.ir.serialize import needed
+from districompile.weights import WeightFile
+
+_INSTALL = 'pip install "districompile[onnxruntime]"'
+_DTYPES = {
+    "tensor(double)": torch.float64, "tensor(float)": torch.float32, "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16, "tensor(int64)": torch.int64, "tensor(int32)": torch.int32,
+    "tensor(int16)": torch.int16, "tensor(int8)": torch.int8, "tensor(uint8)": torch.uint8, "tensor(bool)": torch.bool,
+}  # fmt: skip
+
+
+class OnnxRuntimeEngine(Engine):
+    """A session. It reads inputs and writes outputs in PyTorch's own memory; outputs are fresh memory at each call."""
+
+    def __init__(self, session: Any, outputs: tuple[str, ...]) -> None:
+        self._session = session
+        self._inputs = {i.name: TensorSpec(tuple(i.shape), _DTYPES[i.type]) for i in session.get_inputs()}
+        given = {o.name: TensorSpec(tuple(o.shape), _DTYPES[o.type]) for o in session.get_outputs()}
+        self._outputs = {name: given[name] for name in outputs}
+        self._bound: dict[str, Tensor] = {}
+        self._results: dict[str, Tensor] = {}
+
+    def bind(self, name: str, tensor: Tensor) -> None:
+        check_input(name, tensor, self._inputs)
+        self._bound[name] = tensor
+
+    def enqueue(self) -> None:
+        binding = self._session.io_binding()
+        inputs = {name: self._bound.pop(name).detach().contiguous() for name in self._inputs}
+        self._results = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in self._outputs.items()}
+        for name, tensor in inputs.items():
+            binding.bind_input(name, "cpu", 0, element_type(tensor.dtype), list(tensor.shape), tensor.data_ptr())
+        for name, tensor in self._results.items():
+            binding.bind_output(name, "cpu", 0, element_type(tensor.dtype), list(tensor.shape), tensor.data_ptr())
+        self._session.run_with_iobinding(binding)
+
+    def output(self, name: str) -> Tensor:
+        return self._results[name]
+
+    def release(self) -> None:
+        self._results = {}
+
+
+class OnnxRuntimeBackend:
+    """Segments as ONNX files, run by ONNX Runtime's CPU kernels. Translations are kept for the life of this object."""
+
+    name = "onnxruntime"
+    suffix = ".onnx"
+    version = f"1, opset {OPSET}"
+
+    def __init__(self) -> None:
+        self.translator = Translator()
+        self._probed: dict[Kind, str | None] = {}
+
+    def unavailable(self) -> str | None:
+        missing = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]
+        return f"the onnxruntime backend needs {', '.join(missing)}: {_INSTALL}" if missing else None
+
+    def prepare(self, segments: Sequence[BuildSegment]) -> None:
+        self.translator.prepare(segments)
+        self._probe([kind_of(n) for s in segments for n in needed(s.graph.graph)])
+
+    def refuses(self, segment: BuildSegment) -> list[str]:
+        if reasons := self.translator.refuses(segment):
+            return reasons
+        nodes = {node: kind_of(node) for node in needed(segment.graph.graph)}
+        self._probe(nodes.values())
+        found: dict[str, str] = {}
+        for node, kind in nodes.items():
+            if isinstance(kind, Kind) and (reason := self._probed[kind]) is not None:
+                found.setdefault(f"{node.target} {reason}", f"{node.target} ({node.name}{source_line(node)}): {reason}")
+        return list(found.values())
+
+    def build(self, segment: BuildSegment, weights: WeightFile, path: Path) -> None:
+        path.write_bytes(self.translator.model(segment, weights).SerializeToString())
+
+    def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
+        if device.type != "cpu":
+            raise BackendError(
+                f"the onnxruntime backend runs on the CPU, not on {device}: convert with another backend"
+            )
+        if (reason := self.unavailable()) is not None:
+            raise BackendError(reason)
+        options = _options()
+        # An ONNX file may not refer to its parent's folder: engines/x.onnx cannot name ../weights.safetensors itself.
+        folder = str(weights.path.absolute().parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        # Repacked weights would be a private copy in each session, for no gain in speed that could be measured.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        session = _session(path.read_bytes(), options, f"{path} cannot be loaded by ONNX Runtime")
+        names = tuple(o.name for o in session.get_outputs())
+        if names != tuple(segment):
+            raise BackendError(f"{path} is another segment: it gives {names}, not {tuple(segment)}")
+        return OnnxRuntimeEngine(session, names)
+
+    def _probe(self, kinds: Any) -> None:
+        """Ask ONNX Runtime which kinds it has kernels for: all at once, one by one if that fails."""
+        pending: list[tuple[Kind, Template]] = []
+        for kind in dict.fromkeys(k for k in kinds if isinstance(k, Kind)):
+            template = self.translator.template(kind)
+            if kind not in self._probed and isinstance(template, Template):
+                pending.append((kind, template))
+        if pending and _runs(pending) is not None:
+            self._probed.update((kind, _runs([(kind, template)])) for kind, template in pending)
+        else:
+            self._probed.update((kind, None) for kind, _ in pending)
+
+
+def _options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    # Each of a hundred sessions has threads of its own: they must not spin while another session or rank computes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return options
+
+
+def _session(model: bytes, options: Any, failure: str) -> Any:
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # its exceptions have no common base of their own
+        raise BackendError(f"{failure}: {str(e).splitlines()[0]}") from e
+
+
+def _runs(templates: Sequence[tuple[Kind, Template]]) -> str | None:
+    """Why ONNX Runtime cannot run these, or None."""
+    import onnxruntime
+
+    options = _options()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        _session(probe_model(templates).SerializeToString(), options, "no ONNX Runtime kernel")
+    except BackendError as e:
+        dtypes = {dtype_name(spec.dtype) for kind, _ in templates for spec in (*kind.inputs, *kind.outputs)}
+        unusual = sorted(dtypes & {"bfloat16", "float64", "complex64", "float16"})
+        advice = f"; it has few {' or '.join(unusual)} kernels: convert the module as float32" if unusual else ""
+        return f"{e}{advice}"
+    return None

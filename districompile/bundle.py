@@ -1,0 +1,292 @@
+"""Bundles on disk: written beside their place and renamed, checked when opened, never a pickle.
+
+manifest.json        format and tool versions, the model's class and configuration, backend, mesh, files with sha256
+plan.json, plan.txt  what the runtime executes, and the same for people
+weights.safetensors  every weight once
+engines/             one file for each distinct segment, named by its content
+graphs/              what the passes saw, on request
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Literal
+
+from districompile.errors import BundleError
+from districompile.ir.plan import Plan
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+PLAN_TEXT = "plan.txt"
+WEIGHTS = "weights.safetensors"
+ENGINES = "engines"
+
+_CHUNK = 1 << 22
+_PACKAGES = ("districompile", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class BundleWriter:
+    """Writes a bundle: everything into a folder beside ``path``, which takes its place when ``finish`` was reached.
+
+    A context manager. Leaving it without :meth:`finish`, or by an exception, removes what was written and leaves a
+    bundle that was there before as it was. An ``OSError`` inside becomes a one-line :class:`BundleError`. ``path`` may
+    be a bundle, which is replaced, or an empty folder; anything else is refused at once.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.target = Path(path).absolute()
+        self.folder = self.target.parent / f".{self.target.name}.{uuid.uuid4().hex[:12]}.part"
+        self._hashes: dict[str, str] = {}
+        self._finished = False
+
+    def __enter__(self) -> BundleWriter:
+        if self.target.exists() and not _replaceable(self.target):
+            raise BundleError(f"{self.target} exists and is not a bundle: choose another place, or remove it")
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir()
+        except OSError as e:
+            raise self._error(e) from e
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None and self._finished:
+                self._move()
+        except OSError as e:
+            raise self._error(e) from e
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError) or (isinstance(error, Exception) and _tells_full_disk(error)):
+            raise self._error(error) from error
+
+    def path(self, name: str) -> Path:
+        """Where to write the file ``name`` ("weights.safetensors"); its folder exists."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def text(self, name: str, text: str) -> None:
+        """Write a text file."""
+        data = text.encode()
+        self.path(name).write_bytes(data)
+        self._hashes[name] = hashlib.sha256(data).hexdigest()
+
+    def copy(self, name: str, source: Path) -> None:
+        """Copy a file, hashing it on the way."""
+        digest = hashlib.sha256()
+        with source.open("rb") as src, self.path(name).open("wb") as dst:
+            while block := src.read(_CHUNK):
+                digest.update(block)
+                dst.write(block)
+        self._hashes[name] = digest.hexdigest()
+
+    def known(self, name: str, sha256: str) -> None:
+        """Note the hash of a file, where whoever wrote it knows it: it is not read again."""
+        self._hashes[name] = sha256
+
+    def finish(
+        self,
+        plan: Plan,
+        plan_text: str,
+        *,
+        backend: str,
+        device: str = "cpu",
+        source: str | None = None,
+        model_class: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        graphs: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write the plan and the manifest, when weights and engines are there.
+
+        ``source`` is where the model came from (a folder or hub id), ``config`` its configuration, of which what JSON
+        cannot hold is kept as text. ``graphs`` are dumps by file name.
+        """
+        self.text(PLAN, plan.to_json())
+        self.text(PLAN_TEXT, plan_text)
+        for name, text in (graphs or {}).items():
+            self.text(f"graphs/{name}", text)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "versions": _versions(),
+            "source": source,
+            "class": model_class,
+            "backend": backend,
+            "device": device,
+            "mesh": {"cfg": 2 if plan.options.get("cfg") == "split" else 1, "patch": plan.ranks},
+            "config": None if config is None else dict(config),
+            "files": self._files(progress),
+        }
+        self.path(MANIFEST).write_text(json.dumps(manifest, indent=1, default=str))
+        self._finished = True
+
+    def _files(self, progress: Progress | None) -> dict[str, dict[str, Any]]:
+        """Size and sha256 of every file, hashing those whose hash is not known yet."""
+        files = {p.relative_to(self.folder).as_posix(): p for p in sorted(self.folder.rglob("*")) if p.is_file()}
+        unknown = {name: path for name, path in files.items() if name not in self._hashes}
+        self._hashes |= hash_files(unknown, progress)
+        return {name: {"size": path.stat().st_size, "sha256": self._hashes[name]} for name, path in files.items()}
+
+    def _move(self) -> None:
+        """Put the new folder in place; the old one, if any, goes only when the new one is there."""
+        if not self.target.exists():
+            self.folder.rename(self.target)
+            return
+        old = self.folder.with_suffix(".old")
+        self.target.rename(old)
+        try:
+            self.folder.rename(self.target)
+        except OSError:
+            old.rename(self.target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _error(self, error: BaseException) -> BundleError:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+        way_out = "free some space, or choose another place" if _tells_full_disk(error) else "choose another place"
+        return BundleError(f"cannot write the bundle {self.target}: {reason}: {way_out}; nothing was left behind")
+
+
+class Bundle:
+    """A bundle opened for reading."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], plan: Plan) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.plan = plan
+
+    @staticmethod
+    def open(
+        path: str | os.PathLike[str], verify: bool | Literal["quick"] = True, progress: Progress | None = None
+    ) -> Bundle:
+        """Open and check a bundle: format version, files, sizes and hashes (``"quick"``: no hashes; False: neither).
+
+        Raises :class:`BundleError`, one line that names the file and the way out.
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        files = manifest["files"]
+        paths = {name: folder / name for name in files}
+        if verify:
+            for name, file in paths.items():
+                _check_size(folder, name, file, files[name]["size"])
+        if verify is True:
+            for name, sha256 in hash_files(paths, progress).items():
+                if sha256 != files[name]["sha256"]:
+                    raise BundleError(f"{folder / name} was changed: its hash is not the one in {MANIFEST}{_AGAIN}")
+        try:
+            plan = Plan.from_json((folder / PLAN).read_text())
+        except OSError as e:
+            raise BundleError(f"{folder / PLAN} cannot be read: {e.strerror}{_AGAIN}") from e
+        except BundleError as e:
+            raise BundleError(f"{folder}: {e}{_AGAIN}") from e
+        return Bundle(folder, manifest, plan)
+
+    @property
+    def weights_path(self) -> Path:
+        return self.path / WEIGHTS
+
+    def engine_path(self, engine: str, suffix: str = "") -> Path:
+        """The file of an engine as the plan names it, with or without the backend's ``suffix``."""
+        for name in (f"{ENGINES}/{engine}", f"{ENGINES}/{engine}{suffix}"):
+            if name in self.manifest["files"] and (self.path / name).is_file():
+                return self.path / name
+        raise BundleError(f"{self.path / ENGINES / engine} is missing{_AGAIN}")
+
+
+_AGAIN = ": copy the bundle again, or convert again"
+
+
+def hash_files(paths: Mapping[str, Path], progress: Progress | None = None) -> dict[str, str]:
+    """sha256 in hex of each file; ``progress`` is told the bytes done and in all."""
+    total = sum(p.stat().st_size for p in paths.values())
+    done = 0
+    hashes = {}
+    buffer = memoryview(bytearray(_CHUNK))
+    for name, path in paths.items():
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb", buffering=0) as file:
+                while n := file.readinto(buffer):
+                    digest.update(buffer[:n])
+                    done += n
+                    if progress is not None:
+                        progress(done, total)
+        except OSError as e:
+            raise BundleError(f"{path} cannot be read: {e.strerror}{_AGAIN}") from e
+        hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: there is no such bundle; make one with `districompile convert`")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BundleError(f"{path} cannot be read ({type(e).__name__}: {e}){_AGAIN}") from e
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{folder} has format version {version}, and this districompile reads version {FORMAT_VERSION}: "
+            "use the districompile that wrote it "
+            f"({(manifest.get('versions') or {}).get('districompile', 'unknown')}), or convert again"
+        )
+    if not isinstance(manifest.get("files"), dict) or not {PLAN, WEIGHTS} <= manifest["files"].keys():
+        raise BundleError(f"{path} does not list the bundle's files{_AGAIN}")
+    for name, entry in manifest["files"].items():
+        parts = PurePosixPath(name).parts
+        if not parts or ".." in parts or PurePosixPath(name).is_absolute():
+            raise BundleError(f"{path} lists the file {name!r} outside of the bundle: do not use this bundle")
+        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+            raise BundleError(f"{path} lists {name!r} without size and hash{_AGAIN}")
+    return dict(manifest)
+
+
+def _check_size(folder: Path, name: str, file: Path, size: int) -> None:
+    if not file.is_file():
+        raise BundleError(f"{folder / name} is missing{_AGAIN}")
+    if file.stat().st_size != size:
+        raise BundleError(f"{folder / name} has {file.stat().st_size} bytes instead of {size}{_AGAIN}")
+
+
+def _replaceable(target: Path) -> bool:
+    """Whether ``target`` may be replaced: a bundle, or an empty folder."""
+    return target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))
+
+
+def _tells_full_disk(error: BaseException) -> bool:
+    """Also of libraries that write for themselves and report errors in their own way."""
+    return (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device" in str(error)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

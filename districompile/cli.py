@@ -1,0 +1,227 @@
+"""The command line: what can be typed. What the commands do is in :mod:`districompile.commands`, imported when one
+runs, so that ``--help`` and a mistyped option answer at once.
+
+Exit codes: 0 done; 1 ``verify`` found a difference; 2 a user error, told in one line on standard error; 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from districompile.errors import Error
+
+app = typer.Typer(
+    name="districompile",
+    help="Compile a diffusion model into programs for N GPUs (or CPU processes) that draw one image together.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Cfg = Literal["none", "batch", "split"]
+GroupNorm = Literal["corrected_async", "sync", "stale", "local"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+MODEL_HELP = "'demo', a diffusers folder, a hub id (owner/name), or package.module:factory."
+Gpus = Annotated[int, typer.Option("--gpus", "-n", min=1, help="How many processes share one image.")]
+Height = Annotated[int | None, typer.Option(help="Pixels; for a bare UNet without a VAE, rows of its input.")]
+Width = Annotated[int | None, typer.Option(help="Pixels; as for the height.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images in one call.")]
+CfgOption = Annotated[
+    Cfg | None,
+    typer.Option(
+        help="Guidance. batch: both halves in one doubled batch on every GPU (the default of text models); "
+        "split: each half on its own half of the GPUs; none: no guidance."
+    ),
+]
+GroupNormOption = Annotated[GroupNorm | None, typer.Option(help="Statistics of displaced norms [corrected_async].")]
+Warmup = Annotated[int | None, typer.Option(min=1, help="Exact steps at the start of every image [4].")]
+Displace = Annotated[
+    str | None,
+    typer.Option(help="Exchanges to displace, of attention,conv,norm,resize,other; or none, or all [all]."),
+]
+BackendOption = Annotated[str | None, typer.Option(help="What the segments are compiled with [onnxruntime].")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Type of the weights [float32].")]
+Segments = Annotated[int | None, typer.Option(min=1, help="Engines per steady step, at most [4].")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by convert.")]
+ModelOverride = Annotated[
+    str | None, typer.Option("--model", help="Where the original model is now, if it moved since convert.")
+]
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    gpus: Gpus = 2,
+    height: Height = None,
+    width: Width = None,
+    batch: Batch = 1,
+    cfg: CfgOption = None,
+    groupnorm: GroupNormOption = None,
+    warmup_steps: Warmup = None,
+    displace: Displace = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = None,
+    out: Annotated[Path | None, typer.Option(help="The bundle's folder [NAME-Ngpu here].")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="An operator without a rule is an error.")] = False,
+    dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this folder.")] = None,
+    passes: Annotated[
+        list[str] | None, typer.Option(help="A pass of your own, package.module:Class. May be repeated.")
+    ] = None,
+    rules: Annotated[
+        list[str] | None, typer.Option(help="A module with rules of your own, package.module. May be repeated.")
+    ] = None,
+    stop_after: Annotated[str | None, typer.Option(help="Stop after this pass and print the graph.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave out this pass. May be repeated.")] = None,
+    segments: Segments = None,
+    as_json: Json = False,
+) -> int:
+    """Compile MODEL for N processes into a bundle on disk."""
+    from districompile.commands import convert as command
+
+    settings = command.Settings(
+        model=model, gpus=gpus, height=height, width=width, batch=batch, cfg=cfg, groupnorm=groupnorm,
+        warmup_steps=warmup_steps, displace=displace, backend=backend, dtype=dtype, segments=segments, strict=strict,
+        dump=dump, passes=tuple(passes or ()), rules=tuple(rules or ()), stop_after=stop_after, skip=tuple(skip or ()),
+    )  # fmt: skip
+    return command.main(settings, out, as_json)
+
+
+@app.command()
+def inspect(
+    bundle: BundleArgument,
+    graph: Annotated[
+        Literal["warmup", "steady"] | None, typer.Option(help="Print the steps of this phase instead.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Show what a bundle does: rows per rank, exchanges, bytes per step, fallbacks, segments."""
+    from districompile.commands import inspect as command
+
+    return command.main(bundle, graph, as_json)
+
+
+@app.command()
+def verify(
+    bundle: BundleArgument,
+    prompt: Annotated[str | None, typer.Option(help="What to draw for the drift.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps for the drift.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of inputs and latents.")] = 0,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative error of the exact phase [by dtype and backend].")
+    ] = None,
+    drift: Annotated[bool, typer.Option(help="Measure the displaced phase over a whole sampling run.")] = True,
+    model: ModelOverride = None,
+    as_json: Json = False,
+) -> int:
+    """Compare a bundle with the original model: the exact phase's error, and the displaced phase's drift."""
+    from districompile.commands import verify as command
+
+    settings = command.Settings(
+        bundle=bundle, prompt=prompt, steps=steps, seed=seed, tolerance=tolerance, drift=drift, model=model
+    )
+    return command.main(settings, as_json)
+
+
+@app.command()
+def run(
+    bundle: Annotated[
+        str, typer.Argument(metavar="BUNDLE", help="A folder made by convert, or a MODEL as for convert.")
+    ],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to draw.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale [the pipeline's own].")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same image.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The image file; its ending gives the format.")] = Path(
+        "image.png"
+    ),
+    log_dir: Annotated[Path | None, typer.Option(help="Keep the log of every process here.")] = None,
+    model: ModelOverride = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", "-n", min=1, help="For a MODEL: how many processes [2].")
+    ] = None,
+    height: Height = None,
+    width: Width = None,
+    cfg: CfgOption = None,
+    groupnorm: GroupNormOption = None,
+    warmup_steps: Warmup = None,
+    displace: Displace = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = None,
+    segments: Segments = None,
+    as_json: Json = False,
+) -> int:
+    """Draw one image on all processes of a bundle. A MODEL is converted first, and kept in a cache for the next
+    time."""
+    from districompile.commands import run as command
+
+    settings = command.Settings(
+        bundle=bundle, prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, seed=seed,
+        out=out, log_dir=log_dir, model=model, gpus=gpus,
+        conversion={
+            "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
+            "displace": displace, "backend": backend, "dtype": dtype, "segments": segments,
+        },
+    )  # fmt: skip
+    return command.main(settings, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> int:
+    """Show versions, devices, and which backends can be used here, and why not."""
+    from districompile.commands import doctor as command
+
+    return command.main(as_json)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"districompile {version('districompile')}")
+        raise typer.Exit(0)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors that a user can cause are one line, everything else is a defect
+    and keeps its traceback."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        # Typer's group turns Ctrl-C into the result 130.
+        result: Any = typer.main.get_command(app).main(
+            args=args or ["--help"], prog_name="districompile", standalone_mode=False
+        )
+    except Error as e:
+        return _fail(str(e))
+    except KeyboardInterrupt:
+        return 130
+    except typer.Abort:
+        return 130
+    except Exception as e:
+        # Usage errors; their class lives in click or inside typer, depending on typer's version.
+        if hasattr(e, "format_message") and hasattr(e, "exit_code"):
+            return _fail(str(e.format_message()))
+        raise
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str) -> int:
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    print(f"error: {line}", file=sys.stderr)
+    return 2

@@ -1,0 +1,3 @@
+"""What the commands of :mod:`districompile.cli` do, one module each."""
+
+from __future__ import annotations

@@ -1,0 +1,155 @@
+"""``districompile convert``: load, compile, save, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from districompile import api
+from districompile.backends.base import get_backend
+from districompile.bundle import Bundle
+from districompile.commands.common import UsageError, check_writable, console, is_bundle, print_json, quiet_libraries
+from districompile.ir.plan import dtype_of
+from districompile.models.inputs import parameter_bytes
+from districompile.models.sources import LoadedModel, add_current_folder, load_source
+from districompile.progress import Progress, terminal_progress
+from districompile.report import Report, size
+
+DEFAULT_BACKEND = "onnxruntime"
+DEFAULT_DTYPE = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of ``convert``; None means that the default is used."""
+
+    model: str
+    gpus: int = 2
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    cfg: str | None = None
+    groupnorm: str | None = None
+    warmup_steps: int | None = None
+    displace: str | None = None
+    backend: str | None = None
+    dtype: str | None = None
+    segments: int | None = None
+    strict: bool = False
+    dump: Path | None = None
+    passes: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+    stop_after: str | None = None
+    skip: tuple[str, ...] = ()
+
+
+def main(settings: Settings, out: Path | None, as_json: bool) -> int:
+    """Convert, save to ``out`` and print what was made."""
+    target = out or default_out(settings)
+    if settings.stop_after is None:
+        check_target(target)
+    get_backend(settings.backend or DEFAULT_BACKEND)
+    quiet_libraries()
+    progress = terminal_progress()
+    started = time.perf_counter()
+    program, loaded = compile_model(settings, progress)
+    compiled = time.perf_counter()
+    if settings.stop_after is not None:
+        print(program.graph_text("warmup"))
+        return 0
+    save(program, target, settings, loaded, progress)
+    plan = Bundle.open(target, verify=False).plan  # with the engines that were built
+    seconds = {"convert": round(compiled - started, 2), "save": round(time.perf_counter() - compiled, 2)}
+    if as_json:
+        print_json({"bundle": str(target), "seconds": seconds, "report": Report(plan).to_dict()})
+        return 0
+    terminal = console()
+    terminal.print(Report(plan))
+    for line in pass_lines(plan.report):
+        terminal.print(line, markup=False, highlight=False)
+    terminal.print(
+        f"{target}: {size(folder_bytes(target))}, converted in {seconds['convert']} s, built and saved in "
+        f"{seconds['save']} s",
+        markup=False,
+        highlight=False,
+    )
+    return 0
+
+
+def compile_model(settings: Settings, progress: Progress) -> tuple[Any, LoadedModel]:
+    """Load the model and compile it; returns the program and what was loaded."""
+    with progress.task(f"loading {settings.model}") as task:
+        loaded = load_source(settings.model, dtype_of(settings.dtype or DEFAULT_DTYPE))
+        task.describe(f"loaded {size(parameter_bytes(loaded.module))} of weights")
+    cfg = settings.cfg or loaded.cfg
+    example = loaded.example(settings.height, settings.width, settings.batch, cfg)
+    if cfg == "split" and settings.gpus % 2:
+        raise UsageError(f"--cfg split gives each guidance half its own GPUs: --gpus must be even, not {settings.gpus}")
+    add_current_folder()
+    options: dict[str, Any] = {
+        "groupnorm": settings.groupnorm,
+        "displace": settings.displace,
+        "warmup_steps": settings.warmup_steps,
+        "segments": settings.segments,
+        "dump": settings.dump,
+        "stop_after": settings.stop_after,
+    }
+    program = api.convert(
+        loaded.module,
+        args=example.args,
+        kwargs=example.kwargs,
+        ranks=settings.gpus,
+        rows=example.rows,
+        cfg="split" if cfg == "split" else "none",
+        passes=settings.passes,
+        rules=settings.rules,
+        strict=settings.strict,
+        skip=settings.skip,
+        progress=progress,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    # What the pipeline around the module has to know, and the module itself does not.
+    dtype = settings.dtype or DEFAULT_DTYPE
+    program.plan.options.update(guidance=cfg, images=settings.batch, dtype=dtype)
+    for name, value in (("height", settings.height), ("width", settings.width)):
+        position = 0 if name == "height" else 1
+        known = loaded.default_size[position] if loaded.default_size else None
+        program.plan.options[name] = known if value is None else value
+    return program, loaded
+
+
+def save(program: Any, target: Path, settings: Settings, loaded: LoadedModel, progress: Progress) -> None:
+    """Build the engines and write the bundle; a failure leaves nothing at ``target``."""
+    program.save(target, backend=settings.backend or DEFAULT_BACKEND, source=loaded.source, progress=progress)
+
+
+def default_out(settings: Settings) -> Path:
+    """``NAME-Ngpu`` in the current folder, NAME being the model's last part."""
+    name = re.split(r"[/:]", settings.model.rstrip("/"))[-1] or "model"
+    if Path(settings.model).is_dir():
+        name = Path(settings.model).resolve().name
+    return Path(f"{name}-{settings.gpus}gpu")
+
+
+def check_target(target: Path) -> None:
+    """Refuse, before any work, to write over something that is not a bundle."""
+    if target.exists() and not is_bundle(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"{target} exists and is not a bundle: choose another --out, or remove it")
+    check_writable(target.absolute().parent)
+
+
+def pass_lines(report: dict[str, Any]) -> list[str]:
+    """One line naming the passes that ran; those that change numerics are marked."""
+    passes = report.get("passes", ())
+    if not passes:
+        return []
+    names = ", ".join(p["name"] + ("" if p["exact"] else " (displaced)") for p in passes)
+    return [f"passes: {names}"]
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files under ``folder``."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

@@ -1,0 +1,84 @@
+"""``districompile doctor``: versions, devices, backends."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from districompile.backends import base
+from districompile.commands.common import console, print_json
+from districompile.errors import BackendError
+from districompile.models.sources import DEMO
+
+PACKAGES = ("districompile", "torch", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime",
+            "diffusers", "transformers", "accelerate")  # fmt: skip
+# Backends, and where they were executed by the tests: nothing else is claimed.
+BACKENDS = {"eager": "CPU", "onnxruntime": "CPU"}
+
+
+def main(as_json: bool) -> int:
+    """Print what is installed, and what it can be used for."""
+    facts = gather()
+    if as_json:
+        print_json(facts)
+        return 0
+    terminal = console()
+    terminal.print(
+        f"python {facts['python']} on {facts['system']}, {facts['cpu_threads']} CPU threads", highlight=False
+    )
+    terminal.print("GPUs: " + ("; ".join(facts["gpus"]) or "none"), markup=False, highlight=False)
+    terminal.print(f"demo model: {facts['demo']}", markup=False, highlight=False)
+    table = Table("package", "version", box=None, pad_edge=False)
+    for name, found in facts["packages"].items():
+        table.add_row(name, found or "not installed")
+    terminal.print(table)
+    table = Table("backend", "here", "tested on", "", box=None, pad_edge=False)
+    for name, entry in facts["backends"].items():
+        table.add_row(name, "usable" if entry["usable"] else "no", entry["tested_on"], entry["reason"] or "")
+    terminal.print(table)
+    return 0
+
+
+def gather() -> dict[str, Any]:
+    """All facts as plain data."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "gpus": _gpus(),
+        "demo": "installed" if (DEMO / "model_index.json").is_file() else "not installed",
+        "backends": {name: _backend(name) for name in BACKENDS},
+    }
+
+
+def _backend(name: str) -> dict[str, Any]:
+    try:
+        base.get_backend(name)
+    except BackendError as e:
+        return {"usable": False, "reason": str(e), "tested_on": BACKENDS[name]}
+    return {"usable": True, "reason": None, "tested_on": BACKENDS[name]}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        pass
+    try:
+        found = getattr(importlib.import_module(package), "__version__", None)
+    except ImportError:
+        return None
+    return None if found is None else str(found)
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{p.name}, {p.total_memory / 1e9:.0f} GB, compute capability {p.major}.{p.minor}" for p in properties]

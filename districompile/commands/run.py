@@ -1,0 +1,169 @@
+"""``districompile run``: draw one image on all processes of a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from districompile.backends.base import get_backend
+from districompile.bundle import Bundle
+from districompile.commands import convert as converting
+from districompile.commands.common import (
+    UsageError,
+    check_writable,
+    console,
+    is_bundle,
+    print_json,
+    quiet_libraries,
+)
+from districompile.commands.drawing import Request, check_guidance, draw, image_format, save_images
+from districompile.ir.plan import dtype_of
+from districompile.models.sources import DEMO, load_pipeline, pipeline_location
+from districompile.progress import Silent, terminal_progress
+from districompile.runtime.launcher import launch
+from districompile.runtime.module import load
+from districompile.runtime.runner import world_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of ``run``. ``bundle`` is a bundle or a MODEL; ``conversion`` holds options of ``convert`` by name,
+    None where they were not given, which apply to a MODEL only."""
+
+    bundle: str
+    prompt: str | None
+    negative_prompt: str | None
+    steps: int
+    guidance: float | None
+    seed: int
+    out: Path
+    log_dir: Path | None
+    model: str | None
+    gpus: int | None
+    conversion: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every rank is told."""
+
+    bundle: Path
+    model: str
+    dtype: str
+    request: Request
+    out: Path
+
+
+def main(settings: Settings, as_json: bool) -> int:
+    """Convert first where a MODEL was given, then start the processes and wait for the image."""
+    image_format(settings.out)
+    check_writable(settings.out.absolute().parent)
+    quiet_libraries()
+    folder = _bundle_folder(settings)
+    bundle = Bundle.open(folder)
+    plan = bundle.plan
+    model = settings.model or bundle.manifest.get("source")
+    if not model:
+        raise UsageError(f"{folder} does not say where its model came from: give --model")
+    check_guidance(plan.options, settings.guidance)
+    if settings.prompt is None and any(i.path == "encoder_hidden_states" for i in plan.inputs):
+        raise UsageError("--prompt is needed: the model draws from text")
+    pipeline_location(str(model))
+    request = Request(
+        settings.prompt, settings.negative_prompt, settings.steps, settings.guidance, settings.seed, dict(plan.options)
+    )
+    settings.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    world = world_size(plan)
+    job = Job(folder.resolve(), str(model), str(plan.options.get("dtype", "float32")), request, settings.out.absolute())
+    figures = launch(worker, (job,), world, log_dir=settings.log_dir).get(0)
+    if figures is None:  # another rank under an outer launcher
+        return 0
+    if as_json:
+        print_json(
+            {**figures, "bundle": str(folder), "processes": world, "steps": settings.steps, "seed": settings.seed}
+        )
+        return 0
+    for image in figures["images"]:
+        console().print(
+            f"{image}: {settings.steps} steps on {world} processes in {figures['seconds']:.1f} s "
+            f"({figures['it_per_s']:.2f} it/s)",
+            markup=False,
+            highlight=False,
+        )
+    return 0
+
+
+def worker(job: Job) -> dict[str, Any] | None:
+    """One rank: the unmodified pipeline around the compiled UNet. Rank 0 shows progress, writes the image and returns
+    what there is to tell."""
+    quiet_libraries()
+    first = int(os.environ.get("RANK", "0")) == 0
+    compiled = load(job.bundle)
+    pipe = load_pipeline(job.model, dtype_of(job.dtype))
+    pipe.unet = compiled
+    progress = terminal_progress() if first else Silent()
+    picture = draw(pipe, job.request, progress, decode=first)
+    if not first or picture.pixels is None:
+        return None
+    if not torch.isfinite(picture.pixels).all():
+        raise UsageError("the image holds NaN or infinite values; nothing was written (try --dtype float32)")
+    images = save_images(picture.pixels, job.out)
+    return {
+        "images": [str(p) for p in images],
+        "seconds": round(picture.seconds, 3),
+        "it_per_s": round(picture.calls / picture.seconds, 3),
+    }
+
+
+def _bundle_folder(settings: Settings) -> Path:
+    """The bundle that was given, or the cached conversion of the MODEL that was given."""
+    path = Path(settings.bundle).expanduser()
+    given = {name: value for name, value in settings.conversion.items() if value is not None}
+    if settings.gpus is not None:
+        given["gpus"] = settings.gpus
+    if is_bundle(path):
+        if given:
+            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise UsageError(f"{names}: only for a MODEL; {path} is a bundle, whose options are fixed (convert again)")
+        return path
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("under torchrun give a bundle, made by districompile convert before")
+    conversion = converting.Settings(model=settings.bundle, **{"gpus": 2, **given})
+    folder = cache_root() / _key(conversion)
+    if is_bundle(folder):
+        return folder
+    progress = terminal_progress()
+    get_backend(conversion.backend or converting.DEFAULT_BACKEND)
+    program, loaded = converting.compile_model(conversion, progress)
+    check_writable(folder.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    converting.save(program, folder, conversion, loaded, progress)
+    print(
+        f"converted {settings.bundle} for {conversion.gpus} processes; the bundle is kept in {folder}", file=sys.stderr
+    )
+    return folder
+
+
+def cache_root() -> Path:
+    """Where conversions made by ``run`` are kept: the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "districompile"
+
+
+def _key(conversion: converting.Settings) -> str:
+    """A name that changes with the model's files, the options, the compiler's own files and torch."""
+    parts: list[str] = [repr(conversion), torch.__version__]
+    folders = [DEMO if conversion.model == "demo" else Path(conversion.model).expanduser()]
+    folders.append(Path(__file__).resolve().parents[1])
+    for folder in folders:
+        if folder.is_dir():
+            files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+            parts += [f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]
+    name = converting.default_out(conversion).name
+    return f"{name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}"

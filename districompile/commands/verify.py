@@ -1,0 +1,223 @@
+"""``districompile verify``: a bundle against the original model.
+
+The exact phase is compared call by call on random inputs. The drift of the displaced phase is measured over a whole
+sampling run from the same seed: with the pipeline where the source has one, otherwise with a plain DDIM loop around the
+UNet. All ranks run in this process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from districompile.bundle import Bundle
+from districompile.commands.common import UsageError, console, print_json, quiet_libraries
+from districompile.commands.drawing import Request, draw
+from districompile.ir.plan import Plan, dtype_name, dtype_of
+from districompile.models.sources import LoadedModel, import_diffusers, load_source
+from districompile.progress import Progress, terminal_progress
+from districompile.runtime.module import DistributedModule, load
+
+PROMPT = "a red circle above a blue square at sunset"
+# Largest |difference| / largest |value| of the exact phase; other backends than eager reorder sums.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+EAGER_TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+CHECKED_CALLS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of ``verify``."""
+
+    bundle: Path
+    prompt: str | None = None
+    steps: int = 50
+    seed: int = 0
+    tolerance: float | None = None
+    drift: bool = True
+    model: str | None = None
+
+
+def main(settings: Settings, as_json: bool) -> int:
+    """Print the comparison; 1 where the exact phase is off by more than the tolerance."""
+    if settings.tolerance is not None and settings.tolerance < 0:
+        raise UsageError("--tolerance must be 0 or more")
+    bundle = Bundle.open(settings.bundle)
+    quiet_libraries()
+    progress = terminal_progress()
+    found = compare(settings, bundle.plan, bundle.manifest, progress)
+    ok = bool(found["exact"]["ok"])
+    if as_json:
+        print_json(found)
+        return 0 if ok else 1
+    terminal = console()
+    exact = found["exact"]
+    terminal.print(
+        f"exact phase: largest relative error {exact['max_relative_error']:.2e} over {exact['calls']} calls "
+        f"({'within' if ok else 'ABOVE'} the tolerance of {exact['tolerance']:g})",
+        highlight=False,
+    )
+    drift = found["drift"]
+    if drift is not None:
+        psnr = "identical" if drift["psnr_db"] is None else f"PSNR {drift['psnr_db']:.1f} dB"
+        terminal.print(
+            f"displaced phase: {drift['steps']} steps, {drift['warmup_steps']} of them exact; relative error of the "
+            f"result {drift['relative_error']:.2e}, {drift['of']} {psnr}",
+            highlight=False,
+        )
+    return 0 if ok else 1
+
+
+def compare(settings: Settings, plan: Plan, manifest: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """The comparison as plain data: ``exact`` and ``drift`` (None where there is nothing to sample)."""
+    source = settings.model or manifest.get("source")
+    if not source:
+        raise UsageError("the bundle does not say where its model came from: give --model")
+    dtype = plan.options.get("dtype") or _weight_dtype(plan)
+    with progress.task(f"loading {source}"):
+        loaded = load_source(str(source), dtype_of(dtype))
+        compiled = load(settings.bundle, lockstep=True)
+    tolerance = settings.tolerance
+    if tolerance is None:
+        table = EAGER_TOLERANCES if manifest.get("backend") == "eager" else TOLERANCES
+        tolerance = table.get(dtype, 1e-4)
+    error = exact_error(loaded, compiled, plan.options, settings.seed, progress)
+    drift = None
+    if settings.drift and loaded.kind in ("UNet2DConditionModel", "UNet2DModel"):
+        drift = measure_drift(loaded, compiled, plan.options, settings, progress)
+    return {
+        "bundle": str(settings.bundle),
+        "model": source,
+        "exact": {
+            "max_relative_error": error,
+            "tolerance": tolerance,
+            # Written so that a NaN is not ok.
+            "ok": error <= tolerance,
+            "calls": CHECKED_CALLS,
+        },
+        "drift": drift,
+    }
+
+
+def exact_error(
+    loaded: LoadedModel, compiled: DistributedModule, options: Mapping[str, Any], seed: int, progress: Progress
+) -> float:
+    """Largest |difference| / largest |value| over all outputs of :data:`CHECKED_CALLS` calls in the exact phase."""
+    worst = 0.0
+    with progress.task("exact phase", 2 * CHECKED_CALLS) as task, torch.inference_mode():
+        for i in range(CHECKED_CALLS):
+            example = _example(loaded, options, seed + i)
+            expected = list(_leaves(loaded.module(*example.args, **example.kwargs)))
+            task.advance()
+            with compiled.exact():
+                actual = list(_leaves(compiled(*example.args, **example.kwargs)))
+            task.advance()
+            if len(actual) != len(expected):
+                return math.inf
+            for a, b in zip(actual, expected, strict=True):
+                error = relative_error(a, b)
+                worst = error if math.isnan(error) else max(worst, error)
+                if math.isnan(worst):
+                    return worst
+    return worst
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max |a - b| / max |b|, in float64; infinite for another shape."""
+    if actual.shape != expected.shape:
+        return math.inf
+    if not expected.numel():
+        return 0.0
+    a, b = actual.double(), expected.double()
+    scale = b.abs().max().item()
+    return (a - b).abs().max().item() / (scale or 1.0)
+
+
+def measure_drift(
+    loaded: LoadedModel, compiled: DistributedModule, options: Mapping[str, Any], settings: Settings, progress: Progress
+) -> dict[str, Any]:
+    """Sample twice from one seed, with the original and with the compiled model, and compare what comes out."""
+    compiled.reset()
+    if loaded.pipeline_loader is not None:
+        pipe = loaded.pipeline_loader()
+        request = Request(settings.prompt or PROMPT, None, settings.steps, None, settings.seed, options)
+        pictures = []
+        for module in (loaded.module, compiled):
+            pipe.unet = module
+            pictures.append(draw(pipe, request, progress))
+        expected, actual = (p.pixels for p in pictures)
+        before, after = (p.latents if p.latents is not None else p.pixels for p in pictures)
+        of, peak = "image", 1.0
+    else:
+        expected, actual = (sample(loaded, m, options, settings, progress) for m in (loaded.module, compiled))
+        before, after = expected, actual
+        of, peak = "sample", float(expected.max() - expected.min())
+    assert expected is not None and actual is not None and before is not None and after is not None
+    error = (after - before).double().norm() / before.double().norm()
+    return {
+        "steps": settings.steps,
+        "warmup_steps": int(options.get("warmup_steps", 0)),
+        "relative_error": float(error),
+        "psnr_db": psnr(actual, expected, peak),
+        "of": of,
+    }
+
+
+def psnr(actual: Tensor, expected: Tensor, peak: float) -> float | None:
+    """Peak signal-to-noise ratio in dB; None where the two are equal."""
+    mse = (actual.double() - expected.double()).square().mean().item()
+    return None if mse == 0 else 10 * math.log10(peak * peak / mse)
+
+
+def sample(
+    loaded: LoadedModel, module: nn.Module, options: Mapping[str, Any], settings: Settings, progress: Progress
+) -> Tensor:
+    """A DDIM run around a bare UNet, from the example's inputs; guidance halves are computed, and the first is
+    followed."""
+    scheduler = import_diffusers().DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    scheduler.set_timesteps(settings.steps)
+    example = _example(loaded, options, settings.seed)
+    first: Tensor = example.args[0]
+    images = int(options.get("images", 1))
+    x = first[:images].clone()
+    with progress.task("sampling", settings.steps) as task, torch.inference_mode():
+        for t in scheduler.timesteps:
+            batch = x.repeat(first.shape[0] // images, *[1] * (x.dim() - 1))
+            out = module(batch, t, *example.args[2:], **example.kwargs)[0][:images]
+            # Inpainting takes more channels than it gives, learned variances give more than they take.
+            c = min(out.shape[1], x.shape[1])
+            x = torch.cat([scheduler.step(out[:, :c], t, x[:, :c]).prev_sample, x[:, c:]], dim=1)
+            task.advance()
+    return x
+
+
+def _example(loaded: LoadedModel, options: Mapping[str, Any], seed: int) -> Any:
+    if loaded.kind == "factory":
+        return loaded.example(seed=seed)
+    cfg = options.get("guidance", loaded.cfg)
+    return loaded.example(options.get("height"), options.get("width"), int(options.get("images", 1)), cfg, seed)
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from _leaves(v)
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from _leaves(v)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            yield from _leaves(getattr(value, f.name))
+
+
+def _weight_dtype(plan: Plan) -> str:
+    floating = [w.dtype for w in plan.weights.values() if w.dtype.is_floating_point]
+    return dtype_name(max(set(floating), key=floating.count)) if floating else "float32"

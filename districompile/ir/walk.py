@@ -1,0 +1,45 @@
+"""Walking through the arguments of nodes, which nest lists, tuples and dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from torch import fx
+
+from districompile.ir.layout import PerRank
+
+T = TypeVar("T")
+
+
+def leaves(x: Any) -> Iterator[Any]:
+    """Everything in nested containers that is not one itself."""
+    if isinstance(x, list | tuple):
+        for v in x:
+            yield from leaves(v)
+    elif isinstance(x, dict):
+        for v in x.values():
+            yield from leaves(v)
+    else:
+        yield x
+
+
+def of_type(x: Any, kind: type[T]) -> list[T]:
+    """The leaves of ``x`` that are of one type: nodes, values, ..."""
+    return [v for v in leaves(x) if isinstance(v, kind)]
+
+
+def per_ranks_of(node: fx.Node) -> list[PerRank[Any]]:
+    """The arguments of a node that differ by rank."""
+    return of_type((node.args, node.kwargs), PerRank)
+
+
+def replace(x: Any, kind: type[T], f: Callable[[T], Any]) -> Any:
+    """``x`` with ``f`` applied to its leaves of one type."""
+    if isinstance(x, kind):
+        return f(x)
+    if isinstance(x, list | tuple):
+        return type(x)(replace(v, kind, f) for v in x)
+    if isinstance(x, dict):
+        return {k: replace(v, kind, f) for k, v in x.items()}
+    return x

@@ -1,0 +1,166 @@
+"""Executes the plan of one rank: steps in order, values freed after their last use, state kept per stream of calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Mapping, Sequence
+
+import torch
+
+from districompile.backends.base import Engine
+from districompile.errors import InputError
+from districompile.ir.plan import Keep, PhasePlan, Plan, Post, Run, Wait
+from districompile.runtime.transport import Pending, Transport
+
+Engines = Mapping[str, Mapping[str, Engine]]  # phase -> segment -> engine
+
+
+@dataclasses.dataclass
+class StreamState:
+    """What one stream of calls leaves for its next call."""
+
+    pending: dict[str, Pending] = dataclasses.field(default_factory=dict)  # collective -> its last post
+    results: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # collective -> what it last received
+    kept: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # state -> value
+
+    def reset(self) -> None:
+        """Complete what is under way (the other ranks have sent it and count on its receipt), then forget all."""
+        for pending in self.pending.values():
+            pending.wait()
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget everything without completing it: only where the transport itself was cleared."""
+        self.pending.clear()
+        self.results.clear()
+        self.kept.clear()
+
+
+class Executor:
+    """Runs phases of ``plan`` on one rank.
+
+    ``engines`` maps phase and segment to a loaded engine, none of which another rank may use at the same time. The
+    tensors that a call returns, and those it keeps for the next, are copies: an engine may overwrite its outputs.
+    """
+
+    def __init__(self, plan: Plan, rank: int, engines: Engines, transport: Transport, device: torch.device) -> None:
+        self.plan, self.rank, self.transport, self.device = plan, rank, transport, device
+        self._engines = engines
+        self._freed = {name: _freed_after(plan, phase) for name, phase in plan.phases.items()}
+        self._remembered = frozenset().union(*(_waited_before_posted(p) for p in plan.phases.values()))
+
+    def run(self, phase: str, inputs: Mapping[str, torch.Tensor], state: StreamState) -> list[torch.Tensor]:
+        """One call: ``inputs`` by value name (on ``device``); returns the output leaves of the plan, in order."""
+        steps = self.iterate(phase, inputs, state)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                leaves: list[torch.Tensor] = end.value
+                return leaves
+
+    def iterate(
+        self, phase: str, inputs: Mapping[str, torch.Tensor], state: StreamState
+    ) -> Generator[None, None, list[torch.Tensor]]:
+        """As :meth:`run`, but pausing after each step, so that ranks in one process can take turns."""
+        plan = self.plan.phases[phase]
+        freed = self._freed[phase]
+        values = dict(inputs)
+        kept: dict[str, torch.Tensor] = {}
+        for number, step in enumerate(plan.steps):
+            if isinstance(step, Run):
+                self._run(phase, step, values, state)
+            elif isinstance(step, Post):
+                self._post(step, values, state)
+            elif isinstance(step, Wait):
+                self._wait(step, values, state)
+            else:
+                kept[step.state] = self._value(step.value, values, state).clone()
+            for name in freed[number]:
+                values.pop(name, None)
+            yield
+        state.kept.update(kept)
+        return [self._value(name, values, state).clone() for name in plan.outputs]
+
+    def _run(self, phase: str, step: Run, values: dict[str, torch.Tensor], state: StreamState) -> None:
+        segment = self.plan.phases[phase].segments[step.segment]
+        inputs = {name: self._value(name, values, state) for name in segment.inputs}
+        values.update(self._engines[phase][step.segment].run(inputs, segment.outputs))
+
+    def _post(self, step: Post, values: Mapping[str, torch.Tensor], state: StreamState) -> None:
+        collectives = [self.plan.collectives[name] for name in step.collectives]
+        sources = {c.source: self._value(c.source, values, state) for c in collectives}
+        pending = self.transport.post(collectives, sources)
+        for name in step.collectives:
+            earlier = state.pending.get(name)
+            if earlier is not None:  # posted again before it was read: the earlier transfer must still complete
+                earlier.wait()
+            state.pending[name] = pending
+            state.results.pop(name, None)
+
+    def _wait(self, step: Wait, values: dict[str, torch.Tensor], state: StreamState) -> None:
+        for name in step.collectives:
+            pending = state.pending.pop(name, None)
+            if pending is not None:
+                received = pending.wait()[name]
+                if name in self._remembered:
+                    state.results[name] = received
+            elif name in state.results:
+                received = state.results[name]
+            else:
+                raise InputError(
+                    f"{self.plan.collectives[name].site}: nothing was received for it so far. Run the warm-up phase "
+                    "first: leave `phase` unset, or set it to 'warmup' for the first calls of an image"
+                )
+            values[name] = received
+
+    def _value(self, name: str, values: Mapping[str, torch.Tensor], state: StreamState) -> torch.Tensor:
+        """A value of this call, or the state of that name from the last one."""
+        if name in values:
+            return values[name]
+        if name in state.kept:
+            return state.kept[name]
+        states = {s.state for p in self.plan.phases.values() for s in p.steps if isinstance(s, Keep)}
+        if name in states:
+            raise InputError(
+                f"{name}: no earlier call left this state. Run the warm-up phase first: leave `phase` unset, or set it "
+                "to 'warmup' for the first calls of an image"
+            )
+        raise RuntimeError(f"the plan uses the value {name} before any step makes it")
+
+
+def _freed_after(plan: Plan, phase: PhasePlan) -> list[tuple[str, ...]]:
+    """For each step, the values of the call that nothing reads after it."""
+    last: dict[str, int] = {value.value: 0 for value in plan.inputs}
+    for number, step in enumerate(phase.steps):
+        names: Sequence[str]
+        if isinstance(step, Run):
+            segment = phase.segments[step.segment]
+            names = (*segment.inputs, *segment.outputs)
+        elif isinstance(step, Post):
+            names = [plan.collectives[name].source for name in step.collectives]
+        elif isinstance(step, Wait):
+            names = step.collectives
+        else:
+            names = (step.value,)
+        for name in names:
+            last[name] = number
+    for name in phase.outputs:
+        last.pop(name, None)
+    freed: list[list[str]] = [[] for _ in phase.steps]
+    for name, number in last.items():
+        if freed:
+            freed[number].append(name)
+    return [tuple(names) for names in freed]
+
+
+def _waited_before_posted(plan: PhasePlan) -> frozenset[str]:
+    """Collectives whose ``Wait`` in this phase may read what an earlier call received."""
+    posted: set[str] = set()
+    early: set[str] = set()
+    for step in plan.steps:
+        if isinstance(step, Post):
+            posted.update(step.collectives)
+        elif isinstance(step, Wait):
+            early.update(n for n in step.collectives if n not in posted)
+    return frozenset(early)

@@ -1,0 +1,172 @@
+"""One process per rank over torch.distributed's gloo: asynchronous sends and receives, staged through host memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from districompile.ir.plan import Collective
+from districompile.runtime.transport import Packing, PackingCache, Pending, TransportError
+
+_T = TypeVar("_T")
+_TAGS = 1 << 20  # posts under way at once are a handful; their tags only have to differ
+
+
+class GlooTransport:
+    """The transport of this process in ``group`` (a gloo process group; None is the default group).
+
+    Several posts may be under way at once: each has its own tag, numbered alike on all ranks. A rank that is gone or
+    does not answer makes the others raise :class:`TransportError`: mostly at once, after the group's timeout at the
+    latest (gloo does not tell a connection that was closed in good order from one that is silent).
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group if group is not None else dist.group.WORLD
+        self.rank: int = dist.get_rank(self._group)
+        self.ranks: int = dist.get_world_size(self._group)
+        self._posts = 0
+        self._packing = PackingCache(self.rank, self.ranks)
+        self._buffers: dict[int, list[torch.Tensor]] = {}  # size in bytes -> messages to use again
+
+    def post(self, collectives: Sequence[Collective], values: Mapping[str, torch.Tensor]) -> Pending:
+        packing = self._packing(collectives)
+        packing.check(values)
+        tag = self._posts % _TAGS
+        self._posts += 1
+        receives: dict[int, tuple[torch.Tensor, Any]] = {}
+        sends: dict[int, tuple[torch.Tensor, Any]] = {}
+        # Receives first: a message that arrives before its receive was posted costs gloo a round trip.
+        for peer, into in packing.incoming.items():
+            message = self._buffer(into.nbytes)
+            receives[peer] = (message, self._receive(message, peer, tag))
+        for peer, out in packing.outgoing.items():
+            message = self._buffer(out.nbytes)
+            out.pack(values, message)
+            sends[peer] = (message, self._send(message, peer, tag))
+        return _GlooPending(self, packing, receives, sends, packing.begin(values))
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        flat = _as_bytes(tensor)
+        if flat.numel():
+            self.guarded(lambda: dist.broadcast(flat, group=self._group, group_src=src), src)
+        return flat.view(tensor.dtype).view(tensor.shape).to(tensor.device)
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        flat = _as_bytes(tensor)
+        parts = [torch.empty_like(flat) for _ in range(self.ranks)]
+        self.guarded(lambda: dist.all_gather(parts, flat, group=self._group))
+        return [p.view(tensor.dtype).view(tensor.shape).to(tensor.device) for p in parts]
+
+    def barrier(self) -> None:
+        self.guarded(lambda: dist.barrier(group=self._group))
+
+    def close(self, patience: float = 5.0) -> None:
+        """Meet the other ranks a last time, for at most ``patience`` seconds.
+
+        A process that ends with unread messages resets its connections: what others have not read yet is lost.
+        """
+        self._buffers.clear()
+        # Not dist.barrier: it goes on in a thread, for which the process would wait at its end however long it takes.
+        peers = [p for p in range(self.ranks) if p != self.rank]
+        hello = torch.zeros(1, dtype=torch.uint8)
+        answers = {p: torch.zeros(1, dtype=torch.uint8) for p in peers}
+        deadline = time.monotonic() + patience
+        with contextlib.suppress(TransportError):  # a rank that failed does not come: nothing is left to protect then
+            works = [(p, self._receive(answers[p], p, _TAGS)) for p in peers]
+            works += [(p, self._send(hello, p, _TAGS)) for p in peers]
+            for peer, work in works:
+                left = timedelta(seconds=max(0.001, deadline - time.monotonic()))
+                self.guarded(functools.partial(work.wait, left), peer)
+
+    def guarded(self, action: Callable[[], _T], peer: int | None = None) -> _T:
+        """Run ``action``; a failure of gloo becomes one line that says which rank did not answer."""
+        try:
+            return action()
+        except RuntimeError as e:
+            who = "another rank" if peer is None else f"rank {peer}"
+            raise TransportError(
+                f"rank {self.rank} lost {who}: it ended, or did not answer in time ({_reason(e)}); see that rank's log"
+            ) from e
+
+    def release(self, message: torch.Tensor) -> None:
+        """Give a message's memory back for a later post."""
+        self._buffers.setdefault(message.numel(), []).append(message)
+
+    def _buffer(self, nbytes: int) -> torch.Tensor:
+        free = self._buffers.get(nbytes)
+        return free.pop() if free else torch.empty(nbytes, dtype=torch.uint8)
+
+    def _receive(self, message: torch.Tensor, peer: int, tag: int) -> Any:
+        return self.guarded(lambda: dist.irecv(message, group=self._group, tag=tag, group_src=peer), peer)
+
+    def _send(self, message: torch.Tensor, peer: int, tag: int) -> Any:
+        return self.guarded(lambda: dist.isend(message, group=self._group, tag=tag, group_dst=peer), peer)
+
+
+def _reason(error: Exception) -> str:
+    """The telling part of a message of gloo, without source positions and advice."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^\]]*\]\s*", "", first).split(". This is typically")[0]
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A flat copy of ``tensor`` in host memory, as uint8: gloo does not know every dtype."""
+    flat = torch.empty(tensor.nbytes, dtype=torch.uint8)
+    if flat.numel():
+        flat.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return flat
+
+
+class _GlooPending:
+    def __init__(
+        self,
+        transport: GlooTransport,
+        packing: Packing,
+        receives: dict[int, tuple[torch.Tensor, Any]],
+        sends: dict[int, tuple[torch.Tensor, Any]],
+        results: dict[str, torch.Tensor],
+    ) -> None:
+        self._transport, self._packing, self._results = transport, packing, results
+        self._receives, self._sends = receives, sends
+
+    def wait(self) -> dict[str, torch.Tensor]:
+        if self._receives or self._sends:
+            for peer, (_, work) in self._receives.items():
+                self._transport.guarded(work.wait, peer)
+            self._packing.finish(self._results, {p: m for p, (m, _) in self._receives.items()})
+            for peer, (_, work) in self._sends.items():
+                self._transport.guarded(work.wait, peer)
+            for message, _ in (*self._receives.values(), *self._sends.values()):
+                self._transport.release(message)
+            self._receives, self._sends = {}, {}
+        return self._results
+
+
+def start_gloo(rank: int | None = None, ranks: int | None = None, start_timeout: float = 60.0) -> None:
+    """Initialise torch.distributed with gloo, unless it is initialised: from the environment (RANK, WORLD_SIZE,
+    MASTER_ADDR, MASTER_PORT). ``start_timeout`` bounds the meeting of all ranks, in seconds."""
+    if dist.is_initialized():
+        return
+    try:
+        dist.init_process_group(
+            "gloo",
+            rank=-1 if rank is None else rank,
+            world_size=-1 if ranks is None else ranks,
+            timeout=timedelta(seconds=start_timeout),
+        )
+    except (RuntimeError, ValueError) as e:
+        raise TransportError(f"the ranks did not meet within {start_timeout:g} s ({_reason(e)}): are all up?") from e
+
+
+def new_group(ranks: Sequence[int], timeout: float) -> dist.ProcessGroup:
+    """A gloo group of the given global ranks. All processes must call this, in the same order."""
+    group: dist.ProcessGroup = dist.new_group(list(ranks), backend="gloo", timeout=timedelta(seconds=timeout))
+    return group

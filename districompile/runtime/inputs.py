@@ -1,0 +1,143 @@
+"""Checks a call against what was converted, and turns it into the plan's input tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from districompile.errors import InputError
+from districompile.ir.plan import InputSpec, Plan, TensorSpec, dtype_name
+from districompile.runtime.runner import called_spec
+from districompile.structure import flatten_call
+
+RETURN_DICT = "return_dict"
+_TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call: its tensors by path, its timestep if the module takes one, and how the output is wanted."""
+
+    tensors: dict[str, torch.Tensor]
+    timestep: float | None
+    return_dict: bool | None
+
+
+class InputChecker:
+    """Binds calls to ``plan.inputs``; tensors are moved to ``device``."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self._plan, self._device = plan, device
+        self._specs = {i.path: called_spec(plan, i) for i in plan.inputs}
+        self.timestep_path = timestep_path(plan)
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Raises :class:`InputError` for a call that does not fit what was converted."""
+        leaves = flatten_call(self._plan.signature, args, kwargs)
+        return_dict = leaves.pop(RETURN_DICT, None) if RETURN_DICT not in self._specs else None
+        self._check_constants(leaves)
+        tensors = {}
+        for spec in self._plan.inputs:
+            if leaves.get(spec.path) is None:
+                raise InputError(f"input {spec.path!r} is missing: the module was converted with it")
+            tensors[spec.path] = self._tensor(spec, leaves[spec.path])
+        timestep = None
+        if self.timestep_path is not None and tensors[self.timestep_path].numel():
+            timestep = float(tensors[self.timestep_path].double().mean())
+        return Call(tensors, timestep, return_dict)
+
+    def _check_constants(self, leaves: Mapping[str, Any]) -> None:
+        constants = {p: v for p, v in self._plan.constants.items() if p != RETURN_DICT}
+        for path, value in leaves.items():
+            if path in self._specs or (value is None and constants.get(path) is None):
+                continue
+            if path not in constants:
+                raise InputError(f"input {path!r} was not given at conversion: leave it out, or convert again with it")
+            if isinstance(value, torch.dtype):
+                value = str(value)
+            if isinstance(value, torch.Tensor):
+                value = value.item() if value.numel() == 1 else "a tensor"
+            if value != constants[path]:
+                raise InputError(
+                    f"{path} was {constants[path]!r} at conversion and is built in, but is {value!r} in this call: "
+                    "convert again with that value"
+                )
+        for path, value in constants.items():
+            if value is not None and path not in leaves:
+                raise InputError(f"{path} was {value!r} at conversion and is built in: pass {path}={value!r}")
+
+    def _tensor(self, spec: InputSpec, value: Any) -> torch.Tensor:
+        want = self._specs[spec.path]
+        if _is_number(value):
+            value = torch.tensor(value, dtype=torch.int64 if isinstance(value, numbers.Integral) else torch.float64)
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"input {spec.path!r} must be a tensor like {_text(want)}, not a {type(value).__name__}")
+        tensor = value.detach()
+        if spec.rows is None and tensor.ndim <= 1 and len(want.shape) <= 1:
+            tensor = _vector(spec.path, tensor, want)
+        self._check_shape(spec, tuple(tensor.shape), want)
+        if tensor.dtype != want.dtype:
+            if tensor.is_floating_point() or want.dtype.is_floating_point or tensor.is_complex():
+                raise InputError(
+                    f"{spec.path} was converted as {dtype_name(want.dtype)}, but is {dtype_name(tensor.dtype)} in this "
+                    f"call: cast it with .to(torch.{dtype_name(want.dtype)}), or convert again with this dtype"
+                )
+            tensor = tensor.to(want.dtype)
+        return tensor.to(self._device)
+
+    def _check_shape(self, spec: InputSpec, got: tuple[int, ...], want: TensorSpec) -> None:
+        if got == want.shape:
+            return
+        if len(got) == len(want.shape) and got[1:] == want.shape[1:]:
+            raise InputError(
+                f"{spec.path}: converted for batch {want.shape[0]}, called with {got[0]}: convert again with another "
+                f"--batch or --cfg (guidance above 1 doubles the batch), or call it with batch {want.shape[0]}"
+            )
+        if spec.rows is not None and len(got) == len(want.shape) and got[: spec.rows] == want.shape[: spec.rows]:
+            raise InputError(
+                f"{spec.path}: converted for {_sizes(want.shape[spec.rows :])}, called with "
+                f"{_sizes(got[spec.rows :])}: convert again with that --height and --width"
+            )
+        raise InputError(
+            f"{spec.path}: converted for shape {list(want.shape)}, called with {list(got)}: convert again with an "
+            "example of that shape"
+        )
+
+
+def timestep_path(plan: Plan) -> str | None:
+    """Which input tells the steps of a sampler apart: ``plan.options["timestep"]``, or one with a usual name."""
+    paths = [i.path for i in plan.inputs if i.rows is None]
+    named = plan.options.get("timestep")
+    return next((p for p in (named, *_TIMESTEPS) if p in paths), None)
+
+
+def _vector(path: str, tensor: torch.Tensor, want: TensorSpec) -> torch.Tensor:
+    """A number or a vector (a timestep, a label) in the converted shape and dtype, if that loses nothing."""
+    if tensor.dtype != want.dtype:
+        cast = tensor.to(want.dtype)
+        if not want.dtype.is_floating_point and bool((cast.to(tensor.dtype) != tensor).any()):
+            raise InputError(
+                f"{path} was converted as {dtype_name(want.dtype)}, but is {tensor.tolist()} in this call: "
+                "convert again with a float example"
+            )
+        tensor = cast
+    if tensor.numel() == 1 and tuple(tensor.shape) != want.shape:
+        return tensor.reshape(()).expand(want.shape).contiguous()
+    return tensor
+
+
+def _is_number(x: Any) -> bool:
+    """Of Python or NumPy; a bool is none."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def _text(spec: TensorSpec) -> str:
+    return f"{dtype_name(spec.dtype)}{list(spec.shape)}"
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) + (" rows" if len(shape) == 1 else "")

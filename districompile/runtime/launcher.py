@@ -1,0 +1,226 @@
+"""Starts one process per rank on this machine, and ends all of them when one fails.
+
+Processes, rendezvous, logs and error files are torch.distributed's elastic launcher's. What is added here: failures end
+the run within seconds, and are told as one line that names the rank which failed *first*.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from districompile import errors
+from districompile.errors import Error, LaunchError
+from districompile.runtime.transport import TransportError
+
+_SHUTDOWN = 5  # seconds that processes have to end by themselves before they are killed
+_FOLLOWER_WAITS = 3.0  # seconds
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+def launch(
+    worker: Callable[..., Any],
+    args: Sequence[Any] = (),
+    nproc: int = 1,
+    *,
+    log_dir: str | os.PathLike[str] | None = None,
+    start_timeout: int = 60,
+) -> dict[int, Any]:
+    """Run ``worker(*args)`` in ``nproc`` processes on this machine; returns what each returned, by rank.
+
+    ``worker`` must be importable (a function of a module) and its arguments and results small and picklable. In each
+    process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set as torch.distributed expects them. With
+    ``log_dir`` each rank's output goes to files in it, too, and its lines are marked with the rank.
+
+    Under an outer launcher (RANK and WORLD_SIZE are set, as by torchrun) the worker runs in this process.
+
+    Raises :class:`LaunchError` that names the first rank that failed, and its error; the others are ended. Ctrl-C ends
+    all processes and raises ``KeyboardInterrupt``.
+    """
+    if nproc < 1:
+        raise LaunchError(f"cannot start {nproc} processes: at least 1 is needed")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _join(worker, args, nproc)
+    try:
+        pickle.dumps((worker, tuple(args)))
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        raise LaunchError(f"cannot send the work to processes ({e}): use a function at the top of a module") from e
+    with tempfile.TemporaryDirectory(prefix="districompile-") as scratch, _environment(nproc), _quiet(), _signals():
+        logs = Path(log_dir) if log_dir is not None else Path(scratch)
+        logs.mkdir(parents=True, exist_ok=True)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            logs_specs=DefaultLogsSpecs(str(logs), tee=Std.ALL if log_dir is not None else Std.NONE),
+            log_line_prefix_template="[rank ${rank}] " if log_dir is not None else None,
+            run_id=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            role="rank",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",  # the agent itself finds a free port
+            rdzv_configs={"timeout": start_timeout},
+            local_addr="localhost",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+            shutdown_timeout=_SHUTDOWN,
+        )
+        try:
+            results: dict[int, Any] = elastic_launch(config, _Worker(worker))(*args)
+            return results
+        except ChildFailedError as e:
+            where = f"; logs are in {logs}" if log_dir is not None else ""
+            raise LaunchError(_tell(e) + where) from None
+        except SignalException as e:
+            if e.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise LaunchError(f"ended by {signal.Signals(e.sigval).name}") from None
+        except OSError as e:
+            raise LaunchError(f"cannot start {nproc} processes: {e.strerror or e}") from e
+
+
+class _Worker:
+    """Runs the worker in a rank's process, and makes sure that the process ends when the worker fails."""
+
+    def __init__(self, worker: Callable[..., Any]) -> None:
+        self._worker = worker
+        # The launcher names what it runs.
+        self.__name__ = getattr(worker, "__name__", type(worker).__name__)
+        self.__qualname__ = getattr(worker, "__qualname__", self.__name__)
+
+    def __call__(self, *args: Any) -> Any:
+        # A rank that waits inside gloo never gets to Python's handlers: let signals end it there and then.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            return self._worker(*args)
+        except SystemExit as e:
+            if e.code in (None, 0):
+                return None
+            _fail(LaunchError(f"the worker exited with {e.code!r}"))
+        except Exception as e:
+            _fail(e)
+
+
+def _fail(error: Exception) -> None:
+    """Record ``error`` and end this process at once, whatever threads and transfers are still alive in it."""
+    get_error_handler().record_exception(error)
+    if not isinstance(error, Error):
+        traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    if _follows(error):
+        # A follower: the rank that failed first must be the one that is found. This one is ended meanwhile.
+        time.sleep(_FOLLOWER_WAITS)
+    os._exit(1)
+
+
+def _follows(error: BaseException | None) -> bool:
+    """Whether ``error`` came of another rank's end, also where the worker's own code wrapped it."""
+    while error is not None:
+        if isinstance(error, TransportError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _join(worker: Callable[..., Any], args: Sequence[Any], nproc: int) -> dict[int, Any]:
+    """Run as one rank of an outer launcher."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world != nproc:
+        raise LaunchError(
+            f"{nproc} processes are needed, but the outer launcher started {world}: "
+            f"use `torchrun --nproc-per-node {nproc}`, or leave it out"
+        )
+    return {rank: worker(*args)}
+
+
+def _tell(error: ChildFailedError) -> str:
+    """One line: which rank failed first, and of what."""
+    rank, failure = error.get_first_failure()
+    return f"rank {rank} failed: {_message(failure)}"
+
+
+def _message(failure: ProcessFailure) -> str:
+    data = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
+    if isinstance(data, dict) and data.get("message"):
+        told = " ".join(str(data["message"]).split())
+        name, _, text = told.partition(": ")
+        return text if text and hasattr(errors, name) else told  # our own errors speak for themselves
+    if failure.exitcode < 0:
+        hint = ": out of memory?" if failure.exitcode == -signal.SIGKILL else ""
+        return f"it was ended by {failure.signal_name()}{hint}"
+    return f"it exited with code {failure.exitcode} and without a message"
+
+
+@contextlib.contextmanager
+def _environment(nproc: int) -> Iterator[None]:
+    """What the children inherit: their share of the cores, and the loopback interface, as all are on this machine."""
+    wanted = {"OMP_NUM_THREADS": str(threads_per_rank(nproc))}
+    with contextlib.suppress(OSError):
+        loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+        if loopback is not None:
+            wanted["GLOO_SOCKET_IFNAME"] = loopback
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def threads_per_rank(nproc: int) -> int:
+    """The cores this process may use, shared out among ``nproc`` ranks; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // nproc)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the elastic launcher logs about failures: they are told in one line instead."""
+    loggers = [
+        logger
+        for name, logger in logging.Logger.manager.loggerDict.items()
+        if name.startswith(("torch.distributed", "torch.multiprocessing")) and isinstance(logger, logging.Logger)
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Give the caller its signal handlers back: the elastic launcher replaces them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)

@@ -1,0 +1,241 @@
+"""A bundle as a ``torch.nn.Module`` that is called like the one it was made from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from districompile.backends.base import Backend, Engine, get_backend
+from districompile.bundle import Bundle
+from districompile.errors import BundleError, InputError, LaunchError
+from districompile.ir.plan import PHASES, Phase, Plan, TensorSpec
+from districompile.runtime.gloo import start_gloo
+from districompile.runtime.inputs import InputChecker
+from districompile.runtime.runner import LockstepRunner, ProcessRunner, Runner, world_size
+from districompile.runtime.streams import Decision, StreamTracker
+from districompile.structure import rebuild_output
+from districompile.weights import WeightFile
+
+
+class Config(dict[str, Any]):
+    """A model's configuration, read by key or by attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class WeightNode:
+    """A submodule of the original model, as far as pipelines ask for one: children by name, and the weights' sizes."""
+
+    def __init__(self, prefix: str, weights: Mapping[str, TensorSpec]) -> None:
+        self._prefix, self._weights = prefix, weights
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{self._prefix}{name}"
+        if path in self._weights:
+            spec = self._weights[path]
+            return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        if any(w.startswith(f"{path}.") for w in self._weights):
+            return WeightNode(f"{path}.", self._weights)
+        weight = self._weights.get(f"{self._prefix}weight")
+        if weight is not None and len(weight.shape) > 1 and name in ("in_features", "out_features"):
+            return weight.shape[1 if name == "in_features" else 0]
+        raise AttributeError(f"{self._prefix}{name} is not part of a converted module")
+
+
+class DistributedModule(torch.nn.Module):
+    """One rank's part of a converted module (or all ranks, in lockstep): called like the original, by all ranks alike.
+
+    Rank 0's cut inputs, and its decision which phase a call belongs to, hold for all. Calls are told apart by their
+    timestep (see :mod:`districompile.runtime.streams`); ``phase`` overrides the choice of the phase where it is set.
+    """
+
+    def __init__(
+        self, plan: Plan, runner: Runner, device: torch.device, config: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.config = _config(config or {})
+        self._runner = runner
+        self._device = device
+        self._inputs = InputChecker(plan, device)
+        self._streams = StreamTracker(int(plan.options.get("warmup_steps", 4)))
+        self._phase: Phase | None = None
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original module's output for the original module's arguments; the same on every rank.
+
+        Raises :class:`InputError` for a call that does not fit what was converted, :class:`LaunchError` where another
+        rank is gone.
+        """
+        # What is kept between calls must not depend on the mode of one of them.
+        with torch.inference_mode(False), torch.no_grad():
+            call = self._inputs(args, kwargs)
+            decision = self._streams.next(call.timestep)
+            if self._phase is not None:
+                decision = Decision(self._phase, decision.stream, decision.reset)
+            try:
+                leaves = self._runner.call(decision, call.tensors)
+            except BaseException:
+                self._streams.reset()  # what a failed call left is not to be built on
+                raise
+        return_dict = call.return_dict
+        return rebuild_output(self.plan.output, leaves, return_dict if isinstance(return_dict, bool) else None)
+
+    @property
+    def phase(self) -> Phase | None:
+        """The phase that all calls run in; None (the default) follows the timesteps. Set it on all ranks."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase | None) -> None:
+        if phase is not None and phase not in PHASES:
+            raise InputError(f"there is no phase {phase!r}: use one of {', '.join(map(repr, PHASES))}, or None")
+        self._phase = phase
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """Calls inside compute what one device computes: ``with unet.exact(): ...``."""
+        earlier, self._phase = self._phase, "warmup"
+        try:
+            yield
+        finally:
+            self._phase = earlier
+
+    def reset(self) -> None:
+        """Start a new image with the next call, whatever its timestep (rank 0's word counts)."""
+        self._streams.reset()
+
+    def close(self) -> None:
+        """Leave together with the other ranks; the module is not called again."""
+        self._runner.close()
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes, and where outputs are."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, or of the inputs of a module without."""
+        specs = (*self.plan.weights.values(), *(i.spec for i in self.plan.inputs))
+        return next((s.dtype for s in specs if s.dtype.is_floating_point), torch.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            plan = self.__dict__.get("plan")
+            if plan is None or name.startswith("_"):
+                raise
+        return getattr(WeightNode("", plan.weights), name)
+
+    def extra_repr(self) -> str:
+        return f"ranks={world_size(self.plan)}, device={self._device}"
+
+
+def load(
+    bundle: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    ranks: int | None = None,
+    lockstep: bool = False,
+    device: str | torch.device | None = None,
+    verify: bool | Literal["quick"] = True,
+    backend: Backend | None = None,
+    start_timeout: float = 60.0,
+    timeout: float = 300.0,
+) -> DistributedModule:
+    """Load a bundle in each rank's process, and call it like the module it was made from.
+
+    Rank and number of processes are torch.distributed's where that is initialised (over whichever backend), else
+    ``rank`` and ``ranks``, else those of the launcher (RANK, WORLD_SIZE). ``lockstep`` loads all ranks into this
+    process instead. ``device`` is by default the bundle's kind of device, number LOCAL_RANK. Hashes are checked by one
+    process of a machine (``verify="quick"``: sizes alone). ``start_timeout`` and ``timeout`` bound the meeting of the
+    ranks and each transfer, in seconds; nothing waits longer.
+
+    Raises :class:`BundleError`, :class:`LaunchError` for another number of processes than the bundle was made for, and
+    :class:`BackendError` where the backend is not installed.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    opened = Bundle.open(Path(bundle), verify="quick" if verify is True and local_rank else verify)
+    plan = opened.plan
+    where = _device(opened, device, local_rank)
+    loader = _Loader(opened, backend or get_backend(str(opened.manifest["backend"])), where)
+    config = opened.manifest.get("config")
+    needed = world_size(plan)
+    if lockstep or (needed == 1 and _running(ranks) == 1):
+        runner: Runner = LockstepRunner(plan, [loader.engines(r) for r in range(plan.ranks)], where)
+        return DistributedModule(plan, runner, where, config)
+    if _running(ranks) != needed:
+        raise LaunchError(
+            f"{bundle} was converted for {needed} processes, but this is one of {_running(ranks)}: start it with "
+            f"`torchrun --nproc-per-node {needed} SCRIPT`, draw with `districompile run {bundle}`, "
+            "or load it with lockstep=True"
+        )
+    start_gloo(rank, ranks, start_timeout)
+    engines = loader.engines(dist.get_rank() % plan.ranks)
+    return DistributedModule(plan, ProcessRunner(plan, engines, where, timeout), where, config)
+
+
+class _Loader:
+    """Loads the engines of a bundle over one mapping of its weights."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, device: torch.device) -> None:
+        self._bundle, self._backend, self._device = bundle, backend, device
+        self._weights: WeightFile = WeightFile.open(bundle.weights_path)
+
+    def engines(self, rank: int) -> dict[str, dict[str, Engine]]:
+        """Engines of one rank by phase and segment; equal ones are loaded once, as segments of a rank run in turn."""
+        loaded: dict[tuple[str, tuple[str, ...]], Engine] = {}
+        engines: dict[str, dict[str, Engine]] = {}
+        for phase, plan in self._bundle.plan.phases.items():
+            engines[phase] = {}
+            for name, segment in plan.segments.items():
+                key = (segment.engines[rank], segment.outputs)
+                if key not in loaded:
+                    path = self._bundle.engine_path(key[0], self._backend.suffix)
+                    loaded[key] = self._backend.load(path, segment.outputs, self._weights, self._device)
+                engines[phase][name] = loaded[key]
+        return engines
+
+
+def _running(ranks: int | None) -> int:
+    """How many processes there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return ranks if ranks is not None else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _device(bundle: Bundle, device: str | torch.device | None, local_rank: int) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    kind = str(bundle.manifest.get("device") or "cpu").partition(":")[0]
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise BundleError(f"{bundle.path} was made for a GPU, and there is none here: convert again for the CPU")
+        return torch.device("cuda", local_rank)
+    return torch.device(kind)
+
+
+def _config(config: Mapping[str, Any]) -> Any:
+    """The original's configuration: diffusers' own class where diffusers is in use, else one that reads like it."""
+    if "diffusers" in sys.modules:
+        try:
+            from diffusers.configuration_utils import FrozenDict
+
+            return FrozenDict(config)
+        except ImportError:
+            pass
+    return Config(config)

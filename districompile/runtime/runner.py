@@ -1,0 +1,195 @@
+"""Runs calls on all ranks: in this process (lockstep), or as one of many processes. Holds the state of the streams."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from districompile.errors import InputError, LaunchError
+from districompile.ir.plan import InputSpec, Plan, TensorSpec
+from districompile.runtime.executor import Engines, Executor, StreamState
+from districompile.runtime.gloo import GlooTransport, new_group
+from districompile.runtime.lockstep import LockstepGroup
+from districompile.runtime.streams import Decision
+from districompile.runtime.transport import Message, Slot
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Runner(Protocol):
+    """Runs one call. ``inputs`` are by path, as the module is called: with ``cfg`` split, both halves of the batch."""
+
+    def call(self, decision: Decision, inputs: Tensors) -> list[torch.Tensor]:
+        """The output leaves of the whole image, in order."""
+
+    def close(self) -> None:
+        """Release what the runner holds; it is not called again."""
+
+
+def halves(plan: Plan) -> int:
+    """Into how many parts guidance cuts the batch: 2 where the mesh has a ``cfg`` axis, else 1."""
+    return 2 if plan.options.get("cfg") == "split" else 1
+
+
+def world_size(plan: Plan) -> int:
+    """How many processes share one image."""
+    return plan.ranks * halves(plan)
+
+
+def is_halved(plan: Plan, spec: InputSpec) -> bool:
+    """Whether the input is passed with both guidance halves on dim 0, of which the plan sees one.
+
+    ``plan.options["cfg_inputs"]`` lists their paths; without it they are the inputs with the batch of the cut input.
+    """
+    if halves(plan) == 1:
+        return False
+    listed = plan.options.get("cfg_inputs")
+    if listed is not None:
+        return spec.path in listed
+    batches = {i.spec.shape[0] for i in plan.inputs if i.rows is not None}
+    return len(spec.spec.shape) > 0 and spec.spec.shape[0] in batches
+
+
+def called_spec(plan: Plan, spec: InputSpec) -> TensorSpec:
+    """The tensor a caller passes for an input of the plan: both halves where it is halved."""
+    if not is_halved(plan, spec):
+        return spec.spec
+    return TensorSpec((2 * spec.spec.shape[0], *spec.spec.shape[1:]), spec.spec.dtype)
+
+
+def _half(plan: Plan, inputs: Tensors, half: int) -> dict[str, torch.Tensor]:
+    """The plan's inputs by value name, for one guidance half."""
+    values = {}
+    for spec in plan.inputs:
+        tensor = inputs[spec.path]
+        if is_halved(plan, spec):
+            tensor = tensor.chunk(2)[half]
+        values[spec.value] = tensor
+    return values
+
+
+class LockstepRunner:
+    """All ranks, and both guidance halves, in this process. ``engines`` holds those of each rank of the patch axis."""
+
+    def __init__(self, plan: Plan, engines: Sequence[Engines], device: torch.device) -> None:
+        self.plan, self._engines, self._device = plan, engines, device
+        self._groups = [LockstepGroup(plan.ranks) for _ in range(halves(plan))]
+        self._executors = [
+            [Executor(plan, r, engines[r], t, device) for r, t in enumerate(group.transports)] for group in self._groups
+        ]
+        self._states: dict[tuple[int, int], list[StreamState]] = {}  # (stream, half) -> by rank
+
+    def call(self, decision: Decision, inputs: Tensors) -> list[torch.Tensor]:
+        if decision.reset:
+            for states in self._states.values():
+                for state in states:
+                    state.reset()
+            self._states.clear()
+        try:
+            outputs = [self._run(decision, h, _half(self.plan, inputs, h)) for h in range(len(self._groups))]
+        except BaseException:
+            self._states.clear()
+            for group in self._groups:
+                group.clear()
+            raise
+        return outputs[0] if len(outputs) == 1 else [torch.cat(leaves) for leaves in zip(*outputs, strict=True)]
+
+    def _run(self, decision: Decision, half: int, values: Tensors) -> list[torch.Tensor]:
+        executors = self._executors[half]
+        states = self._states.setdefault((decision.stream, half), [StreamState() for _ in executors])
+        runs = [e.iterate(decision.phase, values, s) for e, s in zip(executors, states, strict=True)]
+        outputs: list[list[torch.Tensor]] = []
+        while not outputs:  # all ranks have the same number of steps
+            for run in runs:
+                try:
+                    next(run)
+                except StopIteration as end:
+                    outputs.append(end.value)
+        return outputs[0]
+
+    def close(self) -> None:
+        self._states.clear()
+
+
+class ProcessRunner:
+    """This process as one of ``world_size(plan)`` under torch.distributed: rank ``g * plan.ranks + r`` is rank r of
+    guidance half g. All processes must construct it, and call it, alike; rank 0's inputs and decisions are taken."""
+
+    def __init__(self, plan: Plan, engines: Engines, device: torch.device, timeout: float) -> None:
+        self.plan, self._device = plan, device
+        rank, parts = dist.get_rank(), halves(plan)
+        self._half, patch_rank = divmod(rank, plan.ranks)
+        # Groups of our own, so that nothing here can be mixed up with the user's transfers.
+        self._world = GlooTransport(new_group(range(plan.ranks * parts), timeout))
+        patch = [new_group(range(g * plan.ranks, (g + 1) * plan.ranks), timeout) for g in range(parts)]
+        self._patch = GlooTransport(patch[self._half])
+        self._across: GlooTransport | None = None
+        if parts > 1:
+            pairs = [new_group(range(r, plan.ranks * parts, plan.ranks), timeout) for r in range(plan.ranks)]
+            self._across = GlooTransport(pairs[patch_rank])
+        self._executor = Executor(plan, patch_rank, engines, self._patch, device)
+        self._states: dict[int, StreamState] = {}
+        self._failure: BaseException | None = None
+        cut = [i for i in plan.inputs if i.rows is not None]
+        self._shared = Message.of(Slot(i.path, i.path, None, 0, 0, called_spec(plan, i)) for i in cut)
+        self._closed = False
+        atexit.register(_close_at_exit, weakref.ref(self))
+
+    def call(self, decision: Decision, inputs: Tensors) -> list[torch.Tensor]:
+        if self._failure is not None:
+            raise LaunchError(f"an earlier call failed ({self._failure}): start the processes again")
+        try:
+            return self._call(*self._agree(decision, inputs))
+        except InputError:
+            raise  # the same on all ranks, which are still in step
+        except BaseException as e:
+            self._failure = e
+            raise
+
+    def _agree(self, decision: Decision, inputs: Tensors) -> tuple[Decision, dict[str, torch.Tensor]]:
+        """Rank 0's decision and cut inputs, in one message to all."""
+        header = 3
+        message = torch.zeros(self._shared.nbytes + header, dtype=torch.uint8)
+        if self._world.rank == 0:
+            self._shared.pack(inputs, message)
+            message[-header:] = torch.tensor([int(decision.phase == "steady"), decision.stream, int(decision.reset)])
+        message = self._world.broadcast(message)
+        phase, stream, reset = message[-header:].tolist()
+        agreed = dict(inputs)
+        if self._world.rank != 0:
+            agreed |= {s.name: s.inside(message).to(self._device) for s in self._shared.slots}
+        return Decision("steady" if phase else "warmup", stream, bool(reset)), agreed
+
+    def _call(self, decision: Decision, inputs: Tensors) -> list[torch.Tensor]:
+        if decision.reset:
+            for state in self._states.values():
+                state.reset()
+            self._states.clear()
+        state = self._states.setdefault(decision.stream, StreamState())
+        leaves = self._executor.run(decision.phase, _half(self.plan, inputs, self._half), state)
+        if self._across is None:
+            return leaves
+        return [torch.cat(self._across.all_gather(leaf)) for leaf in leaves]
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._states.clear()
+            if self._failure is None:
+                self._world.close()
+
+
+def _close_at_exit(runner: weakref.ref[ProcessRunner]) -> None:
+    """Leave together with the other ranks, unless this one is failing: then they must learn of it at once."""
+    found = runner()
+    failing = getattr(sys, "last_type", None) is not None
+    if found is not None and not failing and dist.is_initialized():
+        with contextlib.suppress(Exception):
+            found.close()

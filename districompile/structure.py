@@ -1,0 +1,192 @@
+"""Calls and outputs as flat leaves: how nested arguments become named values, and how an output is put together again.
+
+A call is flattened to ``{path: leaf}``, where a path is where a user passes the leaf: ``"sample"``,
+``"added_cond_kwargs.time_ids"``, ``"residuals.0"``. An output is described by plain JSON data, its tensors numbered in
+order, so that the bundle holds no pickle and the class of the output need not exist where a bundle is inspected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from districompile.errors import BundleError, CaptureError, InputError
+
+Description = dict[str, Any]
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+def flatten_call(signature: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Bind ``args`` and ``kwargs`` to the parameter names in ``signature`` and flatten containers to ``{path: leaf}``.
+
+    Paths come in the order of ``signature``. Dicts, lists, tuples and dataclasses are containers; everything else
+    (tensors, numbers, strings, ``None``, foreign objects) is a leaf, and an empty container has no leaf. A last name
+    ``"*rest"`` takes further positional arguments (as a list), a name ``"**more"`` further keyword arguments under
+    their own names. Parameters that are not passed are absent. Raises :class:`InputError` for too many or unknown
+    arguments.
+    """
+    named = [n for n in signature if not n.startswith("*")]
+    rest = next((n[1:] for n in signature if n.startswith("*") and not n.startswith("**")), None)
+    takes_more = any(n.startswith("**") for n in signature)
+    if len(args) > len(named) and rest is None:
+        raise InputError(f"{len(args)} positional arguments given, but forward takes {len(named)}: {', '.join(named)}")
+    bound: dict[str, Any] = dict(zip(named, args, strict=False))
+    if len(args) > len(named) and rest is not None:
+        bound[rest] = list(args[len(named) :])
+    for name, value in kwargs.items():
+        if name in bound:
+            raise InputError(f"argument {name!r} is given twice: by position and by name")
+        if name not in named and not takes_more:
+            raise InputError(f"unknown argument {name!r}; forward takes: {', '.join(signature)}")
+        bound[name] = value
+    order = [n for n in (*named, rest) if n is not None and n in bound]
+    leaves: dict[str, Any] = {}
+    for name in (*order, *(n for n in bound if n not in order)):
+        for path, leaf in _walk(name, bound[name]):
+            if path in leaves:
+                raise InputError(f"two arguments flatten to the same path {path!r}: rename the key that holds a dot")
+            leaves[path] = leaf
+    return leaves
+
+
+def _walk(path: str, x: Any) -> Iterator[tuple[str, Any]]:
+    """Leaves below ``x`` as ``(path, leaf)``."""
+    if isinstance(x, Mapping):
+        for key, value in x.items():
+            yield from _walk(f"{path}.{key}", value)
+    elif isinstance(x, list | tuple):
+        for i, value in enumerate(x):
+            yield from _walk(f"{path}.{i}", value)
+    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+        for field in dataclasses.fields(x):
+            yield from _walk(f"{path}.{field.name}", getattr(x, field.name))
+    else:
+        yield path, x
+
+
+def _is_namedtuple(x: Any) -> bool:
+    return isinstance(x, tuple) and hasattr(x, "_fields")
+
+
+def _fields(x: Any) -> list[tuple[str, Any]] | None:
+    """Fields of an instance of a dataclass or namedtuple, in order; None for anything else."""
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return [(f.name, getattr(x, f.name)) for f in dataclasses.fields(x)]
+    if _is_namedtuple(x):
+        return list(zip(x._fields, x, strict=True))
+    return None
+
+
+def leaves_of(tree: Any) -> list[torch.Tensor]:
+    """The tensors of a nested output, in the order :func:`describe_output` numbers them."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    fields = _fields(tree)
+    items: list[Any] = []
+    if fields is not None:
+        items = [v for _, v in fields]
+    elif isinstance(tree, Mapping):
+        items = list(tree.values())
+    elif isinstance(tree, list | tuple):
+        items = list(tree)
+    return [leaf for item in items for leaf in leaves_of(item)]
+
+
+def describe_output(tree: Any) -> Description:
+    """A nested output as JSON-able data, its tensors numbered in the order of :func:`leaves_of`.
+
+    Tuples, lists, dicts, namedtuples and dataclasses (``ModelOutput`` of diffusers and transformers among them) keep
+    their kind; ``None``, numbers and strings are kept as constants. Raises :class:`CaptureError` for anything else.
+    """
+    return _describe(tree, iter(range(len(leaves_of(tree)))), "output")
+
+
+def _describe(x: Any, numbers: Iterator[int], where: str) -> Description:
+    if isinstance(x, torch.Tensor):
+        return {"kind": "leaf", "index": next(numbers)}
+    fields = _fields(x)
+    if fields is not None:
+        items = tuple((name, _describe(v, numbers, f"{where}.{name}")) for name, v in fields)
+        cls = type(x)
+        return {"kind": "object", "class": f"{cls.__module__}:{cls.__qualname__}", "items": items}
+    if isinstance(x, Mapping):
+        return {"kind": "dict", "items": tuple((k, _describe(v, numbers, f"{where}.{k}")) for k, v in x.items())}
+    if isinstance(x, list | tuple):
+        kind = "list" if isinstance(x, list) else "tuple"
+        return {"kind": kind, "items": tuple(_describe(v, numbers, f"{where}.{i}") for i, v in enumerate(x))}
+    if isinstance(x, _CONSTANTS):
+        return {"kind": "constant", "value": x}
+    raise CaptureError(
+        f"{where} is a {type(x).__module__}.{type(x).__qualname__}, which cannot be stored: return tensors, numbers, "
+        "strings, None, or tuples, lists, dicts and dataclasses of them"
+    )
+
+
+def rebuild_output(description: Mapping[str, Any], leaves: Sequence[Any], return_dict: bool | None = None) -> Any:
+    """The output that ``description`` describes, with ``leaves`` in place of its tensors.
+
+    ``return_dict=False`` turns an output object into a tuple of its fields that are not None (the convention of
+    diffusers' ``to_tuple``), and a dict into a tuple of its values. ``return_dict=True`` changes nothing: where a tuple
+    was captured no class is known, and the tuple is given. A class that cannot be imported is replaced by
+    :class:`OutputNamespace`.
+    """
+    if return_dict is False and description["kind"] in ("object", "dict"):
+        values = [_rebuild(d, leaves) for _, d in description["items"]]
+        return tuple(v for v in values if v is not None)
+    return _rebuild(description, leaves)
+
+
+def _rebuild(description: Mapping[str, Any], leaves: Sequence[Any]) -> Any:
+    kind = description["kind"]
+    if kind == "leaf":
+        return leaves[description["index"]]
+    if kind == "constant":
+        return description["value"]
+    items = description["items"]
+    if kind == "object":
+        fields = {name: _rebuild(d, leaves) for name, d in items}
+        cls = _import_class(description["class"])
+        return OutputNamespace(fields) if cls is None else cls(**fields)
+    if kind == "dict":
+        return {k: _rebuild(d, leaves) for k, d in items}
+    if kind in ("list", "tuple"):
+        values = [_rebuild(d, leaves) for d in items]
+        return values if kind == "list" else tuple(values)
+    raise BundleError(f"unknown kind of output {kind!r} in the plan: written by another version? Convert again")
+
+
+def _import_class(name: str) -> type[Any] | None:
+    """The dataclass or namedtuple called ``module:qualname``; None where it cannot be imported or is another thing."""
+    module, _, qualname = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, RuntimeError):  # RuntimeError: a lazy module's failed import
+        return None
+    is_record = isinstance(found, type) and (dataclasses.is_dataclass(found) or hasattr(found, "_fields"))
+    return found if is_record else None
+
+
+class OutputNamespace:
+    """Stands in for an output class that cannot be imported: fields by attribute, by name and by position."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.__dict__.update(fields)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, in order."""
+        return tuple(v for v in self.__dict__.values() if v is not None)
+
+    def keys(self) -> list[str]:
+        return [k for k, v in self.__dict__.items() if v is not None]
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return self.__dict__[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __repr__(self) -> str:
+        return f"OutputNamespace({', '.join(f'{k}={v!r}' for k, v in self.__dict__.items())})"

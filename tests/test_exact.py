@@ -1,0 +1,101 @@
+"""The exact phase: N ranks compute what one device computes, whole models, all ranks in this process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import districompile as dc
+from tests.small_models import MODELS, first, reference, relative_error
+
+# (batch, rows, columns): not square; 28 rows are uneven for all but 1, 2, 4 and 7 ranks, 20 become 10, 5 and 3 on the
+# way down
+SIZES = {(2, 28, 16): (1, 2, 3, 4), (1, 20, 24): (3, 5, 8)}
+
+
+@pytest.mark.parametrize("size", list(SIZES), ids=str)
+@pytest.mark.parametrize("name", list(MODELS))
+def test_ranks_equal_one_device(name: str, size: tuple[int, int, int]) -> None:
+    module, kwargs, want = reference(name, *size)
+    captured = dc.capture(module, kwargs=kwargs)
+    for ranks in SIZES[size]:
+        program = dc.convert(captured, ranks=ranks)
+        assert relative_error(first(program.simulate(**kwargs)), want) <= 1e-5, f"{ranks} ranks"
+        report = program.report()
+        assert not report.fallbacks()
+        assert ranks == 1 or (report.cut_share() or 0) > 0.9
+
+
+@pytest.mark.parametrize("ranks", [6, 7])
+def test_more_rank_counts(ranks: int) -> None:
+    module, kwargs, want = reference("sd15", 1, 28, 16)
+    assert relative_error(first(dc.convert(module, kwargs=kwargs, ranks=ranks).simulate(**kwargs)), want) <= 1e-5
+
+
+def test_undisplaced_steady_phase_is_exact() -> None:
+    module, kwargs, _want = reference("sdxl", 1, 20, 16)
+    program = dc.convert(module, kwargs=kwargs, ranks=3, displace="none")
+    first(program.simulate(**kwargs))
+    moved = {**kwargs, "sample": kwargs["sample"] + 0.5}
+    with torch.no_grad():
+        expected = first(module(**moved))
+    assert relative_error(first(program.simulate(phase="steady", **moved)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", ["corrected_async", "stale", "sync"])
+def test_displaced_phase_converges_on_unchanging_inputs(mode: str) -> None:
+    module, kwargs, want = reference("sd15", 1, 24, 16)
+    program = dc.convert(module, kwargs=kwargs, ranks=3, groupnorm=mode)
+    other = {**kwargs, "sample": kwargs["sample"].flip(0, 1) * 1.2}
+    program.simulate(**other)
+    errors = [relative_error(first(program.simulate(phase="steady", **kwargs)), want) for _ in range(40)]
+    assert errors[0] > 1e-3  # it does use what the call before left
+    assert errors[-1] <= 2e-5
+
+
+def test_two_runs_are_bit_identical() -> None:
+    module, kwargs, _ = reference("sd15", 1, 24, 16)
+    program = dc.convert(module, kwargs=kwargs, ranks=2)
+    runs = []
+    for _ in range(2):
+        program.reset()
+        program.simulate(**kwargs)
+        runs.append(first(program.simulate(phase="steady", **{**kwargs, "sample": kwargs["sample"] * 1.1})))
+    assert torch.equal(*runs)
+
+
+def test_steady_phase_needs_a_warm_up() -> None:
+    module, kwargs, _ = reference("sd15", 1, 24, 16)
+    program = dc.convert(module, kwargs=kwargs, ranks=2)
+    with pytest.raises(dc.InputError, match="warm-up phase first"):
+        program.simulate(phase="steady", **kwargs)
+
+
+def test_even_ranks_share_their_engines() -> None:
+    """With even rows and zero padding all ranks have the same graph."""
+    module, kwargs, _ = reference("sdxl", 1, 32, 16)
+    program = dc.convert(module, kwargs=kwargs, ranks=4)
+    for phase in program.plan.phases.values():
+        assert all(len(set(s.engines)) == 1 for s in phase.segments.values())
+
+
+def test_guidance_halves_on_ranks_of_their_own() -> None:
+    module, kwargs, want = reference("sd15", 2, 24, 16)
+    program = dc.convert(module, kwargs=kwargs, ranks=4, cfg="split")
+    assert program.plan.ranks == 2
+    assert program.plan.inputs[0].spec.shape[0] == 1
+    assert relative_error(first(program.simulate(**kwargs)), want) <= 1e-5
+
+
+def test_half_precision() -> None:
+    module, kwargs, want = reference("sdxl", 1, 24, 16)
+    half = {k: v.to(torch.bfloat16) if k not in ("timestep", "added_cond_kwargs") else v for k, v in kwargs.items()}
+    half["added_cond_kwargs"] = {k: v.to(torch.bfloat16) for k, v in kwargs["added_cond_kwargs"].items()}
+    module = module.to(torch.bfloat16)
+    try:
+        got = first(dc.convert(module, kwargs=half, ranks=3).simulate(**half))
+    finally:
+        module.float()
+        reference.cache_clear()
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, want) <= 5e-2

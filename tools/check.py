@@ -1,0 +1,65 @@
+"""The one entry for checks, for people and for CI.
+
+    python tools/check.py            everything
+    python tools/check.py lint       formatting and lint
+    python tools/check.py types      mypy --strict
+    python tools/check.py test       pytest; further arguments go to it: tools/check.py test -k cli
+    python tools/check.py --fast     everything but the slow tests
+    python tools/check.py --fix      reformat and repair what ruff can repair, then check
+
+Runs every check even if one fails; the exit code is 1 if any did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKS = ("lint", "types", "test")
+
+
+def commands(check: str, fast: bool, fix: bool, extra: list[str]) -> list[list[str]]:
+    """What a check runs, one command line each."""
+    python = sys.executable
+    if check == "lint":
+        ruff = [python, "-m", "ruff"]
+        return [
+            [*ruff, "format", *([] if fix else ["--check"]), "."],
+            [*ruff, "check", *(["--fix"] if fix else []), "."],
+        ]
+    if check == "types":
+        return [[python, "-m", "mypy", "--strict"]]
+    return [[python, "-m", "pytest", "-q", *(["-m", "not slow"] if fast else []), *extra]]
+
+
+def main() -> int:
+    """Run the checks asked for, in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checks", nargs="*", metavar="lint|types|test", help="which checks; all without")
+    parser.add_argument("--fast", action="store_true", help="leave out tests marked slow")
+    parser.add_argument("--fix", action="store_true", help="let ruff change files")
+    options, extra = parser.parse_known_args()
+    unknown = [c for c in options.checks if c not in CHECKS]
+    if unknown and options.checks[0] != "test":
+        parser.error(f"no check named {unknown[0]!r}; there are: {', '.join(CHECKS)}")
+    chosen = [c for c in CHECKS if c in options.checks] or list(CHECKS)
+    failed = []
+    for check in chosen:
+        for command in commands(check, options.fast, options.fix, unknown + extra):
+            print(f"$ {' '.join(command[1:])}", flush=True)
+            started = time.perf_counter()
+            code = subprocess.run(command, cwd=ROOT).returncode
+            print(f"{check}: {'ok' if code == 0 else 'FAILED'} in {time.perf_counter() - started:.0f} s", flush=True)
+            if code:
+                failed.append(check)
+    if failed:
+        print(f"failed: {', '.join(dict.fromkeys(failed))}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
