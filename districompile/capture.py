@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import io
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,7 +105,9 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 def _export(module: torch.nn.Module, args: Any, kwargs: Any) -> torch.export.ExportedProgram:
     try:
-        with _evaluating(module), torch.no_grad(), warnings.catch_warnings():
+        # torch.export prints the graph so far to stderr where it fails: our error says where and why
+        quiet = contextlib.redirect_stderr(io.StringIO())
+        with _evaluating(module), torch.no_grad(), warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")
             program = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
             # Functionalise, but keep convolutions, norms, linears and attention whole
@@ -135,6 +138,8 @@ def _graph_of(program: torch.export.ExportedProgram) -> tuple[fx.Graph, dict[str
     env: dict[fx.Node, fx.Node] = {}
     names: dict[str, str] = {}
     for node in program.graph.nodes:
+        if node.op == "placeholder" and not node.users and not isinstance(node.meta.get("val"), Tensor):
+            continue  # a constant: built in
         if node.op == "placeholder" and node.name in lifted:
             new = graph.create_node("get_attr", str(lifted[node.name]), name=node.name)
             new.meta.update(node.meta)

@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
-from districompile.ir.plan import Exchange, Keep, Phase, Plan, Post, Run, Wait
+from districompile.ir.plan import Exchange, Keep, Phase, Plan, Post, Run, Take, Wait
 
 _PHASES: tuple[Phase, ...] = ("warmup", "steady")
 _UNSHOWN = ("ranks", "cfg_inputs")  # shown elsewhere, or of no interest to people
@@ -161,7 +161,10 @@ def phase_text(plan: Plan, phase: Phase) -> str:
     described = plan.phases[phase]
     lines = [f"{phase}: {len(described.steps)} steps, {len(described.segments)} segments, {plan.ranks} ranks"]
     for step in described.steps:
-        if isinstance(step, Run):
+        if isinstance(step, Take):
+            rows = ", ".join(f"{a}:{b}" for a, b in zip(step.starts, step.stops, strict=True))
+            lines.append(f"take {step.value} = {step.source}[rows {rows}]")
+        elif isinstance(step, Run):
             segment = described.segments[step.segment]
             engines = len(set(segment.engines))
             lines.append(

@@ -5,6 +5,7 @@ or to a rule, so that ``runtime/`` needs neither.
 
 Values are named tensors of one call on one rank. A step reads and writes values:
 
+- ``Take(value, source, dim, starts, stops)``: each rank's own rows of an input, which every rank is given whole; a view.
 - ``Run(segment)``: the engine of that segment and rank computes its outputs from its inputs.
 - ``Post(collectives)``: starts the transfer of each collective's ``source`` value. Non-blocking.
 - ``Wait(collectives)``: each collective's result becomes a value under the collective's own name.
@@ -129,6 +130,20 @@ Collective = Exchange | Reduction
 
 
 @dataclasses.dataclass(frozen=True)
+class Take:
+    """``value`` = rows [starts[r], stops[r]) of ``source``, after ``above`` and ``below`` rows of ``fill`` were added to it."""
+
+    value: str
+    source: str
+    dim: int
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    above: int = 0
+    below: int = 0
+    fill: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     segment: str
 
@@ -149,7 +164,7 @@ class Keep:
     value: str
 
 
-Step = Run | Post | Wait | Keep
+Step = Take | Run | Post | Wait | Keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +231,7 @@ class Plan:
 
 _CLASSES: dict[str, type[Any]] = {
     c.__name__: c
-    for c in (TensorSpec, Piece, Exchange, Reduction, Run, Post, Wait, Keep, SegmentPlan, PhasePlan, InputSpec, Plan)
+    for c in (TensorSpec, Piece, Exchange, Reduction, Take, Run, Post, Wait, Keep, SegmentPlan, PhasePlan, InputSpec, Plan)
 }
 
 

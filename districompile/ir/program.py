@@ -20,9 +20,10 @@ from districompile.errors import ConvertError
 from districompile.flops import flops_of
 from districompile.ir.layout import at_rank
 from districompile.ir.ops import ops
-from districompile.ir.plan import Collective, Keep, PhasePlan, Post, Run, SegmentPlan, Step, TensorSpec, Wait
+from districompile.ir.plan import Collective, Keep, PhasePlan, Post, Run, SegmentPlan, Step, Take, TensorSpec, Wait
 from districompile.ir.walk import per_ranks_of
 
+aten = torch.ops.aten
 _COLLECTIVES = (ops.exchange.default, ops.reduce.default)
 
 
@@ -99,14 +100,41 @@ def build_program(graph: fx.Graph, phase: str, parts: int = 1, states: dict[str,
         if node.target is ops.previous.default:
             kept[state_name(node)] = node.args[0].name
     _check_outputs(graph)
-    segments = _segments(graph, displaced, parts, phase)
+    takes = _takes(graph)
+    padded = {n for n in graph.nodes if n.users and all(u in takes for u in n.users)}  # the padding is theirs
+    segments = _segments(graph, displaced | set(takes) | padded, parts, phase)
     _interfaces(graph, segments, set(kept.values()))
-    steps = list(_steps(graph, segments, displaced))
+    steps = [*takes.values(), *_steps(graph, segments, displaced)]
     steps += [Keep(state, value) for state, value in kept.items()]
     outputs = tuple(value_name(n) for n in graph.output_node().args[0])  # type: ignore[arg-type, union-attr]
     plan = PhasePlan(tuple(steps), {s.name: s.plan() for s in segments}, outputs)
     collectives = {n.name: n.meta["collective"] for n in graph.nodes if n.target in _COLLECTIVES}
     return PhaseProgram({s.name: s for s in segments}, plan, collectives, kept)
+
+
+def _takes(graph: fx.Graph) -> dict[fx.Node, Step]:
+    """Slices of inputs, each rank's own: done outside of the segments, so that equal ranks keep equal engines."""
+    takes: dict[fx.Node, Step] = {}
+    for node in graph.nodes:
+        if node.target is not aten.slice.Tensor or len(node.args) != 4:
+            continue
+        source, dim, start, stop = node.args
+        above = below = 0
+        fill = 0.0
+        if source.target is aten.constant_pad_nd.default and not any(source.args[1][:-2]):
+            source, sides, fill = source.args
+            above, below = sides[-2:]
+            if dim != source.meta["local"][0].ndim - len(sides) // 2 or above < 0 or below < 0:
+                continue
+        if source.op != "placeholder":
+            continue
+        ranks = range(len(node.meta["local"]))
+        sizes = [t.shape[dim] for t in node.meta["local"]]
+        starts = tuple(at_rank(start, r) for r in ranks)
+        stops = tuple(a + n for a, n in zip(starts, sizes, strict=True))
+        if all(a >= 0 and b == at_rank(stop, r) for r, a, b in zip(ranks, starts, stops, strict=True)):
+            takes[node] = Take(node.name, source.name, dim, starts, stops, above, below, float(fill))
+    return takes
 
 
 def _check_outputs(graph: fx.Graph) -> None:
@@ -119,7 +147,8 @@ def _is_compute(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target not in _COLLECTIVES and node.target is not ops.previous.default
 
 
-def _segments(graph: fx.Graph, displaced: set[fx.Node], parts: int, phase: str) -> list[Segment]:
+def _segments(graph: fx.Graph, outside: set[fx.Node], parts: int, phase: str) -> list[Segment]:
+    """``outside``: nodes that belong to no segment and wait for nothing: displaced collectives, slices of inputs."""
     work = {n: flops_of(n, 0) for n in graph.nodes if _is_compute(n)}
     quota = sum(work.values()) / parts if parts > 1 else float("inf")
     segments: list[Segment] = []
@@ -137,13 +166,13 @@ def _segments(graph: fx.Graph, displaced: set[fx.Node], parts: int, phase: str) 
 
     for node in graph.nodes:
         reads_waiting = any(source in waiting or source in placing for source in node.all_input_nodes)
-        if node.target in _COLLECTIVES and node not in displaced:
+        if node.target in _COLLECTIVES and node not in outside:
             if reads_waiting:  # a transfer of what another transfer gives
                 close()
             waiting.add(node)
         elif node.target is ops.place.default and node.args[0] in waiting and node.args[1] not in placing:
             placing.append(node)
-        elif _is_compute(node):
+        elif _is_compute(node) and node not in outside:
             if reads_waiting:
                 close()
             current.append(node)
@@ -259,7 +288,9 @@ def check_plan(phase: str, plan: PhasePlan, collectives: dict[str, Collective], 
     posted: list[str] = []
     states: list[str] = []
     for step in plan.steps:
-        if isinstance(step, Run):
+        if isinstance(step, Take):
+            known.add(step.value)
+        elif isinstance(step, Run):
             s = plan.segments[step.segment]
             missing = [v for v in s.inputs if v not in known and not v.endswith(".previous")]
             if missing:

@@ -9,7 +9,7 @@ import torch
 
 from districompile.backends.base import Engine
 from districompile.errors import InputError
-from districompile.ir.plan import Keep, PhasePlan, Plan, Post, Run, Wait
+from districompile.ir.plan import Keep, PhasePlan, Plan, Post, Run, Take, Wait
 from districompile.runtime.transport import Pending, Transport
 
 Engines = Mapping[str, Mapping[str, Engine]]  # phase -> segment -> engine
@@ -68,7 +68,9 @@ class Executor:
         values = dict(inputs)
         kept: dict[str, torch.Tensor] = {}
         for number, step in enumerate(plan.steps):
-            if isinstance(step, Run):
+            if isinstance(step, Take):
+                values[step.value] = self._take(step, self._value(step.source, values, state))
+            elif isinstance(step, Run):
                 self._run(phase, step, values, state)
             elif isinstance(step, Post):
                 self._post(step, values, state)
@@ -81,6 +83,13 @@ class Executor:
             yield
         state.kept.update(kept)
         return [self._value(name, values, state).clone() for name in plan.outputs]
+
+    def _take(self, step: Take, source: torch.Tensor) -> torch.Tensor:
+        if step.above or step.below:
+            sides = [0, 0] * (source.ndim - 1 - step.dim) + [step.above, step.below]
+            source = torch.nn.functional.pad(source, sides, value=step.fill)
+        start = step.starts[self.rank]
+        return source.narrow(step.dim, start, step.stops[self.rank] - start).contiguous()
 
     def _run(self, phase: str, step: Run, values: dict[str, torch.Tensor], state: StreamState) -> None:
         segment = self.plan.phases[phase].segments[step.segment]
@@ -134,7 +143,9 @@ def _freed_after(plan: Plan, phase: PhasePlan) -> list[tuple[str, ...]]:
     last: dict[str, int] = {value.value: 0 for value in plan.inputs}
     for number, step in enumerate(phase.steps):
         names: Sequence[str]
-        if isinstance(step, Run):
+        if isinstance(step, Take):
+            names = (step.value, step.source)
+        elif isinstance(step, Run):
             segment = phase.segments[step.segment]
             names = (*segment.inputs, *segment.outputs)
         elif isinstance(step, Post):
