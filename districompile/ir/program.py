@@ -177,7 +177,8 @@ def _segments(graph: fx.Graph, outside: set[fx.Node], parts: int, phase: str) ->
                 close()
             current.append(node)
             done += work[node]
-            if done >= quota * (len(segments) + 1) and parts > 1 and len(segments) + 1 < parts:
+            full = done >= quota * (len(segments) + 1) and work[node] > 0
+            if full and len(segments) + 1 < parts:
                 close()
     close()
     close()  # what was placed last
