@@ -1,4 +1,5 @@
-"""Dumps of small graphs, stage by stage. ``python -m tests.test_golden`` writes them anew; read the difference before it is committed."""
+"""Dumps of small graphs, stage by stage. ``python -m tests.test_golden`` writes them anew; read the difference before
+it is committed."""
 
 from __future__ import annotations
 

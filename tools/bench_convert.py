@@ -2,8 +2,8 @@
 
     python tools/bench_convert.py [--cases sdxl-1024,sdxl-832x1216,sd15-512x768] [--backend onnxruntime] [--keep FOLDER]
 
-One JSON line a case. ``convert_s`` is ``dc.convert`` plus ``save``; loading the module is not in it. Every case runs in a process of
-its own; ``peak_gb`` is the largest resident size of that process, the module's weights included.
+One JSON line a case. ``convert_s`` is ``dc.convert`` plus ``save``; loading the module is not in it. Every case runs
+in a process of its own; ``peak_gb`` is the largest resident size of that process, the module's weights included.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def network(config: dict[str, Any]) -> torch.nn.Module:
 
     torch.set_default_dtype(torch.float16)
     with torch.device("meta"):
-        module = UNet2DConditionModel(**config).eval()
+        module: torch.nn.Module = UNet2DConditionModel(**config).eval()
     torch.set_default_dtype(torch.float32)
-    module = module.to_empty(device="cpu")
+    module.to_empty(device="cpu")
     for p in module.parameters():
         p.data.uniform_(-0.02, 0.02)
     return module
@@ -82,11 +82,14 @@ def measure(case: str, backend: str, target: Path) -> dict[str, Any]:
     weights = sum(spec.nbytes for spec in program.plan.weights.values())
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     report = program.report()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
     return {
         "case": case, "ranks": ranks, "backend": backend, "cpus": os.cpu_count(), "torch": torch.__version__,
-        "convert_s": round(done - start, 1), "compile_s": round(converted - start, 1), "save_s": round(done - converted, 1),
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
-        "weights_gb": round(weights / 1e9, 3), "bundle_gb": round(size / 1e9, 3), "bundle_over_weights": round(size / weights, 4),
+        "convert_s": round(done - start, 1), "compile_s": round(converted - start, 1),
+        "save_s": round(done - converted, 1),
+        "peak_gb": round(peak * 1024 / 1e9, 2),
+        "weights_gb": round(weights / 1e9, 3), "bundle_gb": round(size / 1e9, 3),
+        "bundle_over_weights": round(size / weights, 4),
         "engines": len(list((target / "engines").iterdir())), "cut_share": report.cut_share(),
         "segments": {p: len(q.segments) for p, q in program.plan.phases.items()},
         "sent_mb_per_step": round(max(report.sent("steady")) / 1e6, 1),

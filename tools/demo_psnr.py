@@ -1,8 +1,10 @@
 """Drift of the displaced phase on the demo model: PSNR of the picture against one device, same seed.
 
-    python tools/demo_psnr.py [--ranks 2,4,8] [--modes corrected_async,sync,stale,local] [--steps 50] [--warmup 4] [--pictures 2]
+    python tools/demo_psnr.py [--ranks 2,4,8] [--modes corrected_async,sync,stale,local] [--steps 50] [--warmup 4]
+    [--pictures 2]
 
-Everything runs in this process (ranks in lockstep, operator by operator). One JSON line a figure, the README's table at the end.
+Everything runs in this process (ranks in lockstep, operator by operator). One JSON line a figure, the README's table
+at the end.
 """
 
 from __future__ import annotations
@@ -17,9 +19,13 @@ import torch
 from torch import Tensor
 
 import districompile as dc
-from districompile.models.sources import load_pipeline
+from districompile.ir.plan import Phase
+from districompile.models.sources import load_pipeline, load_source
 
-PROMPTS = ("a red circle above a blue square at sunset", "a small green triangle left of a large yellow star at night on snow")
+PROMPTS = (
+    "a red circle above a blue square at sunset",
+    "a small green triangle left of a large yellow star at night on snow",
+)
 Denoiser = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
@@ -28,6 +34,7 @@ class Sampler:
 
     def __init__(self, steps: int, guidance: float) -> None:
         self.pipe: Any = load_pipeline("demo")
+        self.unet: Any = load_source("demo").module
         self.steps, self.guidance = steps, guidance
 
     def text(self, prompt: str) -> Tensor:
@@ -40,7 +47,7 @@ class Sampler:
 
     def picture(self, denoise: Denoiser, prompt: str, seed: int) -> Tensor:
         """The decoded picture, (1, 3, H, W) in 0 to 1."""
-        scheduler, config = self.pipe.scheduler, self.pipe.unet.config
+        scheduler, config = self.pipe.scheduler, self.unet.config
         scheduler.set_timesteps(self.steps)
         text = self.text(prompt)
         shape = (1, config.in_channels, config.sample_size, config.sample_size)
@@ -69,7 +76,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=2)
     args = parser.parse_args()
     sampler = Sampler(args.steps, args.guidance)
-    unet, config = sampler.pipe.unet, sampler.pipe.unet.config
+    unet, config = sampler.unet, sampler.unet.config
     cases = [(PROMPTS[i % len(PROMPTS)], i // len(PROMPTS)) for i in range(args.pictures)]
     expected = [sampler.picture(lambda x, t, c, i: unet(x, t, c).sample, p, s) for p, s in cases]
     captured = dc.capture(
@@ -84,7 +91,7 @@ def main() -> None:
             program = dc.convert(captured, ranks=n, groupnorm=mode)
 
             def denoise(x: Tensor, t: Tensor, text: Tensor, i: int, program: dc.Program = program) -> Tensor:
-                phase = "warmup" if i < args.warmup else "steady"
+                phase: Phase = "warmup" if i < args.warmup else "steady"
                 out: Tensor = program.simulate(x, t, encoder_hidden_states=text, phase=phase).sample
                 return out
 
@@ -93,7 +100,13 @@ def main() -> None:
                 program.reset()
                 values.append(psnr(sampler.picture(denoise, prompt, seed), want))
             table[mode, n] = sum(values) / len(values)
-            figure = {"groupnorm": mode, "ranks": n, "steps": args.steps, "warmup": args.warmup, "guidance": args.guidance}
+            figure = {
+                "groupnorm": mode,
+                "ranks": n,
+                "steps": args.steps,
+                "warmup": args.warmup,
+                "guidance": args.guidance,
+            }
             print(json.dumps({**figure, "pictures": len(values), "psnr_db": [round(v, 2) for v in values]}), flush=True)
     print("\n| group norm | " + " | ".join(f"{n} ranks" for n in ranks) + " |\n| --- |" + " --- |" * len(ranks))
     for mode in modes:

@@ -5,7 +5,8 @@ or to a rule, so that ``runtime/`` needs neither.
 
 Values are named tensors of one call on one rank. A step reads and writes values:
 
-- ``Take(value, source, dim, starts, stops)``: each rank's own rows of an input, which every rank is given whole; a view.
+- ``Take(value, source, dim, starts, stops)``: each rank's own rows of an input, which every rank is given whole; a
+view.
 - ``Run(segment)``: the engine of that segment and rank computes its outputs from its inputs.
 - ``Post(collectives)``: starts the transfer of each collective's ``source`` value. Non-blocking.
 - ``Wait(collectives)``: each collective's result becomes a value under the collective's own name.
@@ -131,7 +132,8 @@ Collective = Exchange | Reduction
 
 @dataclasses.dataclass(frozen=True)
 class Take:
-    """``value`` = rows [starts[r], stops[r]) of ``source``, after ``above`` and ``below`` rows of ``fill`` were added to it."""
+    """``value`` = rows [starts[r], stops[r]) of ``source``, after ``above`` and ``below`` rows of ``fill`` were added
+    to it."""
 
     value: str
     source: str
@@ -231,7 +233,21 @@ class Plan:
 
 _CLASSES: dict[str, type[Any]] = {
     c.__name__: c
-    for c in (TensorSpec, Piece, Exchange, Reduction, Take, Run, Post, Wait, Keep, SegmentPlan, PhasePlan, InputSpec, Plan)
+    for c in (
+        TensorSpec,
+        Piece,
+        Exchange,
+        Reduction,
+        Take,
+        Run,
+        Post,
+        Wait,
+        Keep,
+        SegmentPlan,
+        PhasePlan,
+        InputSpec,
+        Plan,
+    )
 }
 
 
