@@ -16,6 +16,7 @@ from districompile.backends.build import build_segments
 from districompile.backends.eager import EagerEngine
 from districompile.bundle import WEIGHTS, BundleWriter
 from districompile.capture import Captured, bind_call, capture
+from districompile.compare import NodeError, compare_nodes
 from districompile.errors import ConvertError
 from districompile.ir.plan import PHASES, InputSpec, Phase, PhasePlan, Plan
 from districompile.ir.printer import print_graph
@@ -245,6 +246,22 @@ class Program:
     def reset(self) -> None:
         """Forget the state of the calls so far: the next image starts with the warm-up phase."""
         self._runner = None
+
+    def compare_nodes(self, *args: Any, **kwargs: Any) -> list[NodeError]:
+        """Every operator of the exact phase against the original model's, for one call: to find a rule that is wrong.
+
+        The graph is cut anew by the built-in passes; all activations are held at once.
+        """
+        captured = self._captured
+        ranks, options = self.plan.ranks, self.plan.options
+        unit = Unit(
+            captured.copy_graph(), "whole", captured, Options(ranks, str(options.get("cfg", "none"))),
+            {i.value: i.rows for i in self.plan.inputs if i.rows is not None},
+        )  # fmt: skip
+        passes = [p for p in _pipelines().cut(unit.options) if p.gives == "whole"]
+        PassManager().run(unit, passes)
+        call = InputChecker(self.plan, torch.device("cpu"))(args, kwargs)
+        return compare_nodes(unit, {i.value: call.tensors[i.path] for i in self.plan.inputs})
 
     def report(self) -> Report:
         """What is exchanged where, fallbacks, bytes, rows per rank."""

@@ -117,6 +117,7 @@ def verify(
         float | None, typer.Option(help="Largest relative error of the exact phase [by dtype and backend].")
     ] = None,
     drift: Annotated[bool, typer.Option(help="Measure the displaced phase over a whole sampling run.")] = True,
+    nodes: Annotated[bool, typer.Option("--nodes", help="Compare every operator too: finds a wrong rule.")] = False,
     model: ModelOverride = None,
     as_json: Json = False,
 ) -> int:
@@ -124,7 +125,14 @@ def verify(
     from districompile.commands import verify as command
 
     settings = command.Settings(
-        bundle=bundle, prompt=prompt, steps=steps, seed=seed, tolerance=tolerance, drift=drift, model=model
+        bundle=bundle,
+        prompt=prompt,
+        steps=steps,
+        seed=seed,
+        tolerance=tolerance,
+        drift=drift,
+        nodes=nodes,
+        model=model,
     )
     return command.main(settings, as_json)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import districompile as dc
+from districompile.cutter import Cutter, Value
 from districompile.passmanager import import_pass
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
@@ -33,6 +34,24 @@ def test_rule_of_the_docs_cuts_the_operator() -> None:
     with torch.no_grad():
         torch.testing.assert_close(program.simulate(**kwargs), module(**kwargs), rtol=1e-5, atol=1e-6)
     assert not program.report().fallbacks()
+
+
+def test_wrong_rule_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    import districompile.registry as registry
+
+    module, kwargs = network()
+    program = dc.convert(module, kwargs=kwargs, ranks=3)
+    errors = program.compare_nodes(**kwargs)
+    assert len(errors) >= 12 and max(e.error for e in errors) < 1e-5
+
+    def no_halo(cut: Cutter, x: Value, amount: float) -> Value:
+        return cut.call(torch.ops.example.sharpen.default, x, amount, layout=x.layout)
+
+    op = torch.ops.example.sharpen.default
+    monkeypatch.setitem(registry._RULES, op, registry.Rule(op, no_halo, "window", None))
+    first = next(e for e in dc.convert(module, kwargs=kwargs, ranks=3).compare_nodes(**kwargs) if e.error > 1e-5)
+    assert first.op == "example.sharpen.default"
+    assert "sharpen.py" in first.source
 
 
 def test_unknown_operator_is_computed_whole_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

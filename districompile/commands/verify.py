@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from districompile.api import convert
 from districompile.bundle import Bundle
 from districompile.commands.common import UsageError, console, print_json, quiet_libraries
 from districompile.commands.drawing import Request, draw
@@ -41,6 +42,7 @@ class Settings:
     seed: int = 0
     tolerance: float | None = None
     drift: bool = True
+    nodes: bool = False
     model: str | None = None
 
 
@@ -63,6 +65,11 @@ def main(settings: Settings, as_json: bool) -> int:
         f"({'within' if ok else 'ABOVE'} the tolerance of {exact['tolerance']:g})",
         highlight=False,
     )
+    nodes = found.get("nodes")
+    if nodes is not None:
+        terminal.print(f"{nodes['compared']} operators compared; the worst:", highlight=False)
+        for e in nodes["worst"]:
+            terminal.print(f"  {e['error']:.2e}  {e['node']} ({e['op']}) {e['source']}", highlight=False, markup=False)
     drift = found["drift"]
     if drift is not None:
         psnr = "identical" if drift["psnr_db"] is None else f"PSNR {drift['psnr_db']:.1f} dB"
@@ -88,6 +95,7 @@ def compare(settings: Settings, plan: Plan, manifest: Mapping[str, Any], progres
         table = EAGER_TOLERANCES if manifest.get("backend") == "eager" else TOLERANCES
         tolerance = table.get(dtype, 1e-4)
     error = exact_error(loaded, compiled, plan.options, settings.seed, progress)
+    nodes = node_errors(loaded, plan, settings.seed, progress) if settings.nodes else None
     drift = None
     if settings.drift and loaded.kind in ("UNet2DConditionModel", "UNet2DModel"):
         drift = measure_drift(loaded, compiled, plan.options, settings, progress)
@@ -102,7 +110,21 @@ def compare(settings: Settings, plan: Plan, manifest: Mapping[str, Any], progres
             "calls": CHECKED_CALLS,
         },
         "drift": drift,
+        **({} if nodes is None else {"nodes": nodes}),
     }
+
+
+def node_errors(loaded: LoadedModel, plan: Plan, seed: int, progress: Progress) -> dict[str, Any]:
+    """The cut graph, operator by operator, against the original: how many were compared, and the worst."""
+    if plan.options.get("cfg") == "split":
+        raise UsageError("--nodes works on one guidance half: convert with --cfg batch to look for a wrong operator")
+    example = _example(loaded, plan.options, seed)
+    rows = {i.path: i.rows for i in plan.inputs if i.rows is not None}
+    with progress.task("comparing every operator"):
+        program = convert(loaded.module, example.args, example.kwargs, ranks=plan.ranks, rows=rows)
+        found = program.compare_nodes(*example.args, **example.kwargs)
+    worst = sorted(found, key=lambda e: -e.error)[:5]
+    return {"compared": len(found), "worst": [dataclasses.asdict(e) for e in worst]}
 
 
 def exact_error(
