@@ -23,7 +23,8 @@ def test_ranks_equal_one_device(name: str, size: tuple[int, int, int]) -> None:
         assert relative_error(first(program.simulate(**kwargs)), want) <= 1e-5, f"{ranks} ranks"
         report = program.report()
         assert not report.fallbacks()
-        assert ranks == 1 or (report.cut_share() or 0) > 0.9
+        # All is cut, but for maps with fewer rows than ranks, which are named
+        assert ranks == 1 or program.plan.report["replicated"] or (report.cut_share() or 0) > 0.99
 
 
 @pytest.mark.parametrize("ranks", [6, 7])
