@@ -13,7 +13,6 @@ from districompile.errors import ConvertError
 from districompile.ir.plan import Phase
 
 Stage = Literal["whole", "local", "lowered"]
-STAGES: tuple[Stage, ...] = ("whole", "local", "lowered")
 GROUPNORM_MODES = ("corrected_async", "sync", "stale", "local")
 DISPLACEABLE = ("attention", "conv", "norm", "resize", "other")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from districompile.cutter import Cutter, Value
-from districompile.ir.layout import Factor, Layout, Refused
+from districompile.ir.layout import Factor, Layout, Refused, per_rank
 from districompile.passes.rules.common import positive, spread
 from districompile.registry import Sample, rule
 
@@ -198,8 +198,6 @@ def _within(output_padding: list[int], stride: list[int], dilation: list[int]) -
 
 def _crop(cut: Cutter, node: torch.fx.Node, dim: int, starts: Sequence[int], stops: Sequence[int]) -> torch.fx.Node:
     """Rows [start, stop) of each rank's local result; nothing where that is all of it."""
-    from districompile.ir.layout import per_rank
-
     sizes = [t.shape[dim] for t in node.meta["local"]]
     if any(b > n for b, n in zip(stops, sizes, strict=True)):
         raise Refused("the output padding reaches past what the rank's rows make")
