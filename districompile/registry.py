@@ -53,6 +53,7 @@ def rule(
     """
 
     def register(function: RuleFunction) -> RuleFunction:
+        load_rules()  # ours first: a rule that came before them would make them the ones to be refused
         for op in targets:
             if op in _RULES and not override:
                 raise ConvertError(f"{op} has a rule already ({_RULES[op].function.__module__}); pass override=True")
