@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from districompile.backends.base import BuildSegment, get_backend
+from districompile.backends.base import Backend, BuildSegment, get_backend
 from districompile.backends.build import build_segments
 from districompile.backends.eager import EagerEngine
 from districompile.bundle import WEIGHTS, BundleWriter
 from districompile.capture import Captured, bind_call, capture
 from districompile.compare import NodeError, compare_nodes
-from districompile.errors import ConvertError
+from districompile.errors import BackendError, ConvertError
+from districompile.ir.inside import delivered, whole_plan, whole_segment
 from districompile.ir.plan import PHASES, InputSpec, Phase, PhasePlan, Plan
 from districompile.ir.printer import print_graph
 from districompile.ir.program import PhaseProgram, build_program, check_plan
@@ -299,29 +300,56 @@ class Program:
             raise ConvertError("this program stops after a pass (stop_after): it can be printed, not run or saved")
 
     def save(
-        self, path: str | Path, backend: str = "onnxruntime", *, source: str | None = None,
-        config: Mapping[str, Any] | None = None, progress: Progress | None = None,
+        self, path: str | Path, backend: str | Backend = "onnxruntime", *, source: str | None = None,
+        config: Mapping[str, Any] | None = None, collectives: str = "between", progress: Progress | None = None,
     ) -> None:  # fmt: skip
         """Build the engines of all ranks and write the bundle. Nothing is left behind where that fails.
 
-        ``source`` is where the model came from, for whoever needs the rest of its pipeline. Raises
+        ``backend`` is a name, or a backend with options of its own (``TensorRTBackend(target="sm89")``). ``source`` is
+        where the model came from, for whoever needs the rest of its pipeline. ``collectives``: the exact phase is cut
+        at every collective (``"between"``), or is one engine that holds them (``"inside"``, TensorRT only). Raises
         :class:`BackendError` or :class:`BundleError`.
         """
         self._need_phases()
-        chosen = get_backend(backend)
+        chosen = get_backend(backend) if isinstance(backend, str) else backend
+        plan, segments = self._layout(chosen, collectives)
         bars = tasks(progress)
         with BundleWriter(path) as writer:
             weights = self._write_weights(writer, bars)
             with bars.task("building engines", 1.0) as task:
-                segments = (item for phase in PHASES for item in self.segments(phase))
                 files = build_segments(chosen, segments, weights, writer.path("engines/_").parent, _advance(task))
-            plan = self._plan_with(files)
+            plan = _with_engines(plan, files)
             text = "\n\n".join([str(Report(plan)), *(f"{phase}\n{phase_text(plan, phase)}" for phase in PHASES)])
+            describe = getattr(chosen, "describe", None)
             with bars.task("hashing files", 1.0) as task:
                 writer.finish(
-                    plan, text, backend=chosen.name, source=source, model_class=self._captured.model_class,
+                    plan, text, backend=chosen.name, device=getattr(chosen, "device", "cpu"), source=source,
+                    model_class=self._captured.model_class, engines=describe() if describe else None,
                     config=config if config is not None else self._captured.config, progress=_advance(task),
                 )  # fmt: skip
+
+    def _layout(
+        self, backend: Backend, collectives: str
+    ) -> tuple[Plan, Iterable[tuple[tuple[str, str, int], BuildSegment]]]:
+        """The plan, and the segments to build, with collectives where they are asked for."""
+        if collectives not in ("between", "inside"):
+            raise ConvertError(f"collectives={collectives!r}: they are 'between' engines or 'inside' of them")
+        between = (item for phase in PHASES for item in self.segments(phase))
+        if collectives == "between":
+            return self.plan, between
+        reason = getattr(backend, "collectives_inside", f"the {backend.name} backend cuts at every collective")
+        if reason is not None:
+            raise BackendError(f"collectives cannot be inside of engines: {reason}; use 'between'")
+        left = delivered(self.plan.phases["steady"])
+        warmup = whole_plan(self._phases["warmup"], left, self.plan.ranks)
+        phases = {**self.plan.phases, "warmup": warmup}
+        options = {**self.plan.options, "collectives": "inside"}
+        (name,) = warmup.segments
+        whole = (
+            (("warmup", name, r), whole_segment(self._phases["warmup"], left, r)) for r in range(self.plan.ranks)
+        )
+        plan = dataclasses.replace(self.plan, phases=phases, options=options)
+        return plan, (item for source in (whole, self.segments("steady")) for item in source)
 
     def _write_weights(self, writer: BundleWriter, bars: Progress) -> WeightFile:
         path = writer.path(WEIGHTS)
@@ -330,16 +358,17 @@ class Program:
             writer.known(WEIGHTS, WeightFile.write(path, items, _advance(task)))
         return WeightFile.open(path)
 
-    def _plan_with(self, files: Mapping[tuple[str, str, int], str]) -> Plan:
-        """The plan with engine files in place of rank classes."""
-        phases = {}
-        for name, phase in self.plan.phases.items():
-            segments = {
-                s: dataclasses.replace(p, engines=tuple(files[name, s, int(e)] for e in p.engines))
-                for s, p in phase.segments.items()
-            }
-            phases[name] = dataclasses.replace(phase, segments=segments)
-        return dataclasses.replace(self.plan, phases=phases)
+
+def _with_engines(plan: Plan, files: Mapping[tuple[str, str, int], str]) -> Plan:
+    """The plan with engine files in place of rank classes."""
+    phases = {}
+    for name, phase in plan.phases.items():
+        segments = {
+            s: dataclasses.replace(p, engines=tuple(files[name, s, int(e)] for e in p.engines))
+            for s, p in phase.segments.items()
+        }
+        phases[name] = dataclasses.replace(phase, segments=segments)
+    return dataclasses.replace(plan, phases=phases)
 
 
 def _advance(task: Any) -> Callable[[int, int], None]:

@@ -113,12 +113,14 @@ class BundleWriter:
         model_class: str | None = None,
         config: Mapping[str, Any] | None = None,
         graphs: Mapping[str, str] | None = None,
+        engines: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Write the plan and the manifest, when weights and engines are there.
 
         ``source`` is where the model came from (a folder or hub id), ``config`` its configuration, of which what JSON
-        cannot hold is kept as text. ``graphs`` are dumps by file name.
+        cannot hold is kept as text. ``graphs`` are dumps by file name. ``engines`` says what built the engines, and for
+        which devices, where that matters.
         """
         self.text(PLAN, plan.to_json())
         self.text(PLAN_TEXT, plan_text)
@@ -132,6 +134,7 @@ class BundleWriter:
             "class": model_class,
             "backend": backend,
             "device": device,
+            "engines": None if engines is None else dict(engines),
             "mesh": {"cfg": 2 if plan.options.get("cfg") == "split" else 1, "patch": plan.ranks},
             "config": None if config is None else dict(config),
             "files": self._files(progress),

@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
-from districompile.ir.plan import Exchange, Keep, Phase, Plan, Post, Run, Take, Wait
+from districompile.ir.plan import Deliver, Exchange, Keep, Phase, Plan, Post, Run, Take, Wait
 
 _PHASES: tuple[Phase, ...] = ("warmup", "steady")
 _UNSHOWN = ("ranks", "cfg_inputs")  # shown elsewhere, or of no interest to people
@@ -47,14 +47,12 @@ class Report:
         return dict(sorted(found.items()))
 
     def sent(self, phase: Phase) -> list[int]:
-        """Bytes that each rank sends in one call of ``phase``."""
-        total = [0] * self.plan.ranks
-        for step in self.plan.phases[phase].steps:
-            if isinstance(step, Post):
-                for name in step.collectives:
-                    for r in range(self.plan.ranks):
-                        total[r] += self.plan.collectives[name].sent_bytes(r)
-        return total
+        """Bytes that each rank sends in one call of ``phase``, at least: an all-gather inside an engine sends what every
+        rank wants to all."""
+        posts = [s for s in self.plan.phases[phase].steps if isinstance(s, Post)]
+        inside = phase == "warmup" and self.plan.options.get("collectives") == "inside"
+        names = list(self.plan.collectives) if inside else [n for s in posts for n in s.collectives]
+        return [sum(self.plan.collectives[n].sent_bytes(r) for n in names) for r in range(self.plan.ranks)]
 
     def waits(self, phase: Phase) -> int:
         """How many times a call of ``phase`` waits for other ranks."""
@@ -175,6 +173,8 @@ def phase_text(plan: Plan, phase: Phase) -> str:
             lines += [f"post {_collective(plan, name)}" for name in step.collectives]
         elif isinstance(step, Wait):
             lines.append(f"wait {', '.join(step.collectives)}")
+        elif isinstance(step, Deliver):
+            lines.append(f"got  {', '.join(step.collectives)}  # received inside of the engine, for the next call")
         elif isinstance(step, Keep):
             lines.append(f"keep {step.state} = {step.value}")
     lines.append(f"out  {', '.join(described.outputs)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +28,9 @@ class BuildSegment:
 
     ``graph``'s placeholders are ``inputs`` then ``weights``, in order; its output is a flat tuple, one tensor for each
     of ``outputs``; every node has ``meta["val"]``. Weights are known by their names in the weight file, inputs and
-    outputs by the names of their values.
+    outputs by the names of their values. ``gathers`` are pairs of an output and an input: what all ranks give as the
+    first, one after another, is the second (the backends that can compute such a segment say so in
+    ``collectives_inside``); an engine has neither at its border.
     """
 
     name: str
@@ -36,6 +38,7 @@ class BuildSegment:
     inputs: tuple[tuple[str, TensorSpec], ...]
     weights: tuple[tuple[str, TensorSpec], ...]
     outputs: tuple[tuple[str, TensorSpec], ...]
+    gathers: tuple[tuple[str, str], ...] = ()
 
 
 class Engine(abc.ABC):
@@ -146,11 +149,12 @@ def get_backend(name: str) -> Backend:
     """The backend called ``name``; raises :class:`BackendError` naming what there is, or what to install."""
     from districompile.backends.eager import EagerBackend
     from districompile.backends.onnxruntime import OnnxRuntimeBackend
+    from districompile.backends.tensorrt import TensorRTBackend
 
-    known: dict[str, Backend] = {b.name: b for b in (EagerBackend(), OnnxRuntimeBackend())}
+    known: dict[str, Callable[[], Backend]] = {b.name: b for b in (EagerBackend, OnnxRuntimeBackend, TensorRTBackend)}
     if name not in known:
         raise BackendError(f"no backend named {name!r}; there are: {', '.join(sorted(known))}")
-    backend = known[name]
+    backend = known[name]()
     reason = backend.unavailable()
     if reason is not None:
         raise BackendError(reason)

@@ -80,8 +80,12 @@ class Translator:
                 reasons.setdefault(str(node.target), f"{node.target} ({node.name}{source_line(node)}): {reason}")
         return list(reasons.values())
 
-    def model(self, segment: BuildSegment, weights: WeightFile) -> onnx.ModelProto:
-        """The ONNX model of a segment. Inputs, outputs and weights have the segment's names.
+    def model(self, segment: BuildSegment, weights: WeightFile | None) -> onnx.ModelProto:
+        """The ONNX model of a segment. Inputs, outputs and weights have the segment's names, nodes are called by the
+        segment's nodes (``conv2d_3/Conv_17``).
+
+        ``weights`` is the file that holds the weights, which become initializers with external data in it; None makes
+        them inputs of the model.
 
         Raises :class:`BackendError` with the reasons if something cannot be translated.
         """
@@ -99,7 +103,7 @@ class Translator:
             assert isinstance(kind, Kind)
             template = self._templates[kind]
             assert isinstance(template, Template)
-            outputs = composer.add(template, [names[n] for n in node.all_input_nodes])
+            outputs = composer.add(template, [names[n] for n in node.all_input_nodes], node.name)
             if kind.taken is None:
                 names[node] = outputs[0]
             else:

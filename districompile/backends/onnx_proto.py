@@ -76,14 +76,17 @@ class Composer:
         while any(n.startswith((f"{self._prefix}n", f"{self._prefix}const_")) for n in taken):
             self._prefix += "_"
 
-    def add(self, template: Template, operands: Sequence[str]) -> tuple[str, ...]:
-        """Instantiate ``template``; gives the names of its outputs."""
+    def add(self, template: Template, operands: Sequence[str], label: str = "") -> tuple[str, ...]:
+        """Instantiate ``template``; gives the names of its outputs. ``label`` is what runtimes call its nodes by in
+        their messages."""
         names = dict(zip(template.inputs, operands, strict=True))
         for constant in template.constants:
             names[constant.name] = self._constant(constant)
         prefix = f"{self._prefix}n{len(self._nodes)}_"
         for node in template.nodes:
             copy = _renamed(node, names, prefix)
+            if label:
+                copy.name = f"{label}/{node.op_type}_{len(self._nodes)}"
             self._nodes.append(copy)
             self._made.update(copy.output)
         return tuple(names[o] for o in template.outputs)
@@ -98,6 +101,7 @@ class Composer:
         return name
 
     def model(self, segment: BuildSegment, results: Sequence[str], weights: WeightFile | None) -> onnx.ModelProto:
+        """The whole model. Without ``weights`` they are inputs, after the segment's own."""
         from onnx import checker, helper
 
         final: dict[str, str] = {}
@@ -105,7 +109,8 @@ class Composer:
             if result in self._made and result not in final:
                 final[result] = name
             else:  # an input, a weight, a constant, or the same value once more
-                self._nodes.append(helper.make_node("Identity", [result], [name]))
+                label = f"output {name}/Identity_{len(self._nodes)}"
+                self._nodes.append(helper.make_node("Identity", [result], [name], name=label))
         for node in self._nodes:
             _rename(node, final)
         used = {name for node in self._nodes for name in reads(node)}

@@ -166,7 +166,15 @@ class Keep:
     value: str
 
 
-Step = Take | Run | Post | Wait | Keep
+@dataclasses.dataclass(frozen=True)
+class Deliver:
+    """An engine with collectives inside gave the results of ``collectives`` as values of their names: from here on they
+    are what a ``Wait`` gives."""
+
+    collectives: tuple[str, ...]
+
+
+Step = Take | Run | Post | Wait | Keep | Deliver
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +251,7 @@ _CLASSES: dict[str, type[Any]] = {
         Post,
         Wait,
         Keep,
+        Deliver,
         SegmentPlan,
         PhasePlan,
         InputSpec,

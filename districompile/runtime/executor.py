@@ -9,7 +9,7 @@ import torch
 
 from districompile.backends.base import Engine
 from districompile.errors import InputError
-from districompile.ir.plan import Keep, PhasePlan, Plan, Post, Run, Take, Wait
+from districompile.ir.plan import Deliver, Keep, PhasePlan, Plan, Post, Run, Take, Wait
 from districompile.runtime.transport import Pending, Transport
 
 Engines = Mapping[str, Mapping[str, Engine]]  # phase -> segment -> engine
@@ -76,6 +76,8 @@ class Executor:
                 self._post(step, values, state)
             elif isinstance(step, Wait):
                 self._wait(step, values, state)
+            elif isinstance(step, Deliver):
+                self._deliver(step, values, state)
             else:
                 kept[step.state] = self._value(step.value, values, state).clone()
             for name in freed[number]:
@@ -123,6 +125,13 @@ class Executor:
                 )
             values[name] = received
 
+    def _deliver(self, step: Deliver, values: Mapping[str, torch.Tensor], state: StreamState) -> None:
+        for name in step.collectives:
+            earlier = state.pending.pop(name, None)
+            if earlier is not None:  # the other ranks have sent it and count on its receipt
+                earlier.wait()
+            state.results[name] = self._value(name, values, state).clone()
+
     def _value(self, name: str, values: Mapping[str, torch.Tensor], state: StreamState) -> torch.Tensor:
         """A value of this call, or the state of that name from the last one."""
         if name in values:
@@ -150,7 +159,7 @@ def _freed_after(plan: Plan, phase: PhasePlan) -> list[tuple[str, ...]]:
             names = (*segment.inputs, *segment.outputs)
         elif isinstance(step, Post):
             names = [plan.collectives[name].source for name in step.collectives]
-        elif isinstance(step, Wait):
+        elif isinstance(step, Wait | Deliver):
             names = step.collectives
         else:
             names = (step.value,)

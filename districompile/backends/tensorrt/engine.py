@@ -1,0 +1,229 @@
+"""From an engine file to something that runs: weights, context, addresses, stream.
+
+Nothing here copies an activation. Inputs and outputs are read and written where the runtime has them: addresses are set
+anew for every ``enqueue``, which costs nothing where a captured step is replayed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import dataclasses
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from districompile.backends.base import Engine, check_input
+from districompile.backends.tensorrt.builder import beside_weights
+from districompile.backends.tensorrt.library import Library, dtype_table, optional, told
+from districompile.errors import BackendError
+from districompile.ir.plan import TensorSpec
+from districompile.weights import WeightFile
+
+WEIGHT = "weight:"
+"""What the name of an engine's input begins with where that input is a weight of the bundle."""
+
+
+class TensorRTEngine(Engine):
+    """A deserialised engine and its one context. ``weights`` are bound for good; they are shared with other engines."""
+
+    binds_outputs = True
+
+    def __init__(
+        self,
+        library: Library,
+        name: str,
+        engine: Any,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        cache: RuntimeCache | None = None,
+    ) -> None:
+        trt = library.module
+        self._library, self._name, self._engine, self._device = library, name, engine, device
+        dtypes = dtype_table(trt)
+        self._inputs: dict[str, TensorSpec] = {}
+        self._outputs: dict[str, TensorSpec] = {}
+        self._weights = dict(weights)
+        self.context = _context(library, engine, cache)
+        if self.context is None:
+            raise BackendError(f"{library.flavour} cannot make a context for {name}: {told(library.log.take())}")
+        for i in range(engine.num_io_tensors):
+            tensor = engine.get_tensor_name(i)
+            spec = TensorSpec(tuple(engine.get_tensor_shape(tensor)), dtypes[engine.get_tensor_dtype(tensor)])
+            if engine.get_tensor_mode(tensor) == trt.TensorIOMode.OUTPUT:
+                self._outputs[tensor] = spec
+            elif tensor.startswith(WEIGHT):
+                self._set_address(tensor, self._weights[tensor], spec)
+            else:
+                self._inputs[tensor] = spec
+        self.scratch_bytes = -(-int(engine.device_memory_size_v2) // 256) * 256
+        self._scratch: Tensor | None = None
+        self._bound: dict[str, Tensor] = {}
+        self._results: dict[str, Tensor] = {}
+        self._cache = cache
+        capturable = optional(self.context, "is_stream_capturable")
+        if capturable is not None:
+            self.capturable = bool(capturable(torch.cuda.current_stream(device).cuda_stream))
+
+    def bind(self, name: str, tensor: Tensor) -> None:
+        check_input(name, tensor, self._outputs if name in self._outputs else self._inputs)
+        self._bound[name] = tensor
+
+    def enqueue(self) -> None:
+        self._results = {}
+        if self.scratch_bytes and self._scratch is None:
+            self.use_scratch(torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self._device))
+        for name, spec in self._inputs.items():
+            # Held until the next call: an address is no reference, and the work is only queued when this returns.
+            self._results[name] = self._bound.pop(name).contiguous()
+            self._set_address(name, self._results[name], spec)
+        for name, spec in self._outputs.items():
+            given = self._bound.pop(name, None)
+            if given is None:
+                given = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+            self._results[name] = given
+            self._set_address(name, given, spec)
+        if not self.context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
+            raise BackendError(f"{self._library.flavour} failed to run {self._name}: {told(self._library.log.take())}")
+
+    def output(self, name: str) -> Tensor:
+        return self._results[name]
+
+    def release(self) -> None:
+        # Memory goes back to PyTorch's allocator, which hands it out again in the order of this same stream.
+        self._results = {}
+
+    def use_scratch(self, tensor: Tensor) -> None:
+        self.context.set_device_memory(tensor.data_ptr(), tensor.numel())
+        self._scratch = tensor
+
+    def use_communicator(self, pointer: int) -> None:
+        """The NCCL communicator (``ncclComm_t``) of the engine's collectives: it must outlive this engine. All ranks
+        call this together."""
+        use = optional(self.context, "set_communicator")
+        if use is None or not use(_capsule(pointer)):
+            raise BackendError(
+                f"{self._library.flavour} takes no communicator for {self._name}: {told(self._library.log.take())}"
+            )
+
+    def _set_address(self, name: str, tensor: Tensor, spec: TensorSpec) -> None:
+        if not tensor.is_contiguous() or tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+            raise RuntimeError(f"{self._name}: {name} is {tensor.dtype}{tuple(tensor.shape)}, not a dense {spec}")
+        if not self.context.set_tensor_address(name, tensor.data_ptr()):
+            raise BackendError(f"{self._library.flavour} refuses the memory of {name}: {told(self._library.log.take())}")
+
+
+def _capsule(pointer: int) -> Any:
+    make = ctypes.pythonapi.PyCapsule_New
+    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return make(pointer, b"ncclComm_t", None)
+
+
+def _context(library: Library, engine: Any, cache: RuntimeCache | None) -> Any:
+    """A context without activation memory of its own: all contexts of a rank share one block."""
+    strategy = library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+    make_config = optional(engine, "create_runtime_config")
+    if make_config is None:
+        return engine.create_execution_context(strategy)
+    config = make_config()
+    set_strategy = optional(config, "set_execution_context_allocation_strategy")
+    if set_strategy is None:
+        return engine.create_execution_context(strategy)
+    set_strategy(strategy)
+    if cache is not None:
+        cache.attach(config)
+    return engine.create_execution_context(config)
+
+
+@dataclasses.dataclass(eq=False)
+class RuntimeCache:
+    """What ``tensorrt_rtx`` compiled for this GPU when contexts were made, kept in a file so that the next start is
+    quick. Losing it costs time, nothing else: a file that does not fit is ignored, one that cannot be written too."""
+
+    path: Path
+    _cache: Any = None
+    _size: int = 0
+
+    def attach(self, config: Any) -> None:
+        """Use this cache for the context that is made with ``config``."""
+        make, use = optional(config, "create_runtime_cache"), optional(config, "set_runtime_cache")
+        if make is None or use is None:
+            return
+        if self._cache is None:
+            self._cache = make()
+            with contextlib.suppress(OSError):
+                known = self.path.read_bytes()
+                if self._cache.deserialize(known):
+                    self._size = len(known)
+            atexit.register(_save_at_exit, weakref.ref(self))
+        use(self._cache)
+
+    def save(self) -> None:
+        """Write the file if there is something new in it."""
+        if self._cache is None:
+            return
+        data = memoryview(self._cache.serialize())
+        if data.nbytes == self._size:
+            return
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+            temporary.write_bytes(data)
+            temporary.replace(self.path)
+            self._size = data.nbytes
+
+
+def _save_at_exit(cache: weakref.ref[RuntimeCache]) -> None:
+    found = cache()
+    if found is not None:
+        with contextlib.suppress(Exception):
+            found.save()
+
+
+def load_engine(
+    library: Library,
+    path: Path,
+    outputs: tuple[str, ...],
+    weights: WeightFile,
+    device: torch.device,
+    cache: RuntimeCache | None = None,
+) -> TensorRTEngine:
+    """Deserialise ``path`` for ``device``, with its weights from the bundle's weight file.
+
+    Raises :class:`BackendError` for a file that is no engine of this flavour and version, or another segment's.
+    """
+    trt, log = library.module, library.log
+    log.take()
+    runtime = trt.Runtime(log)
+    with torch.cuda.device(device):
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise BackendError(
+                f"{path} cannot be loaded by {library.flavour} {library.version}: {told(log.take())}: convert again "
+                "with this version, or for this GPU"
+            )
+        tensors = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        found = tuple(n for n in tensors if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT)
+        if set(found) != set(outputs):
+            raise BackendError(f"{path} is another segment: it gives {found}, not {outputs}")
+        bound = {n: weights.tensor(n.removeprefix(WEIGHT), device) for n in tensors if n.startswith(WEIGHT)}
+        if engine.refittable:
+            _refit(library, engine, path.with_suffix(".onnx"), weights.path)
+        return TensorRTEngine(library, path.name, engine, bound, device, cache)
+
+
+def _refit(library: Library, engine: Any, onnx: Path, weights: Path) -> None:
+    """Give a stripped engine the weights of the bundle."""
+    trt, log = library.module, library.log
+    refitter = trt.Refitter(engine, log)
+    parser = trt.OnnxParserRefitter(refitter, log)
+    with beside_weights(onnx, weights) as file:
+        if not parser.refit_from_file(str(file)) or not refitter.refit_cuda_engine():
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise BackendError(f"{library.flavour} cannot refit {onnx.stem} from {weights}: {told(errors or log.take())}")
