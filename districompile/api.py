@@ -345,9 +345,7 @@ class Program:
         phases = {**self.plan.phases, "warmup": warmup}
         options = {**self.plan.options, "collectives": "inside"}
         (name,) = warmup.segments
-        whole = (
-            (("warmup", name, r), whole_segment(self._phases["warmup"], left, r)) for r in range(self.plan.ranks)
-        )
+        whole = ((("warmup", name, r), whole_segment(self._phases["warmup"], left, r)) for r in range(self.plan.ranks))
         plan = dataclasses.replace(self.plan, phases=phases, options=options)
         return plan, (item for source in (whole, self.segments("steady")) for item in source)
 

@@ -102,6 +102,26 @@ class BundleWriter:
         """Note the hash of a file, where whoever wrote it knows it: it is not read again."""
         self._hashes[name] = sha256
 
+    def hash_of(self, name: str) -> str:
+        """The hash of a file that was written or noted."""
+        return self._hashes[name]
+
+    def share(self, name: str, bundle: Bundle) -> None:
+        """Take a file of another bundle over: the same bytes, linked where the file system can."""
+        source, target = bundle.path / name, self.path(name)
+        try:
+            os.link(source, target)
+        except OSError:
+            self.copy(name, source)
+        self._hashes[name] = bundle.manifest["files"][name]["sha256"]
+
+    def finish_like(self, bundle: Bundle, **changes: Any) -> None:
+        """Write the manifest of ``bundle``, with ``changes`` and the files that are here now."""
+        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        manifest = {**bundle.manifest, **changes, "created": created, "files": self._files(None)}
+        self.path(MANIFEST).write_text(json.dumps(manifest, indent=1, default=str))
+        self._finished = True
+
     def finish(
         self,
         plan: Plan,
@@ -209,8 +229,10 @@ class Bundle:
         return self.path / WEIGHTS
 
     def engine_path(self, engine: str, suffix: str = "") -> Path:
-        """The file of an engine as the plan names it, with or without the backend's ``suffix``."""
-        for name in (f"{ENGINES}/{engine}", f"{ENGINES}/{engine}{suffix}"):
+        """The file of an engine as the plan names it. ``suffix`` is the backend's: the plan may leave it out, and what
+        another backend built its engine from lies beside that engine, with another ending."""
+        own = f"{ENGINES}/{engine.partition('.')[0]}{suffix}"
+        for name in (own, f"{ENGINES}/{engine}"):
             if name in self.manifest["files"] and (self.path / name).is_file():
                 return self.path / name
         raise BundleError(f"{self.path / ENGINES / engine} is missing{_AGAIN}")

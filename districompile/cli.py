@@ -47,6 +47,27 @@ Displace = Annotated[
 ]
 BackendOption = Annotated[str | None, typer.Option(help="What the segments are compiled with [onnxruntime].")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Type of the weights [float32].")]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="tensorrt: GPUs to build for, as sm80, sm86, sm89, sm90, sm100, sm120 (several with commas), or current."
+    ),
+]
+FlavourOption = Annotated[
+    Literal["tensorrt", "tensorrt_rtx"] | None,
+    typer.Option("--tensorrt-flavour", help="tensorrt: which library; without it, the one that fits this machine."),
+]
+EngineWeightsOption = Annotated[
+    Literal["bound", "refit", "inside"] | None,
+    typer.Option(
+        help="tensorrt: where engines have their weights from. bound: as inputs, from the bundle's one copy; refit: "
+        "put into a stripped engine at loading (the default where the builder has a GPU); inside: stored in it."
+    ),
+]
+CollectivesOption = Annotated[
+    Literal["between", "inside"] | None,
+    typer.Option(help="Exact steps: cut at every exchange [between], or one engine that holds them (tensorrt only)."),
+]
 Segments = Annotated[int | None, typer.Option(min=1, help="Engines per steady step, at most [4].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by convert.")]
@@ -80,6 +101,10 @@ def convert(
     stop_after: Annotated[str | None, typer.Option(help="Stop after this pass and print the graph.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave out this pass. May be repeated.")] = None,
     segments: Segments = None,
+    target: TargetOption = None,
+    tensorrt_flavour: FlavourOption = None,
+    engine_weights: EngineWeightsOption = None,
+    collectives: CollectivesOption = None,
     as_json: Json = False,
 ) -> int:
     """Compile MODEL for N processes into a bundle on disk."""
@@ -89,6 +114,7 @@ def convert(
         model=model, gpus=gpus, height=height, width=width, batch=batch, cfg=cfg, groupnorm=groupnorm,
         warmup_steps=warmup_steps, displace=displace, backend=backend, dtype=dtype, segments=segments, strict=strict,
         dump=dump, passes=tuple(passes or ()), rules=tuple(rules or ()), stop_after=stop_after, skip=tuple(skip or ()),
+        target=target, tensorrt_flavour=tensorrt_flavour, engine_weights=engine_weights, collectives=collectives,
     )  # fmt: skip
     return command.main(settings, out, as_json)
 
@@ -117,6 +143,10 @@ def verify(
         float | None, typer.Option(help="Largest relative error of the exact phase [by dtype and backend].")
     ] = None,
     drift: Annotated[bool, typer.Option(help="Measure the displaced phase over a whole sampling run.")] = True,
+    backend: Annotated[
+        Literal["onnxruntime"] | None,
+        typer.Option(help="Run what a tensorrt bundle's engines were built from by ONNX Runtime: needs no GPU."),
+    ] = None,
     nodes: Annotated[bool, typer.Option("--nodes", help="Compare every operator too: finds a wrong rule.")] = False,
     model: ModelOverride = None,
     as_json: Json = False,
@@ -132,6 +162,7 @@ def verify(
         tolerance=tolerance,
         drift=drift,
         nodes=nodes,
+        backend=backend,
         model=model,
     )
     return command.main(settings, as_json)
@@ -164,6 +195,10 @@ def run(
     backend: BackendOption = None,
     dtype: DtypeOption = None,
     segments: Segments = None,
+    target: TargetOption = None,
+    tensorrt_flavour: FlavourOption = None,
+    engine_weights: EngineWeightsOption = None,
+    collectives: CollectivesOption = None,
     as_json: Json = False,
 ) -> int:
     """Draw one image on all processes of a bundle. A MODEL is converted first, and kept in a cache for the next
@@ -175,10 +210,31 @@ def run(
         out=out, log_dir=log_dir, model=model, gpus=gpus,
         conversion={
             "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
-            "displace": displace, "backend": backend, "dtype": dtype, "segments": segments,
+            "displace": displace, "backend": backend, "dtype": dtype, "segments": segments, "target": target,
+            "tensorrt_flavour": tensorrt_flavour, "engine_weights": engine_weights, "collectives": collectives,
         },
     )  # fmt: skip
     return command.main(settings, as_json)
+
+
+@app.command()
+def refit(
+    bundle: BundleArgument,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option(help="A LoRA (.safetensors), added to the UNet's weights. May be repeated."),
+    ] = None,
+    scale: Annotated[float, typer.Option(help="How strongly the LoRA counts.")] = 1.0,
+    weights: Annotated[
+        str | None, typer.Option(help="A model of the same architecture, as for convert, whose weights are taken.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the new bundle goes [in place of the old one].")] = None,
+    as_json: Json = False,
+) -> int:
+    """Give a bundle other weights, a fine-tune's or a LoRA's, without building its engines again."""
+    from districompile.commands import refit as command
+
+    return command.main(command.Settings(bundle, tuple(lora or ()), scale, weights, out), as_json)
 
 
 @app.command()

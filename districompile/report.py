@@ -47,8 +47,8 @@ class Report:
         return dict(sorted(found.items()))
 
     def sent(self, phase: Phase) -> list[int]:
-        """Bytes that each rank sends in one call of ``phase``, at least: an all-gather inside an engine sends what every
-        rank wants to all."""
+        """Bytes that each rank sends in one call of ``phase``. At least: an all-gather inside an engine sends all
+        that a rank gives to every other one."""
         posts = [s for s in self.plan.phases[phase].steps if isinstance(s, Post)]
         inside = phase == "warmup" and self.plan.options.get("collectives") == "inside"
         names = list(self.plan.collectives) if inside else [n for s in posts for n in s.collectives]

@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -106,9 +106,14 @@ class Backend(Protocol):
     """A way of compiling segments. ``suffix`` is the ending of its engine files in ``engines/``; ``version`` changes
     whenever the same segment would give another file."""
 
-    name: str
-    suffix: str
-    version: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def suffix(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
 
     def unavailable(self) -> str | None:
         """Why this backend cannot be used here (a missing package, and how to install it), or None."""
@@ -145,16 +150,17 @@ def source_line(node: fx.Node) -> str:
     return f" at {found[-1][0]}:{found[-1][1]}" if found else ""
 
 
-def get_backend(name: str) -> Backend:
-    """The backend called ``name``; raises :class:`BackendError` naming what there is, or what to install."""
+def get_backend(name: str, **options: Any) -> Backend:
+    """The backend called ``name``, made with ``options``; raises :class:`BackendError` naming what there is, or what to
+    install."""
     from districompile.backends.eager import EagerBackend
     from districompile.backends.onnxruntime import OnnxRuntimeBackend
     from districompile.backends.tensorrt import TensorRTBackend
 
-    known: dict[str, Callable[[], Backend]] = {b.name: b for b in (EagerBackend, OnnxRuntimeBackend, TensorRTBackend)}
+    known: dict[str, Callable[..., Backend]] = {b.name: b for b in (EagerBackend, OnnxRuntimeBackend, TensorRTBackend)}
     if name not in known:
         raise BackendError(f"no backend named {name!r}; there are: {', '.join(sorted(known))}")
-    backend = known[name]()
+    backend = known[name](**options)
     reason = backend.unavailable()
     if reason is not None:
         raise BackendError(reason)

@@ -18,7 +18,9 @@ K = TypeVar("K", bound=Hashable)
 def segment_hash(backend: Backend, segment: BuildSegment) -> str:
     """What an engine is named by: the graph, the names of its inputs, outputs and weights, and who builds it."""
     names = [[name for name, _ in group] for group in (segment.inputs, segment.weights, segment.outputs)]
-    return content_hash(json.dumps([backend.name, backend.version, names, graph_to_json(segment.graph), segment.gathers]))
+    return content_hash(
+        json.dumps([backend.name, backend.version, names, graph_to_json(segment.graph), segment.gathers])
+    )
 
 
 def build_segments(

@@ -18,6 +18,9 @@ from districompile.weights import WeightFile
 if TYPE_CHECKING:
     import onnx
 
+WEIGHT = "weight:"
+"""What the name of a model's input begins with where that input is a weight of the bundle."""
+
 OPSET = 20
 """What TensorRT 10's parser and ONNX Runtime both read in full, and the first with a whole ``Gelu``."""
 

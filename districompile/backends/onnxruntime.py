@@ -16,7 +16,7 @@ from torch import Tensor
 
 from districompile.backends.base import BuildSegment, Engine, check_input, source_line
 from districompile.backends.onnx_export import Translator, kind_of
-from districompile.backends.onnx_proto import OPSET, Kind, Template, element_type, probe_model
+from districompile.backends.onnx_proto import OPSET, WEIGHT, Kind, Template, element_type, probe_model
 from districompile.errors import BackendError
 from districompile.ir.plan import TensorSpec, dtype_name
 from districompile.ir.serialize import needed
@@ -35,9 +35,12 @@ class OnnxRuntimeEngine(Engine):
 
     binds_outputs = True
 
-    def __init__(self, session: Any, outputs: tuple[str, ...]) -> None:
+    def __init__(self, session: Any, outputs: tuple[str, ...], weights: WeightFile) -> None:
         self._session = session
-        self._inputs = {i.name: TensorSpec(tuple(i.shape), _DTYPES[i.type]) for i in session.get_inputs()}
+        inputs = {i.name: TensorSpec(tuple(i.shape), _DTYPES[i.type]) for i in session.get_inputs()}
+        # A file that was made for another backend may take weights as inputs.
+        self._weights = {n: weights.tensor(n.removeprefix(WEIGHT)) for n in inputs if n.startswith(WEIGHT)}
+        self._inputs = {name: spec for name, spec in inputs.items() if name not in self._weights}
         given = {o.name: TensorSpec(tuple(o.shape), _DTYPES[o.type]) for o in session.get_outputs()}
         self._outputs = {name: given[name] for name in outputs}
         self._bound: dict[str, Tensor] = {}
@@ -55,7 +58,7 @@ class OnnxRuntimeEngine(Engine):
             if name not in results:
                 results[name] = torch.empty(spec.shape, dtype=spec.dtype)
         self._results = results
-        for name, tensor in inputs.items():
+        for name, tensor in (*inputs.items(), *self._weights.items()):
             binding.bind_input(name, "cpu", 0, element_type(tensor.dtype), list(tensor.shape), tensor.data_ptr())
         for name, tensor in self._results.items():
             binding.bind_output(name, "cpu", 0, element_type(tensor.dtype), list(tensor.shape), tensor.data_ptr())
@@ -118,7 +121,7 @@ class OnnxRuntimeBackend:
         names = tuple(o.name for o in session.get_outputs())
         if names != tuple(segment):
             raise BackendError(f"{path} is another segment: it gives {names}, not {tuple(segment)}")
-        return OnnxRuntimeEngine(session, names)
+        return OnnxRuntimeEngine(session, names, weights)
 
     def _probe(self, kinds: Any) -> None:
         """Ask ONNX Runtime which kinds it has kernels for: all at once, one by one if that fails."""

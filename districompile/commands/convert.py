@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from districompile import api
-from districompile.backends.base import get_backend
+from districompile.backends.base import Backend, get_backend
 from districompile.bundle import Bundle
 from districompile.commands.common import UsageError, check_writable, console, is_bundle, print_json, quiet_libraries
 from districompile.ir.plan import dtype_of
@@ -44,6 +44,22 @@ class Settings:
     rules: tuple[str, ...] = ()
     stop_after: str | None = None
     skip: tuple[str, ...] = ()
+    target: str | None = None
+    tensorrt_flavour: str | None = None
+    engine_weights: str | None = None
+    collectives: str | None = None
+
+
+def make_backend(settings: Settings) -> Backend:
+    """The backend with its options. Raises :class:`BackendError` where it cannot be used here, :class:`UsageError` for
+    an option that belongs to another one."""
+    name = settings.backend or DEFAULT_BACKEND
+    options = {"flavour": settings.tensorrt_flavour, "target": settings.target, "weights": settings.engine_weights}
+    given = {key: value for key, value in options.items() if value is not None}
+    if given and name != "tensorrt":
+        flags = {"flavour": "--tensorrt-flavour", "target": "--target", "weights": "--engine-weights"}
+        raise UsageError(f"{', '.join(flags[k] for k in given)}: only with --backend tensorrt, not with {name}")
+    return get_backend(name, **given)
 
 
 def main(settings: Settings, out: Path | None, as_json: bool) -> int:
@@ -51,7 +67,7 @@ def main(settings: Settings, out: Path | None, as_json: bool) -> int:
     target = out or default_out(settings)
     if settings.stop_after is None:
         check_target(target)
-    get_backend(settings.backend or DEFAULT_BACKEND)
+    backend = make_backend(settings)
     quiet_libraries()
     progress = terminal_progress()
     started = time.perf_counter()
@@ -60,7 +76,7 @@ def main(settings: Settings, out: Path | None, as_json: bool) -> int:
     if settings.stop_after is not None:
         print(program.graph_text("warmup"))
         return 0
-    save(program, target, settings, loaded, progress)
+    save(program, target, backend, settings, loaded, progress)
     plan = Bundle.open(target, verify=False).plan  # with the engines that were built
     seconds = {"convert": round(compiled - started, 2), "save": round(time.perf_counter() - compiled, 2)}
     if as_json:
@@ -121,9 +137,12 @@ def compile_model(settings: Settings, progress: Progress) -> tuple[Any, LoadedMo
     return program, loaded
 
 
-def save(program: Any, target: Path, settings: Settings, loaded: LoadedModel, progress: Progress) -> None:
+def save(
+    program: Any, target: Path, backend: Backend, settings: Settings, loaded: LoadedModel, progress: Progress
+) -> None:
     """Build the engines and write the bundle; a failure leaves nothing at ``target``."""
-    program.save(target, backend=settings.backend or DEFAULT_BACKEND, source=loaded.source, progress=progress)
+    collectives = settings.collectives or "between"
+    program.save(target, backend, source=loaded.source, collectives=collectives, progress=progress)
 
 
 def default_out(settings: Settings) -> Path:

@@ -11,14 +11,19 @@ import torch
 from rich.table import Table
 
 from districompile.backends import base
+from districompile.backends.tensorrt.library import installed, present_gpu
 from districompile.commands.common import console, print_json
 from districompile.errors import BackendError
 from districompile.models.sources import DEMO
 
-PACKAGES = ("districompile", "torch", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime",
-            "diffusers", "transformers", "accelerate")  # fmt: skip
+PACKAGES = ("districompile", "torch", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime", "tensorrt",
+            "tensorrt_rtx", "diffusers", "transformers", "accelerate")  # fmt: skip
 # Backends, and where they were executed by the tests: nothing else is claimed.
-BACKENDS = {"eager": "CPU", "onnxruntime": "CPU"}
+BACKENDS = {
+    "eager": "CPU",
+    "onnxruntime": "CPU",
+    "tensorrt": "engines built without a GPU (tensorrt_rtx 1.7); executed on no GPU so far",
+}
 
 
 def main(as_json: bool) -> int:
@@ -41,6 +46,8 @@ def main(as_json: bool) -> int:
     for name, entry in facts["backends"].items():
         table.add_row(name, "usable" if entry["usable"] else "no", entry["tested_on"], entry["reason"] or "")
     terminal.print(table)
+    for line in facts["tensorrt"]:
+        terminal.print(line, markup=False, highlight=False)
     return 0
 
 
@@ -54,7 +61,24 @@ def gather() -> dict[str, Any]:
         "gpus": _gpus(),
         "demo": "installed" if (DEMO / "model_index.json").is_file() else "not installed",
         "backends": {name: _backend(name) for name in BACKENDS},
+        "tensorrt": _tensorrt(),
     }
+
+
+def _tensorrt() -> list[str]:
+    """What each flavour can build, and whether it runs on the GPU here: a line each."""
+    gpu = present_gpu()
+    lines = []
+    for flavour, library in installed().items():
+        if isinstance(library, str):
+            lines.append(library)
+            continue
+        ahead = library.ahead_of_time
+        builds = f"builds for {', '.join(ahead)} without a GPU" if ahead else "builds on a machine with the GPU"
+        inside = "" if library.has_collectives else "; cannot hold collectives inside engines"
+        here = "nothing to run on here" if gpu is None else library.runs_on(gpu) or f"may run on the GPU here ({gpu})"
+        lines.append(f"{flavour} {library.version}: {builds}{inside}; {here}")
+    return lines
 
 
 def _backend(name: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from districompile.backends.base import get_backend
 from districompile.bundle import Bundle
 from districompile.commands import convert as converting
 from districompile.commands.common import (
@@ -139,11 +138,11 @@ def _bundle_folder(settings: Settings) -> Path:
     if is_bundle(folder):
         return folder
     progress = terminal_progress()
-    get_backend(conversion.backend or converting.DEFAULT_BACKEND)
+    backend = converting.make_backend(conversion)
     program, loaded = converting.compile_model(conversion, progress)
     check_writable(folder.parent)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    converting.save(program, folder, conversion, loaded, progress)
+    converting.save(program, folder, backend, conversion, loaded, progress)
     print(
         f"converted {settings.bundle} for {conversion.gpus} processes; the bundle is kept in {folder}", file=sys.stderr
     )

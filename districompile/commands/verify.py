@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from districompile.api import convert
+from districompile.backends.base import get_backend
 from districompile.bundle import Bundle
 from districompile.commands.common import UsageError, console, print_json, quiet_libraries
 from districompile.commands.drawing import Request, draw
@@ -43,6 +44,7 @@ class Settings:
     tolerance: float | None = None
     drift: bool = True
     nodes: bool = False
+    backend: str | None = None
     model: str | None = None
 
 
@@ -89,7 +91,7 @@ def compare(settings: Settings, plan: Plan, manifest: Mapping[str, Any], progres
     dtype = plan.options.get("dtype") or _weight_dtype(plan)
     with progress.task(f"loading {source}"):
         loaded = load_source(str(source), dtype_of(dtype))
-        compiled = load(settings.bundle, lockstep=True)
+        compiled = _load(settings, manifest)
     tolerance = settings.tolerance
     if tolerance is None:
         table = EAGER_TOLERANCES if manifest.get("backend") == "eager" else TOLERANCES
@@ -112,6 +114,16 @@ def compare(settings: Settings, plan: Plan, manifest: Mapping[str, Any], progres
         "drift": drift,
         **({} if nodes is None else {"nodes": nodes}),
     }
+
+
+def _load(settings: Settings, manifest: Mapping[str, Any]) -> DistributedModule:
+    """All ranks in this process, by the bundle's own backend or by ONNX Runtime from the files it was built from."""
+    if settings.backend is None:
+        return load(settings.bundle, lockstep=True)
+    own = str(manifest.get("backend"))
+    if own not in (settings.backend, "tensorrt"):
+        raise UsageError(f"--backend {settings.backend}: only what tensorrt engines are built from can be run by it")
+    return load(settings.bundle, lockstep=True, device="cpu", backend=get_backend(settings.backend))
 
 
 def node_errors(loaded: LoadedModel, plan: Plan, seed: int, progress: Progress) -> dict[str, Any]:

@@ -19,7 +19,20 @@ import torch
 from torch import Tensor, fx
 
 from districompile.backends.base import BuildSegment
-from districompile.ir.plan import Collective, Deliver, Exchange, Keep, PhasePlan, Post, Reduction, Run, SegmentPlan, Take, TensorSpec, Wait
+from districompile.ir.plan import (
+    Collective,
+    Deliver,
+    Exchange,
+    Keep,
+    PhasePlan,
+    Post,
+    Reduction,
+    Run,
+    SegmentPlan,
+    Take,
+    TensorSpec,
+    Wait,
+)
 from districompile.ir.program import PhaseProgram, Segment
 from districompile.ir.serialize import spec_of
 
@@ -79,7 +92,10 @@ class _Joiner:
         given = [(name, specs[name]) for name in inputs]
         pairs = [c for c in self._program.collectives.values() if gathered(c)]
         gathers = tuple((f"{c.name}.sent", f"{c.name}.received") for c in pairs)
-        received = [(b, TensorSpec((len(c.specs) * gathered(c),), c.specs[0].dtype)) for (_, b), c in zip(gathers, pairs, strict=True)]
+        received = [
+            (b, TensorSpec((len(c.specs) * gathered(c),), c.specs[0].dtype))
+            for (_, b), c in zip(gathers, pairs, strict=True)
+        ]
         for name, spec in (*given, *received):
             self._values[name] = self._placeholder(f"in_{len(self._values)}", spec)
         for name, spec in weights.items():
@@ -258,4 +274,3 @@ def delivered(steady: PhasePlan) -> tuple[str, ...]:
         elif isinstance(step, Wait):
             found.update(dict.fromkeys(n for n in step.collectives if n not in posted))
     return tuple(found)
-

@@ -309,7 +309,7 @@ def check_plan(phase: str, plan: PhasePlan, collectives: dict[str, Collective], 
                 if c not in posted and not (phase == "steady" and collectives[c].displaced):
                     raise ConvertError(f"{phase}: {c} is waited for before it is posted")
             known |= set(step.collectives)
-        else:
+        elif isinstance(step, Keep):
             if step.state in states:
                 raise ConvertError(f"{phase}: state {step.state} is written twice")
             states.append(step.state)

@@ -13,9 +13,9 @@ import torch
 
 from districompile.backends.base import BuildSegment, Engine, source_line
 from districompile.backends.onnx_export import Translator
-from districompile.backends.onnx_proto import OPSET
+from districompile.backends.onnx_proto import OPSET, WEIGHT
 from districompile.backends.tensorrt.builder import BuildOptions, WeightMode, build_engine
-from districompile.backends.tensorrt.engine import WEIGHT, RuntimeCache, load_engine
+from districompile.backends.tensorrt.engine import RuntimeCache, load_engine
 from districompile.backends.tensorrt.library import Library, find_library, parse_targets, present_gpu
 from districompile.errors import BackendError
 from districompile.ir.serialize import needed

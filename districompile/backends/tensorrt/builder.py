@@ -21,8 +21,8 @@ or stored in it."""
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """``targets`` are kinds of GPU (``sm89``), empty where the library builds for the present one only; ``timing_cache``
-    is a file that is read and extended, where builds measure kernels."""
+    """``targets`` are kinds of GPU (``sm89``), empty where the library builds for the present one only.
+    ``timing_cache`` is a file that is read and extended, where builds measure kernels."""
 
     targets: tuple[str, ...] = ()
     weights: WeightMode = "bound"

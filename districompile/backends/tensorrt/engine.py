@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 
 from districompile.backends.base import Engine, check_input
+from districompile.backends.onnx_proto import WEIGHT
 from districompile.backends.tensorrt.builder import beside_weights
 from districompile.backends.tensorrt.library import Library, dtype_table, optional, told
 from districompile.errors import BackendError
 from districompile.ir.plan import TensorSpec
 from districompile.weights import WeightFile
-
-WEIGHT = "weight:"
-"""What the name of an engine's input begins with where that input is a weight of the bundle."""
 
 
 class TensorRTEngine(Engine):
@@ -116,7 +114,9 @@ class TensorRTEngine(Engine):
         if not tensor.is_contiguous() or tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
             raise RuntimeError(f"{self._name}: {name} is {tensor.dtype}{tuple(tensor.shape)}, not a dense {spec}")
         if not self.context.set_tensor_address(name, tensor.data_ptr()):
-            raise BackendError(f"{self._library.flavour} refuses the memory of {name}: {told(self._library.log.take())}")
+            raise BackendError(
+                f"{self._library.flavour} refuses the memory of {name}: {told(self._library.log.take())}"
+            )
 
 
 def _capsule(pointer: int) -> Any:
@@ -226,4 +226,6 @@ def _refit(library: Library, engine: Any, onnx: Path, weights: Path) -> None:
     with beside_weights(onnx, weights) as file:
         if not parser.refit_from_file(str(file)) or not refitter.refit_cuda_engine():
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-            raise BackendError(f"{library.flavour} cannot refit {onnx.stem} from {weights}: {told(errors or log.take())}")
+            raise BackendError(
+                f"{library.flavour} cannot refit {onnx.stem} from {weights}: {told(errors or log.take())}"
+            )

@@ -1,0 +1,66 @@
+"""``districompile refit``: another fine-tune, or a LoRA, for a bundle that is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from districompile.bundle import Bundle
+from districompile.commands.common import UsageError, console, print_json, quiet_libraries
+from districompile.ir.plan import dtype_of
+from districompile.models.sources import load_source
+from districompile.progress import terminal_progress
+from districompile.refit import Lora, read_lora, refit
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of ``refit``."""
+
+    bundle: Path
+    loras: tuple[Path, ...] = ()
+    scale: float = 1.0
+    weights: str | None = None
+    out: Path | None = None
+
+
+def main(settings: Settings, as_json: bool) -> int:
+    """Write the bundle with other weights and print what changed."""
+    if not settings.loras and settings.weights is None:
+        raise UsageError("nothing to do: give --lora FILE, --weights FOLDER, or both")
+    quiet_libraries()
+    progress = terminal_progress()
+    started = time.perf_counter()
+    bundle = Bundle.open(settings.bundle, verify="quick")
+    config: dict[str, Any] = bundle.manifest.get("config") or {}
+    loras: list[Lora] = []
+    elsewhere = 0
+    for path in settings.loras:
+        found, other = read_lora(path, config, settings.scale)
+        loras += found
+        elsewhere += other
+    earlier = [Path(f).name for r in bundle.manifest.get("refits", ()) for f in r.get("loras", ())]
+    if loras and earlier and settings.weights is None:
+        print(f"note: added on top of {', '.join(earlier)}; start from --weights to leave that out", file=sys.stderr)
+    module = None
+    if settings.weights is not None:
+        with progress.task(f"loading {settings.weights}"):
+            module = load_source(settings.weights, dtype_of(str(bundle.plan.options.get("dtype", "float32")))).module
+    note = {"weights": settings.weights, "loras": [str(p) for p in settings.loras], "scale": settings.scale}
+    changed = refit(settings.bundle, settings.out, module=module, loras=loras, note=note, progress=progress)
+    target = settings.out or settings.bundle
+    seconds = round(time.perf_counter() - started, 2)
+    if as_json:
+        print_json({"bundle": str(target), "changed": changed, "other_networks": elsewhere, "seconds": seconds})
+        return 0
+    console().print(
+        f"{target}: {changed} of {len(bundle.plan.weights)} weights are new, in {seconds} s; no engine was built",
+        markup=False,
+        highlight=False,
+    )
+    if elsewhere:
+        print(f"note: {elsewhere} tensors are for text encoders, which are not part of a bundle", file=sys.stderr)
+    return 0

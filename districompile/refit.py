@@ -1,0 +1,271 @@
+"""Other weights for a bundle: a fine-tune, or a LoRA, without compiling anything again.
+
+Engines hold no weights (they are given the bundle's one copy, or are filled from it when they are loaded), so what
+changes is one file. The new bundle shares every other file with the old one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from districompile.bundle import ENGINES, WEIGHTS, Bundle, BundleWriter
+from districompile.errors import BundleError, Error
+from districompile.progress import Progress, tasks
+from districompile.weights import WeightFile
+
+Reader = Callable[[], Tensor]
+# What torch.export calls tensors that the forward makes or holds outside of parameters and buffers
+_CONSTANT = re.compile(r"(.*\.)?_?(lifted_tensor|tensor_constant|lifted_tensor_constant)_?\d*")
+
+
+class RefitError(Error):
+    """The weights do not fit the bundle: which, and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank changes (arXiv 2106.09685): the weight W of module ``name`` becomes W + ``scale`` * up @ down.
+
+    ``down`` (r, in) and ``up`` (out, r) of a linear; (r, in, kh, kw) and (out, r, 1, 1) of a convolution.
+    """
+
+    name: str
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    @property
+    def rows(self) -> int:
+        return int(self.up.shape[0])
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """Computed in float32, given in the weight's dtype. Raises :class:`RefitError` for other shapes."""
+        down, up = self.down.float(), self.up.float()
+        try:
+            delta = torch.einsum("or,r...->o...", up.reshape(up.shape[0], -1), down)
+            return (weight.float() + self.scale * delta.reshape(weight.shape)).to(weight.dtype)
+        except RuntimeError as e:
+            raise RefitError(
+                f"the LoRA's change of {self.name} ({list(up.shape)} times {list(down.shape)}) does not fit its weight "
+                f"{list(weight.shape)}: it was made for another model"
+            ) from e
+
+
+def read_lora(path: Path, config: Mapping[str, Any] | None = None, scale: float = 1.0) -> tuple[list[Lora], int]:
+    """The changes that a LoRA file makes to the UNet, and how many of its tensors are for other networks.
+
+    Formats are those that diffusers reads: its own, PEFT's and kohya's. ``config`` is the UNet's, which the block
+    names of some files depend on. Raises :class:`RefitError` for a file that is none.
+    """
+    state, metadata = _read_safetensors(path)
+    alien = next((k for k in state if "lora" not in k and not k.endswith((".alpha", "dora_scale"))), None)
+    if alien is not None:
+        raise RefitError(f"{path} is not a LoRA: it holds {alien}; a whole model's folder is given as --weights")
+    if any(k.endswith("dora_scale") for k in state):
+        raise RefitError(f"{path} is a DoRA, which also scales the weights it changes: merge it and give --weights")
+    state, alphas = _in_diffusers_names(path, state, config or {})
+    ours = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
+    other = len(state) - len(ours)
+    if not ours and not any(k.startswith(("text_encoder", "transformer")) for k in state):
+        ours, other = dict(state), 0  # a UNet's adapter by itself carries no prefix
+    found: list[Lora] = []
+    for key, down in ours.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        module = key.removesuffix(".lora_A.weight")
+        up = ours.get(f"{module}.lora_B.weight")
+        if up is None:
+            raise RefitError(f"{path}: {module} has one half of a low-rank change only")
+        rank = int(down.shape[0])
+        alpha = alphas.get(module, alphas.get(f"unet.{module}", metadata.get("lora_alpha", rank)))
+        found.append(Lora(module, down, up, scale * float(alpha) / rank))
+    if not found:
+        raise RefitError(f"{path} changes nothing in the UNet: {len(state)} tensors are for other networks")
+    return found, other
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if path.suffix != ".safetensors":
+        raise RefitError(f"{path}: a LoRA is read from a .safetensors file, never from a pickle")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+    except FileNotFoundError:
+        raise RefitError(f"there is no file {path}") from None
+    except (OSError, SafetensorError) as e:
+        raise RefitError(f"{path} cannot be read: {str(e).splitlines()[0]}") from e
+    return state, _adapter_metadata(metadata)
+
+
+def _adapter_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What PEFT notes of an adapter: above all ``lora_alpha``."""
+    import json
+
+    try:
+        noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        return {}
+    return {k.removeprefix("unet."): v for k, v in noted.items() if not k.startswith("text_encoder")}
+
+
+def _in_diffusers_names(
+    path: Path, state: dict[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Keys as diffusers and PEFT have them (``unet.MODULE.lora_A.weight``), and the alphas by module."""
+    from districompile.models.sources import import_diffusers
+    from districompile.runtime.module import Config
+
+    import_diffusers()
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as Loader
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    try:
+        named, alphas = Loader.lora_state_dict(dict(state), unet_config=Config(config) if config else None)
+        named = convert_unet_state_dict_to_peft(named)
+    except (ValueError, KeyError, AttributeError, IndexError) as e:
+        raise RefitError(f"{path} is in a format that diffusers does not read: {str(e).splitlines()[0]}") from e
+    return named, {k.removesuffix(".alpha"): float(v) for k, v in (alphas or {}).items()}
+
+
+def new_weights(
+    bundle: Bundle, old: WeightFile, module: nn.Module | None, loras: Iterable[Lora]
+) -> tuple[dict[str, Reader], int]:
+    """How to get every weight of the bundle, and how many are other than before.
+
+    ``module`` gives the base weights, else the bundle's own are taken. Raises :class:`RefitError` for a weight that
+    the module lacks or has in another shape, and for a low-rank change of a weight that the bundle does not have.
+    """
+    state: dict[str, Tensor] = {}
+    if module is not None:
+        state = {
+            **dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers(remove_duplicate=False)),
+        }
+    joined: Mapping[str, Any] = bundle.plan.report.get("joined", {})
+    changes: dict[str, list[Lora]] = {}
+    for lora in loras:
+        changes.setdefault(f"{lora.name}.weight", []).append(lora)
+    readers: dict[str, Reader] = {}
+    changed = 0
+    for name, spec in bundle.plan.weights.items():
+        parts = (
+            [(str(p), int(rows)) for p, rows in joined[name]]
+            if name in joined
+            else [(name, spec.shape[0] if spec.shape else 1)]
+        )
+        mine = [changes.pop(p, []) for p, _ in parts]
+        constant = _CONSTANT.fullmatch(name) is not None
+        given = [state.get(p) for p, _ in parts]
+        if module is not None and not constant:
+            missing = next((p for (p, _), t in zip(parts, given, strict=True) if t is None), None)
+            if missing is not None:
+                raise RefitError(f"the new model has no weight {missing}: it is another architecture; convert it")
+            base: Reader = functools.partial(_joined, name, spec.shape, [t for t in given if t is not None])
+        else:
+            base = functools.partial(old.tensor, name)
+        changed += bool(any(mine) or (module is not None and not constant))
+        readers[name] = (
+            functools.partial(_changed, base, spec.dtype, [r for _, r in parts], mine) if any(mine) else base
+        )
+    if changes:
+        name = next(iter(changes)).removesuffix(".weight")
+        raise RefitError(f"the LoRA changes {name}, which the bundle does not have: it was made for another model")
+    return readers, changed
+
+
+def _joined(name: str, shape: tuple[int, ...], parts: Sequence[Tensor]) -> Tensor:
+    tensor = parts[0].detach() if len(parts) == 1 else torch.cat([p.detach() for p in parts])
+    if tuple(tensor.shape) != shape:
+        raise RefitError(
+            f"the new model has {name} as {list(tensor.shape)}, the bundle as {list(shape)}: it is another "
+            "architecture; convert it"
+        )
+    return tensor
+
+
+def _changed(base: Reader, dtype: torch.dtype, rows: Sequence[int], changes: Sequence[Sequence[Lora]]) -> Tensor:
+    tensor = base().to(dtype)
+    pieces = torch.split(tensor, list(rows)) if len(rows) > 1 else (tensor,)
+    out = []
+    for piece, loras in zip(pieces, changes, strict=True):
+        for lora in loras:
+            piece = lora.added_to(piece)
+        out.append(piece)
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def refit(
+    path: Path,
+    out: Path | None = None,
+    *,
+    module: nn.Module | None = None,
+    loras: Sequence[Lora] = (),
+    note: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Write the bundle at ``path`` with other weights to ``out`` (None: in its place); gives how many weights changed.
+
+    ``note`` goes into the manifest's ``refits``. Raises :class:`RefitError` where weights do not fit, and
+    :class:`BundleError` for a bundle whose engines hold their weights themselves. The old bundle stays whole until the
+    new one is complete.
+    """
+    bundle = Bundle.open(path)
+    if (bundle.manifest.get("engines") or {}).get("weights") == "inside":
+        raise BundleError(f"{path}: its engines hold their weights (--engine-weights inside): convert again")
+    old = WeightFile.open(bundle.weights_path)
+    readers, changed = new_weights(bundle, old, module, loras)
+    bars = tasks(progress)
+    with BundleWriter(out or path) as writer:
+        items = [(name, spec, readers[name]) for name, spec in bundle.plan.weights.items()]
+        target = writer.path(WEIGHTS)
+        with bars.task("writing weights", 1.0) as task:
+            told = 0.0
+
+            def advance(done: int, total: int) -> None:
+                nonlocal told
+                task.advance(done / max(1, total) - told)
+                told = done / max(1, total)
+
+            writer.known(WEIGHTS, WeightFile.write(target, items, advance))
+        fresh = WeightFile.open(target)
+        with bars.task("sharing engines"):
+            _share(bundle, writer, old, fresh)
+            entry = {"weights_sha256": writer.hash_of(WEIGHTS), **(note or {})}
+            writer.finish_like(bundle, refits=[*bundle.manifest.get("refits", ()), entry])
+    return changed
+
+
+def _share(bundle: Bundle, writer: BundleWriter, old: WeightFile, fresh: WeightFile) -> None:
+    """Every other file of the bundle, and ONNX files with the places where their weights are now."""
+    moved = any(old.location(n) != fresh.location(n) for n in fresh)
+    for name in bundle.manifest["files"]:
+        if name == WEIGHTS:
+            continue
+        if moved and name.startswith(f"{ENGINES}/") and name.endswith(".onnx"):
+            writer.path(name).write_bytes(_relocated((bundle.path / name).read_bytes(), fresh))
+        else:
+            writer.share(name, bundle)
+
+
+def _relocated(model: bytes, weights: WeightFile) -> bytes:
+    """Tensors that were equal share their place in the file, and may not be equal any more."""
+    import onnx
+
+    proto = onnx.ModelProto.FromString(model)
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            offset, length = weights.location(tensor.name)
+            del tensor.external_data[:]
+            for key, value in (("location", weights.path.name), ("offset", str(offset)), ("length", str(length))):
+                tensor.external_data.add(key=key, value=value)
+    return bytes(proto.SerializeToString())
