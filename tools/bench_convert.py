@@ -1,6 +1,7 @@
 """Time, peak memory and size of converting full-size networks with random weights; no GPU needed.
 
     python tools/bench_convert.py [--cases sdxl-1024,sdxl-832x1216,sd15-512x768] [--backend onnxruntime] [--keep FOLDER]
+    python tools/bench_convert.py --cases sdxl-1024 --backend tensorrt --target sm89 [--collectives inside]
 
 One JSON line a case. ``convert_s`` is ``dc.convert`` plus ``save``; loading the module is not in it. Every case runs
 in a process of its own; ``peak_gb`` is the largest resident size of that process, the module's weights included.
@@ -68,8 +69,12 @@ def example(module: torch.nn.Module, height: int, width: int) -> dict[str, Any]:
     return kwargs
 
 
-def measure(case: str, backend: str, target: Path) -> dict[str, Any]:
+def measure(case: str, options: argparse.Namespace, target: Path) -> dict[str, Any]:
     import districompile as dc
+    from districompile.backends.base import get_backend
+
+    chosen = {"target": options.target, "weights": options.engine_weights}
+    backend = get_backend(options.backend, **{k: v for k, v in chosen.items() if v is not None})
 
     config, height, width, ranks = CASES[case]
     module = network(config)
@@ -77,20 +82,24 @@ def measure(case: str, backend: str, target: Path) -> dict[str, Any]:
     start = time.perf_counter()
     program = dc.convert(module, kwargs=kwargs, ranks=ranks)
     converted = time.perf_counter()
-    program.save(target, backend=backend)
+    program.save(target, backend=backend, collectives=options.collectives)
     done = time.perf_counter()
+    engines = list((target / "engines").glob(f"*{backend.suffix}"))
+    describe = getattr(backend, "describe", dict)
     weights = sum(spec.nbytes for spec in program.plan.weights.values())
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     report = program.report()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
     return {
-        "case": case, "ranks": ranks, "backend": backend, "cpus": os.cpu_count(), "torch": torch.__version__,
+        "case": case, "ranks": ranks, "backend": options.backend, "engine": describe(),
+        "collectives": options.collectives, "cpus": os.cpu_count(), "torch": torch.__version__,
         "convert_s": round(done - start, 1), "compile_s": round(converted - start, 1),
         "save_s": round(done - converted, 1),
         "peak_gb": round(peak * 1024 / 1e9, 2),
         "weights_gb": round(weights / 1e9, 3), "bundle_gb": round(size / 1e9, 3),
         "bundle_over_weights": round(size / weights, 4),
-        "engines": len(list((target / "engines").iterdir())), "cut_share": report.cut_share(),
+        "engines": len(engines), "engines_gb": round(sum(f.stat().st_size for f in engines) / 1e9, 3),
+        "cut_share": report.cut_share(),
         "segments": {p: len(q.segments) for p, q in program.plan.phases.items()},
         "sent_mb_per_step": round(max(report.sent("steady")) / 1e6, 1),
     }  # fmt: skip
@@ -100,16 +109,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("--target", help="tensorrt: the GPUs to build for")
+    parser.add_argument("--engine-weights", help="tensorrt: bound, refit or inside")
+    parser.add_argument("--collectives", default="between", choices=("between", "inside"))
     parser.add_argument("--keep", type=Path, help="keep the bundles in this folder")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.backend, args.keep / args.one)))
+        print(json.dumps(measure(args.one, args, args.keep / args.one)))
         return
     for case in args.cases.split(","):
         with tempfile.TemporaryDirectory(dir=args.keep) as scratch:
             folder = args.keep or Path(scratch)
             command = [sys.executable, __file__, "--one", case, "--backend", args.backend, "--keep", str(folder)]
+            command += ["--collectives", args.collectives]
+            for flag, value in (("--target", args.target), ("--engine-weights", args.engine_weights)):
+                command += [flag, value] if value else []
             subprocess.run(command, check=True)
 
 

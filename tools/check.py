@@ -2,7 +2,7 @@
 
     python tools/check.py            everything
     python tools/check.py lint       formatting and lint
-    python tools/check.py types      mypy --strict
+    python tools/check.py types      mypy --strict; brings TensorRT's type stubs into build/typings the first time
     python tools/check.py test       pytest; further arguments go to it: tools/check.py test -k cli
     python tools/check.py --fast     everything but the slow tests
     python tools/check.py --fix      reformat and repair what ruff can repair, then check
@@ -20,6 +20,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = ("lint", "types", "test")
+# Their packages ask for TensorRT itself, whose libraries need no place here: what is looked at are stubs and bindings.
+REFERENCES = {
+    "build/typings": "tensorrt-stubs==10.13.0.35.1",
+    "build/bindings-10": "tensorrt_cu12_bindings==10.16.1.11",
+    "build/bindings-11": "tensorrt_cu13_bindings==11.4.0.106",
+}
+
+# As published, the stubs are no valid Python in a few places.
+STUB_ERRORS = {
+    ", in: ": ", in_: ",
+    "power: Weights = None, channel_axis: int)": "power: Weights = None, *, channel_axis: int)",
+}
 
 
 def commands(check: str, fast: bool, fix: bool, extra: list[str]) -> list[list[str]]:
@@ -32,8 +44,26 @@ def commands(check: str, fast: bool, fix: bool, extra: list[str]) -> list[list[s
             [*ruff, "check", *(["--fix"] if fix else []), "."],
         ]
     if check == "types":
+        fetch()
         return [[python, "-m", "mypy", "--strict"]]
     return [[python, "-m", "pytest", "-q", *(["-m", "not slow"] if fast else []), *extra]]
+
+
+def fetch() -> None:
+    """Bring what TensorRT code is checked against into build/, where it is not there yet. Without a network the checks
+    go on without it."""
+    for folder, package in REFERENCES.items():
+        if (ROOT / folder).is_dir():
+            continue
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, package]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            print(f"{package} cannot be installed into {folder}: TensorRT code is not checked against it", flush=True)
+            continue
+        for stub in (ROOT / folder).rglob("tensorrt.pyi"):
+            text = stub.read_text()
+            for wrong, right in STUB_ERRORS.items():
+                text = text.replace(wrong, right)
+            stub.write_text(text)
 
 
 def main() -> int:

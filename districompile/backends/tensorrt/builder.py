@@ -8,11 +8,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from districompile.backends.tensorrt.inside import add_gathers
-from districompile.backends.tensorrt.library import Library, told
+from districompile.backends.tensorrt.library import Library, optional, set_optional, told
 from districompile.errors import BackendError
+
+if TYPE_CHECKING:  # published type stubs: whichever flavour is used, its objects have these types
+    import tensorrt as types
 
 WeightMode = Literal["bound", "refit", "inside"]
 """Where an engine has its weights from: given to it as inputs; put into it when it is loaded (TensorRT's strip plan);
@@ -56,9 +59,11 @@ def build_engine(
     """
     trt, log = library.module, library.log
     log.take()
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
+    builder: types.Builder = trt.Builder(log)
+    network: types.INetworkDefinition = builder.create_network(
+        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    )
+    parser: types.OnnxParser = trt.OnnxParser(network, log)
     with beside_weights(onnx, weights) as file:
         if not parser.parse_from_file(str(file)):
             errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
@@ -66,7 +71,7 @@ def build_engine(
         if gathers:
             add_gathers(library, network, gathers, ranks)
         config = _config(library, builder, options)
-        plan = builder.build_serialized_network(network, config)
+        plan = cast("types.IHostMemory | None", builder.build_serialized_network(network, config))
     if plan is None:
         raise BackendError(f"{library.flavour} cannot build {onnx.name}: {told(log.take(), sources)}")
     _write(path, memoryview(plan))
@@ -74,11 +79,11 @@ def build_engine(
         _write(options.timing_cache, memoryview(config.get_timing_cache().serialize()))
 
 
-def _parser_error(error: Any) -> str:
+def _parser_error(error: types.ParserError) -> str:
     return f"{error.node_name()}: {error.desc()} ({error.node_operator()})"
 
 
-def _config(library: Library, builder: Any, options: BuildOptions) -> Any:
+def _config(library: Library, builder: types.Builder, options: BuildOptions) -> types.IBuilderConfig:
     trt = library.module
     config = builder.create_builder_config()
     # float32 means float32: TF32 keeps three decimal digits, and the exact phase is to be exact
@@ -88,9 +93,11 @@ def _config(library: Library, builder: Any, options: BuildOptions) -> Any:
         config.set_flag(trt.BuilderFlag.REFIT)
     if library.ahead_of_time:
         capabilities = [getattr(trt.ComputeCapability, sm.upper()) for sm in options.targets]
-        config.num_compute_capabilities = len(capabilities)
+        set_optional(config, "num_compute_capabilities", len(capabilities))
+        set_capability = optional(config, "set_compute_capability")
+        assert set_capability is not None
         for i, capability in enumerate(capabilities):
-            config.set_compute_capability(capability, i)
+            set_capability(capability, i)
     preview = getattr(trt.PreviewFeature, "MULTIDEVICE_RUNTIME_10_16", None)
     if preview is not None:
         config.set_preview_feature(preview, True)

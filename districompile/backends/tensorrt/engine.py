@@ -14,7 +14,7 @@ import os
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from districompile.errors import BackendError
 from districompile.ir.plan import TensorSpec
 from districompile.weights import WeightFile
 
+if TYPE_CHECKING:
+    import tensorrt as types
+
 
 class TensorRTEngine(Engine):
     """A deserialised engine and its one context. ``weights`` are bound for good; they are shared with other engines."""
@@ -37,7 +40,7 @@ class TensorRTEngine(Engine):
         self,
         library: Library,
         name: str,
-        engine: Any,
+        engine: types.ICudaEngine,
         weights: Mapping[str, Tensor],
         device: torch.device,
         cache: RuntimeCache | None = None,
@@ -48,12 +51,15 @@ class TensorRTEngine(Engine):
         self._inputs: dict[str, TensorSpec] = {}
         self._outputs: dict[str, TensorSpec] = {}
         self._weights = dict(weights)
-        self.context = _context(library, engine, cache)
-        if self.context is None:
+        context = _context(library, engine, cache)
+        if context is None:
             raise BackendError(f"{library.flavour} cannot make a context for {name}: {told(library.log.take())}")
+        self.context: types.IExecutionContext = context
         for i in range(engine.num_io_tensors):
             tensor = engine.get_tensor_name(i)
-            spec = TensorSpec(tuple(engine.get_tensor_shape(tensor)), dtypes[engine.get_tensor_dtype(tensor)])
+            shape = engine.get_tensor_shape(tensor)
+            sizes = tuple(int(shape[k]) for k in range(len(shape)))
+            spec = TensorSpec(sizes, dtypes[engine.get_tensor_dtype(tensor)])
             if engine.get_tensor_mode(tensor) == trt.TensorIOMode.OUTPUT:
                 self._outputs[tensor] = spec
             elif tensor.startswith(WEIGHT):
@@ -125,7 +131,7 @@ def _capsule(pointer: int) -> Any:
     return make(pointer, b"ncclComm_t", None)
 
 
-def _context(library: Library, engine: Any, cache: RuntimeCache | None) -> Any:
+def _context(library: Library, engine: types.ICudaEngine, cache: RuntimeCache | None) -> types.IExecutionContext | None:
     """A context without activation memory of its own: all contexts of a rank share one block."""
     strategy = library.module.ExecutionContextAllocationStrategy.USER_MANAGED
     make_config = optional(engine, "create_runtime_config")
@@ -200,9 +206,9 @@ def load_engine(
     """
     trt, log = library.module, library.log
     log.take()
-    runtime = trt.Runtime(log)
+    runtime: types.Runtime = trt.Runtime(log)
     with torch.cuda.device(device):
-        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        engine = cast("types.ICudaEngine | None", runtime.deserialize_cuda_engine(path.read_bytes()))
         if engine is None:
             raise BackendError(
                 f"{path} cannot be loaded by {library.flavour} {library.version}: {told(log.take())}: convert again "
@@ -218,11 +224,11 @@ def load_engine(
         return TensorRTEngine(library, path.name, engine, bound, device, cache)
 
 
-def _refit(library: Library, engine: Any, onnx: Path, weights: Path) -> None:
+def _refit(library: Library, engine: types.ICudaEngine, onnx: Path, weights: Path) -> None:
     """Give a stripped engine the weights of the bundle."""
     trt, log = library.module, library.log
-    refitter = trt.Refitter(engine, log)
-    parser = trt.OnnxParserRefitter(refitter, log)
+    refitter: types.Refitter = trt.Refitter(engine, log)
+    parser: types.OnnxParserRefitter = trt.OnnxParserRefitter(refitter, log)
     with beside_weights(onnx, weights) as file:
         if not parser.refit_from_file(str(file)) or not refitter.refit_cuda_engine():
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]

@@ -8,13 +8,18 @@ both vanish from the model's interface. How rows become an all-gather is in :mod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from districompile.backends.tensorrt.library import Library, optional, told
 from districompile.errors import BackendError
 
+if TYPE_CHECKING:
+    import tensorrt as types
 
-def add_gathers(library: Library, network: Any, gathers: Sequence[tuple[str, str]], ranks: int) -> None:
+
+def add_gathers(
+    library: Library, network: types.INetworkDefinition, gathers: Sequence[tuple[str, str]], ranks: int
+) -> None:
     """Join each (output, input) of ``network`` by an all-gather over ``ranks``, all in one communicator."""
     trt = library.module
     add = optional(network, "add_dist_collective")

@@ -220,6 +220,13 @@ def dtype_table(trt: Any) -> dict[Any, torch.dtype]:
     }  # fmt: skip
 
 
+def set_optional(thing: Any, name: str, value: Any) -> None:
+    """Set an attribute that not every flavour has (one of :data:`OPTIONAL`)."""
+    if name not in OPTIONAL:
+        raise KeyError(name)
+    setattr(thing, name, value)
+
+
 def optional(thing: Any, name: str) -> Callable[..., Any] | None:
     """A method that not every flavour has (one of :data:`OPTIONAL`), or None."""
     if name not in OPTIONAL:
