@@ -27,10 +27,12 @@ REFERENCES = {
     "build/bindings-11": "tensorrt_cu13_bindings==11.4.0.106",
 }
 
-# As published, the stubs are no valid Python in a few places.
+# As published, the stubs are no valid Python in a few places, and `bool` means TensorRT's dtype of that name.
 STUB_ERRORS = {
     ", in: ": ", in_: ",
     "power: Weights = None, channel_axis: int)": "power: Weights = None, *, channel_axis: int)",
+    "-> bool:": "-> builtins.bool:",
+    "from __future__ import annotations\n": "from __future__ import annotations\nimport builtins\n",
 }
 
 
