@@ -113,12 +113,12 @@ class _Worker:
         except SystemExit as e:
             if e.code in (None, 0):
                 return None
-            _fail(LaunchError(f"the worker exited with {e.code!r}"))
+            fail_process(LaunchError(f"the worker exited with {e.code!r}"))
         except Exception as e:
-            _fail(e)
+            fail_process(e)
 
 
-def _fail(error: Exception) -> None:
+def fail_process(error: Exception) -> None:
     """Record ``error`` and end this process at once, whatever threads and transfers are still alive in it."""
     get_error_handler().record_exception(error)
     if not isinstance(error, Error):

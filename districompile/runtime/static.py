@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Generator, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -92,11 +93,13 @@ class StaticExecutor:
             name: tuple(sorted({v for s in p.segments.values() for v in s.inputs} & states))
             for name, p in plan.phases.items()
         }
+        layouts = (self.memory.shared[rank], self.memory.streams[rank])
+        self._order = {name: i for i, name in enumerate(n for layout in layouts for n in layout.offsets)}
         self._shared = link.region(max(layout.nbytes for layout in self.memory.shared), 0)
         self._fill(self._shared, shared=True)
         self._warm: set[str] = set()
         self._captured: dict[tuple[object, ...], _Captured] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._states = 0
         self._trace: Trace | None = None
         link.settle()
@@ -116,6 +119,10 @@ class StaticExecutor:
         """Complete what is under way (the other ranks have sent it and count on its receipt), then forget all."""
         for route in state.book.unread:
             self.link.wait(route)
+        state.book = Book()
+
+    def drop(self, state: StaticState) -> None:
+        """Forget everything without completing it: only where the link itself was cleared."""
         state.book = Book()
 
     def _fill(self, region: Region, shared: bool) -> None:
@@ -270,11 +277,8 @@ class StaticExecutor:
             memory = region.local if rank == self.rank else region.remote.get(rank)
             return None if memory is None else self._layout(c, rank).inside(memory, c, rank, turn.get(c.name, 0))
 
-        # In the order in which sources and results lie in memory
-        collectives = sorted(
-            (self.plan.collectives[n] for n in step.collectives),
-            key=lambda c: self._layout(c, self.rank).offsets[c.name],
-        )
+        # In the order in which sources and results lie in memory, which is the same on all ranks
+        collectives = [self.plan.collectives[n] for n in sorted(step.collectives, key=self._order.__getitem__)]
         first = step.collectives[0]
         more = f" and {len(step.collectives) - 1} more" if len(step.collectives) > 1 else ""
         return build_route(

@@ -50,7 +50,8 @@ class Spans:
         if not self._cuda:
             return time.perf_counter()
         # External: recorded anew at each replay of a graph, and readable from outside
-        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
+        captured = torch.cuda.is_current_stream_capturing()
+        event = torch.cuda.Event(enable_timing=True, external=captured)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
