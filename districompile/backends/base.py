@@ -89,6 +89,11 @@ class Engine(abc.ABC):
         of a rank are given the same memory."""
         raise NotImplementedError(f"{type(self).__name__} asked for scratch memory and does not take it")
 
+    def use_communicator(self, pointer: int) -> None:
+        """Use the NCCL communicator at ``pointer`` for the collectives inside. It outlives the engine; all ranks call
+        this together, once, before the first ``enqueue``."""
+        raise NotImplementedError(f"{type(self).__name__} holds no collectives")
+
     def release(self) -> None:  # noqa: B027  (an engine with memory of its own has nothing to let go)
         """Forget the outputs of the last ``enqueue``: the caller has read those it wants."""
 

@@ -54,7 +54,8 @@ def whole_plan(program: PhaseProgram, delivered: Sequence[str], ranks: int) -> P
         tuple(str(r) for r in range(ranks)),
     )
     deliver = [Deliver(tuple(delivered))] if delivered else []
-    return PhasePlan((*takes, Run(NAME), *deliver, *keeps), {NAME: segment}, old.outputs)
+    values = {n: old.values[n] if n in old.values else program.collectives[n].results for n in segment.outputs}
+    return PhasePlan((*takes, Run(NAME), *deliver, *keeps), {NAME: segment}, old.outputs, values)
 
 
 def _inputs(program: PhaseProgram) -> tuple[str, ...]:
