@@ -17,7 +17,7 @@ from districompile.runtime.lockstep import LockstepLinks
 from districompile.runtime.runner import LockstepRunner
 from districompile.runtime.static import StaticExecutor
 from districompile.runtime.streams import Decision
-from tests.small_models import first, reference, relative_error
+from tests.small_models import reference, relative_error
 
 CPU = torch.device("cpu")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import districompile as dc
 from districompile.bundle import Bundle
 from districompile.cli import main
 from districompile.errors import BundleError
-from districompile.refit import Lora, RefitError, read_lora, refit
+from districompile.refit import Lora, RefitError, new_weights, read_lora, refit
 from tests.small_models import first, randomise, reference, relative_error
 
 SIZE = ("sdxl", 1, 12, 8)
@@ -72,7 +73,9 @@ def test_a_lora_is_added_to_every_ranks_weights(bundle: Path, tmp_path: Path) ->
     loras, other = read_lora(tmp_path / "lora.safetensors", dict(module.config))
     assert len(loras) == len(state) // 2 and other == 0
     before = exact(bundle, kwargs)
-    assert main(["refit", str(bundle), "--lora", str(tmp_path / "lora.safetensors"), "--out", str(tmp_path / "new")]) == 0
+    assert (
+        main(["refit", str(bundle), "--lora", str(tmp_path / "lora.safetensors"), "--out", str(tmp_path / "new")]) == 0
+    )
     with torch.no_grad():
         want = first(changed(module, loras)(**kwargs))
     assert relative_error(before, want) > 1e-3  # it changes something
@@ -149,21 +152,13 @@ def test_joined_weights_are_put_together_from_their_parts(tmp_path: Path) -> Non
     """A pass may store several weights as one: the plan says of which parts it is made."""
     old = torch.arange(24.0).reshape(6, 4)
 
-    class FakeWeights:
-        def tensor(self, name: str) -> Tensor:
-            return old
-
-    class FakePlan:
-        weights = {"a.weight+1": dc.ir.plan.TensorSpec((6, 4), torch.float32)}
-        report = {"joined": {"a.weight+1": [["a.weight", 2], ["b.weight", 4]]}}
-
-    class FakeBundle:
-        plan = FakePlan()
-
-    from districompile.refit import new_weights
-
+    plan = SimpleNamespace(
+        weights={"a.weight+1": dc.ir.plan.TensorSpec((6, 4), torch.float32)},
+        report={"joined": {"a.weight+1": [["a.weight", 2], ["b.weight", 4]]}},
+    )
+    weights = SimpleNamespace(tensor=lambda name: old)
     lora = Lora("b", torch.ones(1, 4), torch.ones(4, 1), 0.5)
-    readers, count = new_weights(FakeBundle(), FakeWeights(), None, [lora])  # type: ignore[arg-type]
+    readers, count = new_weights(SimpleNamespace(plan=plan), weights, None, [lora])  # type: ignore[arg-type]
     want = old.clone()
     want[2:] += 0.5
     assert count == 1 and torch.equal(readers["a.weight+1"](), want)
@@ -200,7 +195,7 @@ def test_bad_input_is_one_line_and_changes_nothing(bundle: Path, tmp_path: Path,
     (tmp_path / "broken.safetensors").write_bytes(b"x" * 100)
     alien = {"unet.nowhere.lora_A.weight": torch.ones(2, 2), "unet.nowhere.lora_B.weight": torch.ones(2, 2)}
     save_file(alien, tmp_path / "alien.safetensors")
-    module, kwargs, _ = reference("unet2d", 1, 12, 8)
+    module, _, _ = reference("unet2d", 1, 12, 8)
     module.save_pretrained(tmp_path / "other")  # type: ignore[operator]
     for arguments, message in (
         ([], "give --lora FILE, --weights FOLDER, or both"),

@@ -9,6 +9,8 @@ backend.py         the backend protocol over these
 =================  ================================================================================================
 """
 
+from __future__ import annotations
+
 from districompile.backends.tensorrt.backend import TensorRTBackend
 
 __all__ = ["TensorRTBackend"]

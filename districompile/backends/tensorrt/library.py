@@ -109,10 +109,10 @@ def told(errors: list[str], sources: Mapping[str, str] | None = None) -> str:
     ``sources`` maps names of nodes (``conv2d_3``) to where the model's author wrote them (``net.py:12``).
     """
     lines = []
-    for error in errors[:3]:
-        text = " ".join(error.split())
+    for message in errors[:3]:
+        text = " ".join(message.split())
         text = text if len(text) < 400 else text[:400] + "..."
-        named = next((n for n in re.findall(r"([A-Za-z_]\w*)/[A-Z]\w*_\d+", error) if n in (sources or {})), None)
+        named = next((n for n in re.findall(r"([A-Za-z_]\w*)/[A-Z]\w*_\d+", message) if n in (sources or {})), None)
         lines.append(f"{text} (operator {named}{(sources or {})[named]})" if named else text)
     return "; ".join(lines) or "it gave no reason"
 
