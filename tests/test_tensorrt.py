@@ -104,7 +104,9 @@ def test_engines_of_a_network(name: str, dtype: str, ranks: int, where: str, tmp
         with unet.exact():
             got = first(unet(**kwargs))
         assert relative_error(got, first(want)) <= TOLERANCES[dtype]
-        moved = {**kwargs, next(iter(kwargs)): next(iter(kwargs.values())) * 1.1}
+        if "timestep" not in kwargs:  # no sampler steps to follow: every call is exact
+            return
+        moved = {**kwargs, "sample": kwargs["sample"] * 1.1, "timestep": kwargs["timestep"] - 1}
         unet.phase = "steady"
         steady = first(unet(**moved))
         assert relative_error(steady, first(program.simulate(phase="steady", **moved))) <= TOLERANCES[dtype]
@@ -217,7 +219,7 @@ def test_equal_segments_and_other_targets(tmp_path: Path) -> None:
 
 
 def test_what_tensorrt_refuses_names_the_operator_and_its_line(tmp_path: Path) -> None:
-    """The parser's message, the operator's name in the graph and the line in the author's file, in one."""
+    """Before anything is built where that is possible."""
 
     def net(x: Tensor) -> Tensor:
         return torch.fft.fft2(x).real  # no ONNX operator that TensorRT has
@@ -255,7 +257,7 @@ def test_parser_errors_reach_the_user(tmp_path: Path) -> None:
     with pytest.raises(BackendError) as failure:
         chosen.build(segment, weights, tmp_path / "x.engine")
     text = str(failure.value)
-    assert "NoSuchOperator" in text and "operator relu at " in text and "test_tensorrt.py:" in text
+    assert "NoSuchOperator" in text and "operator relu at " in text and "helpers_segments.py:" in text
     assert not (tmp_path / "x.engine").exists()
 
 
