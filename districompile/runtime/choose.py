@@ -7,13 +7,12 @@ import importlib.util
 import json
 import socket
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from districompile.errors import InputError, LaunchError
-from districompile.runtime.gloo import GlooLink, GlooTransport
+from districompile.runtime.gloo import GlooLink, GlooTransport, new_group
 from districompile.runtime.links import Link
 
 TRANSPORTS = ("auto", "peer", "nccl", "gloo")
@@ -121,10 +120,7 @@ def make_link(name: str, group: dist.ProcessGroup, part: int, parts: int, device
     if name == "nccl":
         from districompile.runtime.nccl import NcclLink
 
-        limit = timedelta(seconds=timeout)
-        groups = [
-            dist.new_group(list(range(g * ranks, (g + 1) * ranks)), backend="nccl", timeout=limit) for g in range(parts)
-        ]
+        groups = [new_group(range(g * ranks, (g + 1) * ranks), timeout, "nccl") for g in range(parts)]
         return NcclLink(groups[part], GlooTransport(group), device)
     from districompile.runtime.peer import PeerLink
 
