@@ -187,8 +187,8 @@ class ProcessRunner:
             raise
 
     def _agree(self, decision: Decision, inputs: Tensors) -> tuple[Decision, dict[str, torch.Tensor]]:
-        """Rank 0's decision and cut inputs, in one message to all; where ranks have GPUs of their own the inputs go from
-        device to device, and the host does not wait for them."""
+        """Rank 0's decision and cut inputs, in one message to all; where ranks have GPUs of their own the inputs go
+        from device to device, and the host does not wait for them."""
         header = torch.zeros(3, dtype=torch.uint8)
         direct = self._shares is not None
         message = torch.zeros(self._shared.nbytes, dtype=torch.uint8, device=self._device if direct else "cpu")
