@@ -47,10 +47,10 @@ class Net(nn.Module):
         return self.last(nn.functional.silu(self.norms[2](x)))
 
 
-def make_bundle(path: Path, ranks: int, rows: int = 40) -> Path:
+def make_bundle(path: Path, ranks: int, rows: int = 40, cfg: str = "none") -> Path:
     torch.manual_seed(0)
     kwargs = {"sample": torch.randn(2, 4, rows, 32), "timestep": torch.tensor(10.0)}
-    dc.convert(Net().eval(), kwargs=kwargs, ranks=ranks, warmup_steps=3).save(path, backend="eager")
+    dc.convert(Net().eval(), kwargs=kwargs, ranks=ranks, warmup_steps=3, cfg=cfg).save(path, backend="eager")
     return path
 
 
@@ -123,6 +123,13 @@ def test_transports_equal_lockstep(transport: str, cuda_graph: bool, tmp_path: P
 def test_the_fastest_is_chosen(tmp_path: Path) -> None:
     results = launch(worker, (str(make_bundle(tmp_path / "b", 2)), "auto", True), 2)
     assert {chosen for chosen, _ in results.values()} == {"peer"}
+
+
+@two_gpus
+def test_guidance_halves(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", 2, cfg="split")
+    want = in_lockstep(bundle)
+    assert all(outputs == want for _, outputs in launch(worker, (str(bundle), "auto", True), 2).values())
 
 
 @two_gpus

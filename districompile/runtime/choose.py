@@ -14,6 +14,7 @@ import torch.distributed as dist
 from districompile.errors import InputError, LaunchError
 from districompile.runtime.gloo import GlooLink, GlooTransport, new_group
 from districompile.runtime.links import Link
+from districompile.runtime.lockstep import LockstepLinks
 
 TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 _FACTS = 4096  # bytes
@@ -117,6 +118,10 @@ def make_link(name: str, group: dist.ProcessGroup, part: int, parts: int, device
     if name == "gloo":
         return GlooLink(group, device)
     ranks = dist.get_world_size(group)
+    if ranks == 1:  # guidance alone is split: nothing is exchanged within a half
+        alone = LockstepLinks(1, device).links[0]
+        alone.capturable = True
+        return alone
     if name == "nccl":
         from districompile.runtime.nccl import NcclLink
 
