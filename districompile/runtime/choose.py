@@ -7,14 +7,14 @@ import importlib.util
 import json
 import socket
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from districompile.errors import InputError, LaunchError
-from districompile.runtime.gloo import GlooLink, GlooTransport
+from districompile.runtime.gloo import GlooLink, GlooTransport, new_group
 from districompile.runtime.links import Link
+from districompile.runtime.lockstep import LockstepLinks
 
 TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 _FACTS = 4096  # bytes
@@ -118,13 +118,14 @@ def make_link(name: str, group: dist.ProcessGroup, part: int, parts: int, device
     if name == "gloo":
         return GlooLink(group, device)
     ranks = dist.get_world_size(group)
+    if ranks == 1:  # guidance alone is split: nothing is exchanged within a half
+        alone = LockstepLinks(1, device).links[0]
+        alone.capturable = True
+        return alone
     if name == "nccl":
         from districompile.runtime.nccl import NcclLink
 
-        limit = timedelta(seconds=timeout)
-        groups = [
-            dist.new_group(list(range(g * ranks, (g + 1) * ranks)), backend="nccl", timeout=limit) for g in range(parts)
-        ]
+        groups = [new_group(range(g * ranks, (g + 1) * ranks), timeout, "nccl") for g in range(parts)]
         return NcclLink(groups[part], GlooTransport(group), device)
     from districompile.runtime.peer import PeerLink
 

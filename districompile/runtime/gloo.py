@@ -260,7 +260,7 @@ def start_gloo(rank: int | None = None, ranks: int | None = None, start_timeout:
         raise TransportError(f"the ranks did not meet within {start_timeout:g} s ({_reason(e)}): are all up?") from e
 
 
-def new_group(ranks: Sequence[int], timeout: float) -> dist.ProcessGroup:
-    """A gloo group of the given global ranks. All processes must call this, in the same order."""
-    group: dist.ProcessGroup = dist.new_group(list(ranks), backend="gloo", timeout=timedelta(seconds=timeout))
+def new_group(ranks: Sequence[int], timeout: float, backend: str = "gloo") -> dist.ProcessGroup:
+    """A group of the given global ranks. All processes must call this, in the same order."""
+    group: dist.ProcessGroup = dist.new_group(list(ranks), backend=backend, timeout=timedelta(seconds=timeout))
     return group

@@ -14,6 +14,27 @@ from districompile.runtime.links import Region, Route, recorded
 from districompile.runtime.trace import Spans
 
 
+class NcclCollectives:
+    """Broadcasts and gathers of device tensors in ``group`` (an NCCL group), on the current stream: the host does not
+    wait."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self._device = group, device
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """``tensor`` (uint8) of rank ``src``, in place."""
+        dist.broadcast(tensor, group=self._group, group_src=src)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks, in rank order. All pass the same shape and dtype."""
+        flat = _flat(tensor.contiguous())
+        gathered = torch.empty((dist.get_world_size(self._group), flat.numel()), dtype=torch.uint8, device=self._device)
+        dist.all_gather_into_tensor(gathered, flat, group=self._group)
+        return [row.view(tensor.dtype).view(tensor.shape) for row in gathered]
+
+
 class NcclLink:
     """The link of this process in ``group`` (an NCCL group that nobody else uses); ``host`` is the same ranks' gloo
     transport. All of a ``Post`` is received before the call ends."""

@@ -18,6 +18,7 @@ from districompile.runtime.choose import choose_transport, make_link
 from districompile.runtime.executor import Engines, Executor
 from districompile.runtime.gloo import GlooTransport, new_group
 from districompile.runtime.lockstep import LockstepGroup, LockstepLinks
+from districompile.runtime.nccl import NcclCollectives
 from districompile.runtime.static import StaticExecutor, StaticState
 from districompile.runtime.streams import Decision
 from districompile.runtime.transport import Message, Slot
@@ -155,10 +156,17 @@ class ProcessRunner:
         patch = [new_group(range(g * plan.ranks, (g + 1) * plan.ranks), timeout) for g in range(parts)]
         self.transport = choose_transport(transport, device, plan.ranks, self._world)
         self._link = make_link(self.transport, patch[self._half], self._half, parts, device, timeout)
-        self._across: GlooTransport | None = None
+        # What concerns the whole call goes from device to device where ranks have GPUs of their own
+        self._shares: NcclCollectives | None = None
+        self._across: GlooTransport | NcclCollectives | None = None
+        direct = self.transport != "gloo" and dist.is_nccl_available()
+        backend = "nccl" if direct else "gloo"
+        if direct:
+            self._shares = NcclCollectives(new_group(range(plan.ranks * parts), timeout, backend), device)
         if parts > 1:
-            pairs = [new_group(range(r, plan.ranks * parts, plan.ranks), timeout) for r in range(plan.ranks)]
-            self._across = GlooTransport(pairs[patch_rank])
+            pairs = [new_group(range(r, plan.ranks * parts, plan.ranks), timeout, backend) for r in range(plan.ranks)]
+            mine = pairs[patch_rank]
+            self._across = NcclCollectives(mine, device) if direct else GlooTransport(mine)
         if plan.options.get("collectives") == "inside":
             self._join(engines, patch[self._half], device)
         self.executor = StaticExecutor(plan, patch_rank, engines, self._link, device, cuda_graph)
@@ -194,14 +202,23 @@ class ProcessRunner:
             engine.use_communicator(self._communicator.pointer)
 
     def _agree(self, decision: Decision, inputs: Tensors) -> tuple[Decision, dict[str, torch.Tensor]]:
-        """Rank 0's decision and cut inputs, in one message to all."""
-        header = 3
-        message = torch.zeros(self._shared.nbytes + header, dtype=torch.uint8)
+        """Rank 0's decision and cut inputs, in one message to all; where ranks have GPUs of their own the inputs go
+        from device to device, and the host does not wait for them."""
+        header = torch.zeros(3, dtype=torch.uint8)
+        direct = self._shares is not None
+        message = torch.zeros(self._shared.nbytes, dtype=torch.uint8, device=self._device if direct else "cpu")
         if self._world.rank == 0:
             self._shared.pack(inputs, message)
-            message[-header:] = torch.tensor([int(decision.phase == "steady"), decision.stream, int(decision.reset)])
-        message = self._world.broadcast(message)
-        phase, stream, reset = message[-header:].tolist()
+            header = torch.tensor(
+                [int(decision.phase == "steady"), decision.stream, int(decision.reset)], dtype=torch.uint8
+            )
+        if self._shares is not None:
+            header = self._world.broadcast(header)
+            message = self._shares.broadcast(message)
+        else:
+            both = self._world.broadcast(torch.cat([message, header]))
+            message, header = both[:-3], both[-3:]
+        phase, stream, reset = header.tolist()
         agreed = dict(inputs)
         if self._world.rank != 0:
             agreed |= {s.name: s.inside(message).to(self._device) for s in self._shared.slots}
