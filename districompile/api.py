@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from districompile.backends.base import BuildSegment, get_backend
+from districompile.backends.base import Backend, BuildSegment, get_backend
 from districompile.backends.build import build_segments
 from districompile.backends.eager import EagerEngine
 from districompile.bundle import WEIGHTS, BundleWriter
@@ -299,16 +299,17 @@ class Program:
             raise ConvertError("this program stops after a pass (stop_after): it can be printed, not run or saved")
 
     def save(
-        self, path: str | Path, backend: str = "onnxruntime", *, source: str | None = None,
+        self, path: str | Path, backend: str | Backend = "onnxruntime", *, source: str | None = None,
         config: Mapping[str, Any] | None = None, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         """Build the engines of all ranks and write the bundle. Nothing is left behind where that fails.
 
+        ``backend`` is a name, or a backend with options of its own (``InductorBackend("cuda", max_autotune=True)``).
         ``source`` is where the model came from, for whoever needs the rest of its pipeline. Raises
         :class:`BackendError` or :class:`BundleError`.
         """
         self._need_phases()
-        chosen = get_backend(backend)
+        chosen = get_backend(backend) if isinstance(backend, str) else backend
         bars = tasks(progress)
         with BundleWriter(path) as writer:
             weights = self._write_weights(writer, bars)
@@ -319,7 +320,7 @@ class Program:
             text = "\n\n".join([str(Report(plan)), *(f"{phase}\n{phase_text(plan, phase)}" for phase in PHASES)])
             with bars.task("hashing files", 1.0) as task:
                 writer.finish(
-                    plan, text, backend=chosen.name, source=source, model_class=self._captured.model_class,
+                    plan, text, backend=chosen.name, device=getattr(chosen, "device", "cpu"), source=source, model_class=self._captured.model_class,
                     config=config if config is not None else self._captured.config, progress=_advance(task),
                 )  # fmt: skip
 

@@ -117,9 +117,10 @@ def source_line(node: fx.Node) -> str:
 def get_backend(name: str) -> Backend:
     """The backend called ``name``; raises :class:`BackendError` naming what there is, or what to install."""
     from districompile.backends.eager import EagerBackend
+    from districompile.backends.inductor import InductorBackend
     from districompile.backends.onnxruntime import OnnxRuntimeBackend
 
-    known: dict[str, Backend] = {b.name: b for b in (EagerBackend(), OnnxRuntimeBackend())}
+    known: dict[str, Backend] = {b.name: b for b in (EagerBackend(), InductorBackend(), OnnxRuntimeBackend())}
     if name not in known:
         raise BackendError(f"no backend named {name!r}; there are: {', '.join(sorted(known))}")
     backend = known[name]
