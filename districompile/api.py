@@ -92,6 +92,7 @@ def convert(
         manager.finish()
     if manager.stopped:
         return Program(captured, _stub_plan(captured, options, unit), {}, {"warmup": unit.graph})
+    captured = unit.captured  # passes may have joined weights
     plan = _plan(captured, unit, phases, options, manager, halved)
     return Program(captured, plan, {p: phases[p][1] for p in PHASES}, {p: phases[p][0].graph for p in PHASES})
 
@@ -320,7 +321,8 @@ class Program:
             text = "\n\n".join([str(Report(plan)), *(f"{phase}\n{phase_text(plan, phase)}" for phase in PHASES)])
             with bars.task("hashing files", 1.0) as task:
                 writer.finish(
-                    plan, text, backend=chosen.name, device=getattr(chosen, "device", "cpu"), source=source, model_class=self._captured.model_class,
+                    plan, text, backend=chosen.name, device=getattr(chosen, "device", "cpu"), source=source,
+                    model_class=self._captured.model_class,
                     config=config if config is not None else self._captured.config, progress=_advance(task),
                 )  # fmt: skip
 

@@ -9,14 +9,21 @@ from districompile.passes.choose_displaced import ChooseDisplaced
 from districompile.passes.drop_noops import DropNoOps
 from districompile.passes.explicit_casts import ExplicitCasts
 from districompile.passes.group_norm_mode import GroupNormMode
+from districompile.passes.hoist_fetches import HoistFetches
 from districompile.passes.localise import Localise
 from districompile.passes.lower_collectives import LowerCollectives
+from districompile.passes.merge_linears import MergeLinears
+from districompile.passes.share_subexpressions import ShareSubexpressions
 from districompile.passmanager import Pass
 from districompile.unit import Options
 
 PASSES: dict[str, type[Any]] = {
-    p.name: p for p in (DropNoOps, ExplicitCasts, Annotate, Localise, ChooseDisplaced, LowerCollectives, GroupNormMode)
-}
+    p.name: p
+    for p in (
+        DropNoOps, ExplicitCasts, ShareSubexpressions, MergeLinears, Annotate, Localise, HoistFetches, ChooseDisplaced,
+        LowerCollectives, GroupNormMode,
+    )
+}  # fmt: skip
 
 
 def cut(options: Options) -> list[Pass]:
@@ -24,8 +31,11 @@ def cut(options: Options) -> list[Pass]:
     return [
         DropNoOps(),
         ExplicitCasts(),
+        ShareSubexpressions(),
+        MergeLinears(),
         Annotate(),
         Localise(),
+        HoistFetches(),
         ChooseDisplaced(kinds=options.displace, groupnorm=options.groupnorm),
     ]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -120,10 +120,10 @@ def get_backend(name: str) -> Backend:
     from districompile.backends.inductor import InductorBackend
     from districompile.backends.onnxruntime import OnnxRuntimeBackend
 
-    known: dict[str, Backend] = {b.name: b for b in (EagerBackend(), InductorBackend(), OnnxRuntimeBackend())}
+    known: dict[str, Callable[[], Backend]] = {b.name: b for b in (EagerBackend, InductorBackend, OnnxRuntimeBackend)}
     if name not in known:
         raise BackendError(f"no backend named {name!r}; there are: {', '.join(sorted(known))}")
-    backend = known[name]
+    backend = known[name]()
     reason = backend.unavailable()
     if reason is not None:
         raise BackendError(reason)

@@ -136,17 +136,15 @@ class InductorBackend:
         self._channels_last = self._kind == "cuda" if channels_last is None else channels_last
         self._workers = workers if workers is not None else _default_workers(self._kind, max_autotune)
         self._options = tuple(sorted({"max_autotune": max_autotune, **(options or {})}.items()))
+        # Engines differ by torch, by the machine's device and by the options
+        target = _target(self._kind)
+        self.version = f"1, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
         self._plans: dict[int, tuple[BuildSegment, _Package]] = {}  # by id of the segment, which is kept alive
         self._values: set[str] = set()
         self._futures: dict[str, Future[None]] = {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._pool: Pool | None = None
         self._loaded: dict[tuple[str, torch.device], Any] = {}
-
-    @property
-    def version(self) -> str:
-        """Engines differ by torch, by the machine's device and by the options."""
-        return f"1, torch {torch.__version__}, {_target(self._kind)}, {self._channels_last}, {self._options}"
 
     @property
     def device(self) -> str:
@@ -224,15 +222,16 @@ class InductorBackend:
             data = json.loads(path.read_text())
             if data["format"] != _FORMAT:
                 raise BackendError(f"{path} is of another version: {data['format']!r}, not {_FORMAT!r}")
-            inputs, needed, outputs = ({n: Operand.from_json(o) for n, *o in data[k]} for k in _GROUPS)
+            groups = [{str(n): Operand.from_json(o) for n, *o in data[k]} for k in _GROUPS]
             package = str(data["package"])
             target, kind, built = str(data["target"]), str(data["device"]), str(data["torch"])
         except (OSError, ValueError, KeyError, TypeError, BundleError) as e:
             raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e
+        inputs, needed, outputs = groups
         if tuple(outputs) != tuple(segment):
             raise BackendError(f"{path} is another segment: it gives {tuple(outputs)}, not {tuple(segment)}")
         _check_here(kind, target, built, device)
-        if device.type == "cuda" and device.index is None:
+        if str(device) == "cuda":  # without a number
             device = torch.device("cuda", torch.cuda.current_device())
         if not re.fullmatch(r"[0-9a-f]+\.pt2", package):
             raise BackendError(f"{path} names {package!r}, which is no package of a bundle")
@@ -253,7 +252,7 @@ class InductorBackend:
             except Exception as e:  # it has no error class of its own
                 reason = str(e).splitlines()[0] if str(e) else type(e).__name__
                 raise BackendError(f"{path} cannot be loaded: {reason}: copy the bundle again, or convert again") from e
-            self._loaded[key] = package.loader  # type: ignore[attr-defined]
+            self._loaded[key] = package.loader
         return self._loaded[key]
 
     def _made(self, package: _Package) -> Path:
@@ -276,8 +275,9 @@ class InductorBackend:
         return known[0]
 
     def __del__(self) -> None:
-        if getattr(self, "_pool", None) is not None:
-            self._pool.close()  # type: ignore[union-attr]
+        pool: Pool | None = self.__dict__.get("_pool")
+        if pool is not None:
+            pool.close()
 
 
 @dataclasses.dataclass(frozen=True)
