@@ -130,7 +130,10 @@ def test_passes_are_recorded_dumped_and_stopped(tmp_path: Path) -> None:
     module = Net().eval()
     program = dc.convert(module, (sample(), 1.0), ranks=2, dump=tmp_path, stop_after="annotate")
     names = [p.name for p in sorted(tmp_path.iterdir())]
-    assert names == ["01-drop-noops.txt", "02-explicit-casts.txt", "03-annotate.txt"]
+    assert names == [
+        "01-drop-noops.txt", "02-explicit-casts.txt", "03-share-subexpressions.txt", "04-merge-linears.txt",
+        "05-annotate.txt",
+    ]  # fmt: skip
     assert "aten.conv2d(%sample, @conv.weight" in program.graph_text()
     with pytest.raises(dc.ConvertError, match="stops after a pass"):
         program.simulate(sample(), 1.0)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from districompile.backends.base import BuildSegment, Engine, check_input
 from districompile.backends.eager import EagerBackend
-from districompile.backends.inductor_graph import Job, Operand
+from districompile.backends.inductor_graph import Job, Operand, Part, lift_parts
 from districompile.backends.inductor_pool import Pool, compile_here
 from districompile.errors import BackendError, BundleError, InputError
 from districompile.ir.plan import TensorSpec
@@ -55,10 +55,10 @@ class InductorEngine(Engine):
 
     def __init__(
         self, loader: Any, inputs: Mapping[str, Operand], weights: Sequence[Tensor], outputs: Mapping[str, Operand],
-        device: torch.device,
+        parts: Mapping[str, Sequence[Part]], device: torch.device,
     ) -> None:  # fmt: skip
         self._loader, self._weights, self._device = loader, list(weights), device
-        self._inputs, self._outputs = dict(inputs), dict(outputs)
+        self._inputs, self._outputs, self._parts = dict(inputs), dict(outputs), dict(parts)
         self._specs = {name: o.spec for name, o in (*self._outputs.items(), *self._inputs.items())}
         self._bound: dict[str, Tensor] = {}
         self._targets: dict[str, Tensor] = {}
@@ -88,7 +88,10 @@ class InductorEngine(Engine):
 
     @torch.no_grad()
     def _run(self) -> None:
-        inputs = [self._as_compiled(o, self._bound.pop(name)) for name, o in self._inputs.items()]
+        inputs = []
+        for name, operand in self._inputs.items():
+            tensor = self._as_compiled(operand, self._bound.pop(name))
+            inputs += [part.of(tensor) for part in self._parts[name]] if name in self._parts else [tensor]
         buffers, late = [], []
         for name, operand in self._outputs.items():
             target = self._targets.pop(name, None)
@@ -215,7 +218,7 @@ class InductorBackend:
             except BackendError as e:
                 raise BackendError(f"segment {segment.name} cannot be compiled by AOTInductor: {e}") from e
             shutil.copyfile(self._made(package), target)
-        path.write_text(json.dumps(package.describe(segment, self._kind), separators=(",", ":")))
+        path.write_text(json.dumps(package.describe(self._kind), separators=(",", ":")))
 
     def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
         try:
@@ -224,6 +227,7 @@ class InductorBackend:
                 raise BackendError(f"{path} is of another version: {data['format']!r}, not {_FORMAT!r}")
             groups = [{str(n): Operand.from_json(o) for n, *o in data[k]} for k in _GROUPS]
             package = str(data["package"])
+            parts = {str(n): [Part(*map(int, p)) for p in listed] for n, listed in data["parts"].items()}
             target, kind, built = str(data["target"]), str(data["device"]), str(data["torch"])
         except (OSError, ValueError, KeyError, TypeError, BundleError) as e:
             raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e
@@ -239,7 +243,7 @@ class InductorBackend:
         for name, operand in needed.items():
             _check_weight(path, weights, name, operand.spec)
         tensors = [weights.tensor(n, device, _MEMORY_FORMATS[o.format]) for n, o in needed.items()]
-        return InductorEngine(loader, inputs, tensors, outputs, device)
+        return InductorEngine(loader, inputs, tensors, outputs, parts, device)
 
     def _load_package(self, path: Path, device: torch.device) -> Any:
         key = str(path.absolute()), device
@@ -261,11 +265,27 @@ class InductorBackend:
 
     def _package(self, segment: BuildSegment) -> _Package:
         formats = _weight_formats(segment) if self._channels_last else {}
-        inputs = tuple(Operand(s, self._value_format(name, s)) for name, s in segment.inputs)
-        weights = tuple(Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights)
-        outputs = tuple(Operand(s, self._value_format(name, s)) for name, s in segment.outputs)
-        job = Job(graph_to_json(segment.graph), (*inputs, *weights), outputs, self._kind, self._options)
-        return _Package(content_hash(json.dumps([self.version, job.to_json()])), job)
+        graph, parts = lift_parts(segment.graph.graph, len(segment.inputs))
+        inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
+        weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]
+        outputs = [Operand(s, self._value_format(name, s)) for name, s in segment.outputs]
+        given: list[Operand] = []
+        for operand, taken in zip(inputs, parts, strict=True):
+            given += [operand] if taken is None else [_part_operand(operand, part) for part in taken]
+        job = Job(graph_to_json(graph), (*given, *weights), tuple(outputs), self._kind, self._options)
+        key = content_hash(json.dumps([self.version, job.to_json()]))
+        named = {
+            group: [[name, *operand.to_json()] for (name, _), operand in zip(specs, operands, strict=True)]
+            for group, specs, operands in zip(
+                _GROUPS, (segment.inputs, segment.weights, segment.outputs), (inputs, weights, outputs), strict=True
+            )
+        }
+        views = {
+            name: [dataclasses.astuple(part) for part in taken]
+            for (name, _), taken in zip(segment.inputs, parts, strict=True)
+            if taken is not None
+        }
+        return _Package(key, job, {**named, "parts": views})
 
     def _value_format(self, name: str, spec: TensorSpec) -> str:
         """Images that go from segment to segment keep the format convolutions want; what transports move is plain."""
@@ -282,25 +302,27 @@ class InductorBackend:
 
 @dataclasses.dataclass(frozen=True)
 class _Package:
-    """One compiled program, by its content."""
+    """One compiled program, by its content, and what a segment calls its operands."""
 
     key: str
     job: Job
+    operands: dict[str, Any]
 
-    def describe(self, segment: BuildSegment, kind: str) -> dict[str, Any]:
-        """The JSON beside it: what a segment's operands are called."""
-        operands = [*self.job.inputs, *self.job.outputs]
-        names = [n for group in (segment.inputs, segment.weights, segment.outputs) for n, _ in group]
-        listed = [[name, *operand.to_json()] for name, operand in zip(names, operands, strict=True)]
-        first, second = len(segment.inputs), len(segment.inputs) + len(segment.weights)
-        groups = (listed[:first], listed[first:second], listed[second:])
+    def describe(self, kind: str) -> dict[str, Any]:
+        """The JSON beside the package."""
         return {
             "format": _FORMAT, "package": f"{self.key}.pt2", "device": kind, "target": _target(kind),
-            "torch": _torch_version(), **dict(zip(_GROUPS, groups, strict=True)),
+            "torch": _torch_version(), **self.operands,
         }  # fmt: skip
 
 
 _GROUPS = ("inputs", "weights", "outputs")
+
+
+def _part_operand(whole: Operand, part: Part) -> Operand:
+    shape = list(whole.spec.shape)
+    shape[part.dim] = part.stop - part.start
+    return Operand(TensorSpec(tuple(shape), whole.spec.dtype), whole.format, whole.spec.shape)
 
 
 def _weight_formats(segment: BuildSegment) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,15 +25,17 @@ _ROWS = 64  # of one partial sum: the partial results are then a few per cent of
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """Shape, dtype and memory format of an input, a weight or an output."""
+    """Shape, dtype and memory format of an input, a weight or an output; a part of a tensor has ``whole``'s strides."""
 
     spec: TensorSpec
     format: str = "contiguous"
+    whole: tuple[int, ...] | None = None
 
     @property
     def strides(self) -> tuple[int, ...]:
         """Elements, also for dims of size 1, where any stride would do: compiled code may look at them."""
-        ndim = len(self.spec.shape)
+        shape = self.whole or self.spec.shape
+        ndim = len(shape)
         inner = list(range(ndim - 1, -1, -1))
         if self.format != "contiguous":  # channels innermost, batch outermost
             inner = [1, *range(ndim - 1, 1, -1), 0]
@@ -40,7 +43,7 @@ class Operand:
         step = 1
         for dim in inner:
             strides[dim] = step
-            step *= max(1, self.spec.shape[dim])
+            step *= max(1, shape[dim])
         return tuple(strides)
 
     def empty(self, device: torch.device) -> Tensor:
@@ -52,15 +55,64 @@ class Operand:
         return tensor.stride() == self.strides and tensor.data_ptr() % 16 == 0
 
     def to_json(self) -> list[Any]:
-        return [dtype_name(self.spec.dtype), list(self.spec.shape), self.format]
+        return [dtype_name(self.spec.dtype), list(self.spec.shape), self.format, self.whole and list(self.whole)]
 
     @staticmethod
     def from_json(data: Sequence[Any]) -> Operand:
         """Raises ``ValueError`` (or :class:`BundleError` for a dtype) for what :meth:`to_json` does not write."""
-        dtype, shape, memory_format = data
+        dtype, shape, memory_format, whole = data
         if memory_format not in FORMATS:
             raise ValueError(f"{memory_format!r} is no memory format")
-        return Operand(TensorSpec(tuple(int(s) for s in shape), dtype_of(dtype)), memory_format)
+        spec = TensorSpec(tuple(int(s) for s in shape), dtype_of(dtype))
+        return Operand(spec, memory_format, None if whole is None else tuple(int(s) for s in whole))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Elements [start, stop) of an input along ``dim``."""
+
+    dim: int
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(self.dim, self.start, self.stop - self.start)
+
+
+def lift_parts(graph: fx.Graph, inputs: int) -> tuple[fx.GraphModule, list[list[Part] | None]]:
+    """A copy of ``graph`` in which slices of an input are inputs of their own, and which those are for each input.
+
+    The slices are taken when the program is called, as views: layers that read different parts of one projection are
+    then one and the same program.
+    """
+    new, env = fx.Graph(), {}
+    parts: list[list[Part] | None] = []
+    for number, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
+        found = [_part(u) for u in node.users]
+        if number < inputs and found and all(found):
+            parts.append([p for p in found if p is not None])
+            for user in node.users:
+                env[user] = new.placeholder(user.name)
+                env[user].meta = dict(user.meta)
+        else:
+            parts.append(None)
+            env[node] = new.node_copy(node)
+    for node in graph.nodes:
+        if node.op == "output":
+            new.output(fx.map_arg(node.args[0], lambda n: env[n]))
+        elif node.op != "placeholder" and node not in env:
+            env[node] = new.node_copy(node, lambda n: env[n])
+    return fx.GraphModule(torch.nn.Module(), new), parts[:inputs]
+
+
+def _part(node: fx.Node) -> Part | None:
+    args: Any = node.args
+    plain = node.target is torch.ops.aten.slice.Tensor and len(args) >= 4 and not node.kwargs
+    if not plain or not all(isinstance(a, int) and a >= 0 for a in args[1:]) or args[4:] not in ((), (1,)):
+        return None
+    source = args[0].meta["val"]
+    offset = args[2] * math.prod(source.shape[args[1] + 1 :]) * source.element_size()
+    return None if offset % 16 or args[3] > source.shape[args[1]] or source.ndim > 3 else Part(*args[1:4])
 
 
 @dataclasses.dataclass(frozen=True)
