@@ -272,6 +272,10 @@ class Program:
         """The SPMD graph of a phase, one line a node."""
         return print_graph(self._graphs[phase])
 
+    def weight(self, name: str) -> Tensor:
+        """The data of one of ``plan.weights``: those of the module, and those that passes made of them."""
+        return self._captured.weights[name][1]()
+
     def segments(self, phase: Phase) -> Iterable[tuple[tuple[str, str, int], BuildSegment]]:
         """The distinct segments of a phase: ((phase, segment, first rank), graph)."""
         for name, segment in self._phases[phase].segments.items():
