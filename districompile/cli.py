@@ -164,6 +164,10 @@ def run(
     backend: BackendOption = None,
     dtype: DtypeOption = None,
     segments: Segments = None,
+    transport: Annotated[
+        str, typer.Option(help="What moves bytes between the processes: auto, peer, nccl or gloo.")
+    ] = "auto",
+    cuda_graph: Annotated[bool, typer.Option(help="On GPUs, replay each call as one CUDA graph.")] = True,
     as_json: Json = False,
 ) -> int:
     """Draw one image on all processes of a bundle. A MODEL is converted first, and kept in a cache for the next
@@ -172,7 +176,7 @@ def run(
 
     settings = command.Settings(
         bundle=bundle, prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, seed=seed,
-        out=out, log_dir=log_dir, model=model, gpus=gpus,
+        out=out, log_dir=log_dir, model=model, gpus=gpus, transport=transport, cuda_graph=cuda_graph,
         conversion={
             "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
             "displace": displace, "backend": backend, "dtype": dtype, "segments": segments,

@@ -1,9 +1,12 @@
 """Lower ``fetch`` to what travels and what is put together, and give every collective its plan.
 
     %f = dc.fetch(%x, 2, [0, 8, 16], [-1, 7], [9, 17], 'zeros', 'rows', ...)
- -> %x_strips = dc.strips(%x, 2, 1, 1) : f32[1, 4, 2, 8]              what the others want of x
-    %f_x = dc.exchange(%x_strips, [1, 4, 2, 8]) : f32[1, 4, 2, 8]       what this rank gets; fill at the border
+ -> %x_strips = dc.strips(%x, 2, 1, 1) : f32[2, 1, 4, 8]              what the others want of x, rows first
+    %f_x = dc.exchange(%x_strips, [2, 1, 4, 8]) : f32[2, 1, 4, 8]       what this rank gets; fill at the border
     %f = dc.place(%f_x, %x, 2, 1, 1, 0, 8) : f32[1, 4, 10, 8]
+
+Rows travel as the first dim, so that what one rank sends to another is contiguous at both ends, however many ranks
+there are. (The whole output is put together by the transfer itself, in its own layout.)
 
 All ranks send strips of one shape and receive results of one shape where they can, so that equal ranks share an engine.
 """
@@ -153,14 +156,20 @@ def _strip_sizes(needed: Sequence[set[int]], heights: Sequence[int]) -> tuple[in
 def _exchange(emitter: Cutter, f: _Fetch, sources: dict[tuple[Any, ...], fx.Node]) -> tuple[fx.Node, fx.Node]:
     top, bottom = _strip_sizes(_needed(f.splits, f.bounds), f.heights)
     source = f.x
-    if any(top + bottom < h for h in f.heights):
+    if f.dim != _rows_dim(f) or any(top + bottom < h for h in f.heights):
         key = (f.x, f.dim, top, bottom)
         if key not in sources:
             sources[key] = emitter.emit(ops.strips.default, f.x, f.dim, top, bottom, name=f"{f.node.name}_strips")
         source = sources[key]
     shape: list[Any] = [per_rank(sizes) for sizes in zip(*(t.shape for t in f.x.meta["local"]), strict=True)]
-    shape[f.dim] = per_rank(max(1, len(s.before) + len(s.after)) for s in f.splits)
+    del shape[f.dim]
+    shape.insert(_rows_dim(f), per_rank(max(1, len(s.before) + len(s.after)) for s in f.splits))
     return source, emitter.emit(ops.exchange.default, source, shape, name=f"{f.node.name}_halo")
+
+
+def _rows_dim(f: _Fetch) -> int:
+    """Where the rows are while they travel."""
+    return f.dim if f.kind == "output" else 0
 
 
 def _plan(exchange: fx.Node, source: fx.Node, f: _Fetch) -> Exchange:
@@ -185,7 +194,7 @@ def _plan(exchange: fx.Node, source: fx.Node, f: _Fetch) -> Exchange:
             else:
                 pieces.append(Piece(src, dst, start, at, 1))
     return Exchange(
-        name=exchange.name, site=f.site, kind=f.kind, source=source.name, dim=f.dim, specs=_specs(source),
+        name=exchange.name, site=f.site, kind=f.kind, source=source.name, dim=_rows_dim(f), specs=_specs(source),
         results=_specs(exchange), pieces=tuple(pieces), fill=f.fill, pattern=_pattern(pieces, len(f.splits)),
         displaced=bool(f.node.meta.get("displaced")),
     )  # fmt: skip

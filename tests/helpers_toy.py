@@ -80,6 +80,7 @@ def make_plan(ranks: int = 2, rows: int = 7, batch: int = 2, warmup_steps: int =
             segment("norm", "y total", "z"),
         )},
         ("out",),
+        {"x": own, "y": own, "sum": one, "z": own},
     )  # fmt: skip
     steady = PhasePlan(
         (
@@ -88,6 +89,7 @@ def make_plan(ranks: int = 2, rows: int = 7, batch: int = 2, warmup_steps: int =
         ),
         {"all": segment("all", "sample timestep halo total own_sum", "x sum z", ("first.weight",))},
         ("out",),
+        {"x": own, "sum": one, "z": own},
     )  # fmt: skip
     options: dict[str, Any] = {"warmup_steps": warmup_steps, "cfg": cfg}
     return Plan(

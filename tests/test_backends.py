@@ -265,6 +265,17 @@ def test_engine_contract(name: str, tmp_path: Path) -> None:
     engine.run({"x": x + 1}, ("y0",))
     assert torch.equal(first, kept), "outputs are fresh memory"
     first += 1  # and ordinary tensors
+    assert engine.binds_outputs
+    memory = torch.full((2, 3), float("nan"))
+    engine.bind("y0", memory)
+    both = engine.run({"x": x}, ("y0", "y1"))
+    assert both["y0"].data_ptr() == memory.data_ptr() and torch.equal(memory, kept) and torch.equal(both["y1"], x + 1)
+    assert engine.run({"x": x + 1}, ("y0",))["y0"].data_ptr() != memory.data_ptr(), "a binding outlives its call"
+    assert torch.equal(memory, kept)
+    with pytest.raises(InputError, match=r"y0 was converted as float32 \[2, 3\], but is given as float32 \[3, 2\]"):
+        engine.bind("x", x)
+        engine.bind("y0", torch.empty(3, 2))
+        engine.enqueue()
     with pytest.raises(BackendError, match="is another segment"):
         backend.load(path, ("y1", "y0"), weights, CPU)
     (tmp_path / f"bad{backend.suffix}").write_text("{}")

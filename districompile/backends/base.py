@@ -39,13 +39,36 @@ class BuildSegment:
 
 
 class Engine(abc.ABC):
-    """A loaded segment. Inputs are bound by name, ``enqueue`` computes, outputs are read by name."""
+    """A loaded segment of one rank. Tensors are bound by name, ``enqueue`` computes, outputs are read by name.
+
+    The contract with the runtime, in the order in which it calls:
+
+    1. ``use_scratch`` once, before the first ``enqueue``, where ``scratch_bytes`` is not 0.
+    2. ``bind`` for every input and, where ``binds_outputs``, for any of the outputs. What the runtime binds is dense in
+       row-major order, lies at an address that 256 divides, and stays valid and in place until the work is done: the
+       same addresses come back with every call of the same kind, so that a captured call may be replayed. An output's
+       memory overlaps neither an input's, nor another output's, nor the scratch memory.
+    3. ``enqueue``. On a GPU: all work goes to ``torch.cuda.current_stream()`` of the engine's device (looked up at each
+       call), the host waits for nothing, and, unless ``capturable`` is False, the call may happen while that stream is
+       being captured into a CUDA graph. The first ``enqueue`` after loading is never captured: an engine sets up there
+       what cannot be.
+    4. ``output`` for the outputs that were not bound, then ``release``.
+
+    One engine may serve several segments and both phases: bindings hold for one ``enqueue`` only. Engines of a rank are
+    never enqueued at once, nor on two streams that are not ordered.
+    """
+
+    binds_outputs: bool = False  #: whether ``bind`` takes outputs, too, and ``enqueue`` then writes straight into them
+    capturable: bool = True  #: whether ``enqueue`` may be captured into a CUDA graph; means nothing on the CPU
+    scratch_bytes: int = 0  #: memory that ``enqueue`` needs and whose contents it neither expects nor leaves
 
     @abc.abstractmethod
     def bind(self, name: str, tensor: torch.Tensor) -> None:
-        """Give an input (or, where the backend supports it, an output) its memory for the next ``enqueue``.
+        """Give an input (or, where ``binds_outputs``, an output) its memory for the next ``enqueue``.
 
-        Raises :class:`~districompile.errors.InputError` for an unknown name, another shape or another dtype.
+        A bound output is written there by ``enqueue``; ``output`` then gives that very tensor. An output that is not
+        bound gets memory of the engine's. Raises :class:`~districompile.errors.InputError` for an unknown name,
+        another shape or another dtype (for an output: at the latest in ``enqueue``).
         """
 
     @abc.abstractmethod
@@ -55,8 +78,13 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def output(self, name: str) -> torch.Tensor:
-        """An output of the last ``enqueue``. It may be overwritten by the next one, unless the backend says that it
-        gives fresh memory each time (``eager`` and ``onnxruntime`` do)."""
+        """An output of the last ``enqueue``. One that was not bound may be overwritten by the next ``enqueue``, unless
+        the backend says that it gives fresh memory each time (``eager`` and ``onnxruntime`` do)."""
+
+    def use_scratch(self, tensor: torch.Tensor) -> None:
+        """Work in ``tensor`` (uint8, at least ``scratch_bytes`` long, on the engine's device) from now on. All engines
+        of a rank are given the same memory."""
+        raise NotImplementedError(f"{type(self).__name__} asked for scratch memory and does not take it")
 
     def release(self) -> None:  # noqa: B027  (an engine with memory of its own has nothing to let go)
         """Forget the outputs of the last ``enqueue``: the caller has read those it wants."""
@@ -98,7 +126,7 @@ class Backend(Protocol):
 
 
 def check_input(name: str, tensor: torch.Tensor, specs: Mapping[str, TensorSpec]) -> None:
-    """Raise :class:`InputError` unless ``tensor`` fits the input ``name``."""
+    """Raise :class:`InputError` unless ``tensor`` fits the input (or output) ``name``, which is one of ``specs``."""
     spec = specs.get(name)
     if spec is None:
         raise InputError(f"no input named {name!r}; there are: {', '.join(specs)}")

@@ -19,8 +19,10 @@ _FORMAT = "districompile segment 1"
 
 
 class EagerEngine(Engine):
-    """A graph module and its weights. Outputs are fresh memory at each call, or views of inputs where the graph gives
-    those."""
+    """A graph module and its weights. Outputs not bound are fresh memory at each call, or views of inputs where
+    the graph gives those; the others are copied to where they are wanted."""
+
+    binds_outputs = True
 
     def __init__(
         self, module: fx.GraphModule, inputs: dict[str, TensorSpec], weights: list[Tensor], outputs: tuple[str, ...]
@@ -33,7 +35,8 @@ class EagerEngine(Engine):
         self._results: dict[str, Tensor] = {}
 
     def bind(self, name: str, tensor: Tensor) -> None:
-        check_input(name, tensor, self._inputs)
+        if name not in self._outputs:  # of outputs the file holds no sizes: they are checked when there are results
+            check_input(name, tensor, self._inputs)
         self._bound[name] = tensor
 
     @torch.no_grad()
@@ -42,6 +45,11 @@ class EagerEngine(Engine):
         self._results = {}
         inputs = [self._bound.pop(name) for name in self._inputs]
         self._results = dict(zip(self._outputs, self._module(*inputs, *self._weights), strict=True))
+        bound, self._bound = self._bound, {}
+        for name, memory in bound.items():
+            result = self._results[name]
+            check_input(name, memory, {name: TensorSpec(tuple(result.shape), result.dtype)})
+            self._results[name] = memory.copy_(result)
 
     def output(self, name: str) -> Tensor:
         return self._results[name]

@@ -31,7 +31,9 @@ _DTYPES = {
 
 
 class OnnxRuntimeEngine(Engine):
-    """A session. It reads inputs and writes outputs in PyTorch's own memory; outputs are fresh memory at each call."""
+    """A session. It reads inputs and writes outputs in PyTorch's own memory: what was bound, else fresh memory."""
+
+    binds_outputs = True
 
     def __init__(self, session: Any, outputs: tuple[str, ...]) -> None:
         self._session = session
@@ -42,13 +44,17 @@ class OnnxRuntimeEngine(Engine):
         self._results: dict[str, Tensor] = {}
 
     def bind(self, name: str, tensor: Tensor) -> None:
-        check_input(name, tensor, self._inputs)
+        check_input(name, tensor, self._outputs if name in self._outputs else self._inputs)
         self._bound[name] = tensor
 
     def enqueue(self) -> None:
         binding = self._session.io_binding()
         inputs = {name: self._bound.pop(name).detach().contiguous() for name in self._inputs}
-        self._results = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in self._outputs.items()}
+        results, self._bound = self._bound, {}
+        for name, spec in self._outputs.items():
+            if name not in results:
+                results[name] = torch.empty(spec.shape, dtype=spec.dtype)
+        self._results = results
         for name, tensor in inputs.items():
             binding.bind_input(name, "cpu", 0, element_type(tensor.dtype), list(tensor.shape), tensor.data_ptr())
         for name, tensor in self._results.items():

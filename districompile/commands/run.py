@@ -26,6 +26,7 @@ from districompile.commands.drawing import Request, check_guidance, draw, image_
 from districompile.ir.plan import dtype_of
 from districompile.models.sources import DEMO, load_pipeline, pipeline_location
 from districompile.progress import Silent, terminal_progress
+from districompile.runtime.choose import check_transport
 from districompile.runtime.launcher import launch
 from districompile.runtime.module import load
 from districompile.runtime.runner import world_size
@@ -46,6 +47,8 @@ class Settings:
     log_dir: Path | None
     model: str | None
     gpus: int | None
+    transport: str
+    cuda_graph: bool
     conversion: dict[str, Any]
 
 
@@ -58,11 +61,14 @@ class Job:
     dtype: str
     request: Request
     out: Path
+    transport: str
+    cuda_graph: bool
 
 
 def main(settings: Settings, as_json: bool) -> int:
     """Convert first where a MODEL was given, then start the processes and wait for the image."""
     image_format(settings.out)
+    check_transport(settings.transport)
     check_writable(settings.out.absolute().parent)
     quiet_libraries()
     folder = _bundle_folder(settings)
@@ -80,7 +86,10 @@ def main(settings: Settings, as_json: bool) -> int:
     )
     settings.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     world = world_size(plan)
-    job = Job(folder.resolve(), str(model), str(plan.options.get("dtype", "float32")), request, settings.out.absolute())
+    job = Job(
+        folder.resolve(), str(model), str(plan.options.get("dtype", "float32")), request, settings.out.absolute(),
+        settings.transport, settings.cuda_graph,
+    )  # fmt: skip
     figures = launch(worker, (job,), world, log_dir=settings.log_dir).get(0)
     if figures is None:  # another rank under an outer launcher
         return 0
@@ -104,7 +113,7 @@ def worker(job: Job) -> dict[str, Any] | None:
     what there is to tell."""
     quiet_libraries()
     first = int(os.environ.get("RANK", "0")) == 0
-    compiled = load(job.bundle)
+    compiled = load(job.bundle, transport=job.transport, cuda_graph=job.cuda_graph)
     pipe = load_pipeline(job.model, dtype_of(job.dtype))
     pipe.unet = compiled
     progress = terminal_progress() if first else Silent()
@@ -118,6 +127,7 @@ def worker(job: Job) -> dict[str, Any] | None:
         "images": [str(p) for p in images],
         "seconds": round(picture.seconds, 3),
         "it_per_s": round(picture.calls / picture.seconds, 3),
+        "transport": compiled.transport,
     }
 
 

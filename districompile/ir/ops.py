@@ -50,27 +50,28 @@ def _outside(*args: object, **kwargs: object) -> Tensor:
 
 def place(foreign: Tensor, x: Tensor, dim: int, before: int, after: int, start: int, stop: int) -> Tensor:
     """``foreign[:before] ++ x[start:stop] ++ foreign[before:before + after]`` along ``dim``: own rows between
-    others'."""
+    others'. ``foreign`` has its rows first, as they travel."""
     parts = []
     if before:
-        parts.append(foreign.narrow(dim, 0, before))
+        parts.append(foreign.narrow(0, 0, before).movedim(0, dim))
     if stop > start:
         parts.append(x.narrow(dim, start, stop - start))
     if after:
-        parts.append(foreign.narrow(dim, before, after))
+        parts.append(foreign.narrow(0, before, after).movedim(0, dim))
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
 
 
 def strips(x: Tensor, dim: int, top: int, bottom: int) -> Tensor:
-    """The first ``top`` and the last ``bottom`` rows of ``x`` along ``dim``: what its neighbours want of it. All of
-    it where the strips meet."""
+    """The first ``top`` and the last ``bottom`` rows of ``x`` along ``dim``: what others want of it, with the rows as
+    the first dim, so that any run of them is contiguous. All of it where the strips meet."""
     n = x.shape[dim]
     if top + bottom >= n:
-        return x.contiguous()
-    if not bottom:
-        return x.narrow(dim, 0, top).contiguous()
-    last = x.narrow(dim, n - bottom, bottom)
-    return torch.cat([x.narrow(dim, 0, top), last], dim) if top else last.contiguous()
+        parts = [x]
+    else:
+        parts = [x.narrow(dim, 0, top)] if top else []
+        parts += [x.narrow(dim, n - bottom, bottom)] if bottom else []
+    rows = [p.movedim(dim, 0) for p in parts]
+    return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
 
 
 def pick(x: Tensor, dim: int, rows: list[int]) -> Tensor:

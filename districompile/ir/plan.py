@@ -183,11 +183,13 @@ class SegmentPlan:
 
 @dataclasses.dataclass(frozen=True)
 class PhasePlan:
-    """The steps of one phase; ``outputs`` are the values that make up the module's output leaves, in order."""
+    """The steps of one phase; ``outputs`` are the values that make up the module's output leaves, in order, and
+    ``values`` what each output of a segment is on each rank."""
 
     steps: tuple[Step, ...]
     segments: dict[str, SegmentPlan]
     outputs: tuple[str, ...]
+    values: dict[str, tuple[TensorSpec, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,7 +107,8 @@ def build_program(graph: fx.Graph, phase: str, parts: int = 1, states: dict[str,
     steps = [*takes.values(), *_steps(graph, segments, displaced)]
     steps += [Keep(state, value) for state, value in kept.items()]
     outputs = tuple(value_name(n) for n in graph.output_node().args[0])  # type: ignore[arg-type, union-attr]
-    plan = PhasePlan(tuple(steps), {s.name: s.plan() for s in segments}, outputs)
+    values = {value_name(n): _specs(n) for s in segments for n in s.outputs}
+    plan = PhasePlan(tuple(steps), {s.name: s.plan() for s in segments}, outputs, values)
     collectives = {n.name: n.meta["collective"] for n in graph.nodes if n.target in _COLLECTIVES}
     return PhaseProgram({s.name: s for s in segments}, plan, collectives, kept)
 
@@ -273,6 +274,10 @@ def _placeholder(graph: fx.Graph, node: fx.Node, name: str, rank: int) -> fx.Nod
     new = graph.placeholder(name)
     new.meta["val"] = node.meta["local"][rank]
     return new
+
+
+def _specs(node: fx.Node) -> tuple[TensorSpec, ...]:
+    return tuple(_spec(node, rank) for rank in range(len(node.meta["local"])))
 
 
 def _spec(node: fx.Node, rank: int) -> TensorSpec:

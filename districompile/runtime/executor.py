@@ -49,6 +49,18 @@ class Executor:
         self._freed = {name: _freed_after(plan, phase) for name, phase in plan.phases.items()}
         self._remembered = frozenset().union(*(_waited_before_posted(p) for p in plan.phases.values()))
 
+    def new_state(self) -> StreamState:
+        """The state of a new stream of calls."""
+        return StreamState()
+
+    def reset(self, state: StreamState) -> None:
+        """See :meth:`StreamState.reset`."""
+        state.reset()
+
+    def drop(self, state: StreamState) -> None:
+        """See :meth:`StreamState.drop`."""
+        state.drop()
+
     def run(self, phase: str, inputs: Mapping[str, torch.Tensor], state: StreamState) -> list[torch.Tensor]:
         """One call: ``inputs`` by value name (on ``device``); returns the output leaves of the plan, in order."""
         steps = self.iterate(phase, inputs, state)

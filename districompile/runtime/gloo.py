@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 
 from districompile.ir.plan import Collective
+from districompile.runtime.arena import aligned, allocate
+from districompile.runtime.links import Region, Route, recorded
+from districompile.runtime.trace import Spans
 from districompile.runtime.transport import Packing, PackingCache, Pending, TransportError
 
 _T = TypeVar("_T")
@@ -28,7 +31,8 @@ class GlooTransport:
     latest (gloo does not tell a connection that was closed in good order from one that is silent).
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, pinned: bool = False) -> None:
+        self._pinned = pinned
         self._group = group if group is not None else dist.group.WORLD
         self.rank: int = dist.get_rank(self._group)
         self.ranks: int = dist.get_world_size(self._group)
@@ -45,13 +49,26 @@ class GlooTransport:
         sends: dict[int, tuple[torch.Tensor, Any]] = {}
         # Receives first: a message that arrives before its receive was posted costs gloo a round trip.
         for peer, into in packing.incoming.items():
-            message = self._buffer(into.nbytes)
+            message = self.buffer(into.nbytes)
             receives[peer] = (message, self._receive(message, peer, tag))
         for peer, out in packing.outgoing.items():
-            message = self._buffer(out.nbytes)
+            message = self.buffer(out.nbytes)
             out.pack(values, message)
             sends[peer] = (message, self._send(message, peer, tag))
         return _GlooPending(self, packing, receives, sends, packing.begin(values))
+
+    def exchange(
+        self, sends: Mapping[int, torch.Tensor], sizes: Mapping[int, int]
+    ) -> tuple[dict[int, tuple[torch.Tensor, Any]], list[tuple[int, torch.Tensor, Any]]]:
+        """Start to send messages (uint8, of :meth:`buffer`) by rank, and to receive one of each of ``sizes`` bytes:
+        the receives by rank, and the sends, as (message, work)."""
+        tag = self._posts % _TAGS
+        self._posts += 1
+        receives: dict[int, tuple[torch.Tensor, Any]] = {}
+        for peer, nbytes in sizes.items():
+            message = self.buffer(nbytes)
+            receives[peer] = (message, self._receive(message, peer, tag))
+        return receives, [(peer, m, self._send(m, peer, tag)) for peer, m in sends.items()]
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         flat = _as_bytes(tensor)
@@ -100,9 +117,10 @@ class GlooTransport:
         """Give a message's memory back for a later post."""
         self._buffers.setdefault(message.numel(), []).append(message)
 
-    def _buffer(self, nbytes: int) -> torch.Tensor:
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        """Host memory for one message; :meth:`release` gives it back."""
         free = self._buffers.get(nbytes)
-        return free.pop() if free else torch.empty(nbytes, dtype=torch.uint8)
+        return free.pop() if free else torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
 
     def _receive(self, message: torch.Tensor, peer: int, tag: int) -> Any:
         return self.guarded(lambda: dist.irecv(message, group=self._group, tag=tag, group_src=peer), peer)
@@ -150,6 +168,82 @@ class _GlooPending:
         return self._results
 
 
+class GlooLink:
+    """Routes over a :class:`GlooTransport`, staged through host memory: works everywhere, between processes that share
+    a GPU, too, and waits on the host."""
+
+    capturable = False
+    writes_remote = False
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self._device = device
+        self._transport = GlooTransport(group, pinned=device.type == "cuda")
+        self.rank, self.ranks = self._transport.rank, self._transport.ranks
+        self.spans: Spans | None = None
+        self._regions = 0
+        self._waiting: dict[Route, tuple[dict[int, tuple[torch.Tensor, Any]], list[tuple[int, torch.Tensor, Any]]]] = {}
+
+    def region(self, nbytes: int, words: int) -> Region:
+        self._regions += 1
+        return Region(self._regions - 1, allocate(nbytes, self._device), {}, words)
+
+    def settle(self) -> None:
+        """Nobody writes into a region from outside."""
+
+    def post(self, route: Route) -> None:
+        with recorded(self.spans, "post", route.name, "compute", route.sent_bytes):
+            messages = {}
+            for peer, parts in route.outgoing.items():
+                sources = [p.source for p in parts]
+                messages[peer] = self._transport.buffer(_packed_bytes(sources))
+                for piece, source in zip(_pieces(messages[peer], sources), sources, strict=True):
+                    piece.copy_(source)
+            sizes = {peer: _packed_bytes(places) for peer, places in route.incoming.items()}
+            self._waiting[route] = self._transport.exchange(messages, sizes)
+            for source, target in route.own:
+                target.copy_(source)
+
+    def ready(self, route: Route) -> bool:
+        return True
+
+    def wait(self, route: Route) -> None:
+        receives, sends = self._waiting.pop(route)
+        for peer, (message, work) in receives.items():
+            self._transport.guarded(work.wait, peer)
+            places = route.incoming[peer]
+            for piece, target in zip(_pieces(message, places), places, strict=True):
+                target.copy_(piece)
+            self._transport.release(message)
+        for peer, message, work in sends:
+            self._transport.guarded(work.wait, peer)
+            self._transport.release(message)
+
+    def join(self) -> None:
+        """What was posted lies in messages."""
+
+    def finish(self) -> None:
+        """Each rank fills its regions itself, when it waits."""
+
+    def together(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._waiting.clear()
+
+
+def _packed_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(aligned(t.nbytes) for t in tensors)
+
+
+def _pieces(message: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The places in ``message`` of dense copies of ``tensors``, one after the other."""
+    pieces, end = [], 0
+    for t in tensors:
+        pieces.append(message[end : end + t.nbytes].view(t.dtype).view(t.shape))
+        end += aligned(t.nbytes)
+    return pieces
+
+
 def start_gloo(rank: int | None = None, ranks: int | None = None, start_timeout: float = 60.0) -> None:
     """Initialise torch.distributed with gloo, unless it is initialised: from the environment (RANK, WORLD_SIZE,
     MASTER_ADDR, MASTER_PORT). ``start_timeout`` bounds the meeting of all ranks, in seconds."""
@@ -166,7 +260,7 @@ def start_gloo(rank: int | None = None, ranks: int | None = None, start_timeout:
         raise TransportError(f"the ranks did not meet within {start_timeout:g} s ({_reason(e)}): are all up?") from e
 
 
-def new_group(ranks: Sequence[int], timeout: float) -> dist.ProcessGroup:
-    """A gloo group of the given global ranks. All processes must call this, in the same order."""
-    group: dist.ProcessGroup = dist.new_group(list(ranks), backend="gloo", timeout=timedelta(seconds=timeout))
+def new_group(ranks: Sequence[int], timeout: float, backend: str = "gloo") -> dist.ProcessGroup:
+    """A group of the given global ranks. All processes must call this, in the same order."""
+    group: dist.ProcessGroup = dist.new_group(list(ranks), backend=backend, timeout=timedelta(seconds=timeout))
     return group

@@ -47,8 +47,9 @@ class InputChecker:
             tensors[spec.path] = self._tensor(spec, leaves[spec.path])
         timestep = None
         if self.timestep_path is not None and tensors[self.timestep_path].numel():
+            # Before it is moved: a timestep that is given on the host is known without waiting for the device
             timestep = float(tensors[self.timestep_path].double().mean())
-        return Call(tensors, timestep, return_dict)
+        return Call({path: t.to(self._device) for path, t in tensors.items()}, timestep, return_dict)
 
     def _check_constants(self, leaves: Mapping[str, Any]) -> None:
         constants = {p: v for p, v in self._plan.constants.items() if p != RETURN_DICT}
@@ -87,7 +88,7 @@ class InputChecker:
                     f"call: cast it with .to(torch.{dtype_name(want.dtype)}), or convert again with this dtype"
                 )
             tensor = tensor.to(want.dtype)
-        return tensor.to(self._device)
+        return tensor
 
     def _check_shape(self, spec: InputSpec, got: tuple[int, ...], want: TensorSpec) -> None:
         if got == want.shape:

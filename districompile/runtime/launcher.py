@@ -7,6 +7,7 @@ the run within seconds, and are told as one line that names the rank which faile
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pickle
@@ -79,7 +80,7 @@ def launch(
             max_restarts=0,
             monitor_interval=0.1,
             start_method="spawn",
-            shutdown_timeout=_SHUTDOWN,
+            **_shutdown(),
         )
         try:
             results: dict[int, Any] = elastic_launch(config, _Worker(worker))(*args)
@@ -93,6 +94,12 @@ def launch(
             raise LaunchError(f"ended by {signal.Signals(e.sigval).name}") from None
         except OSError as e:
             raise LaunchError(f"cannot start {nproc} processes: {e.strerror or e}") from e
+
+
+def _shutdown() -> dict[str, Any]:
+    """How long processes may take to end; PyTorch before 2.12 cannot be told."""
+    known = {f.name for f in dataclasses.fields(LaunchConfig)}
+    return {"shutdown_timeout": _SHUTDOWN} if "shutdown_timeout" in known else {}
 
 
 class _Worker:
@@ -113,12 +120,12 @@ class _Worker:
         except SystemExit as e:
             if e.code in (None, 0):
                 return None
-            _fail(LaunchError(f"the worker exited with {e.code!r}"))
+            fail_process(LaunchError(f"the worker exited with {e.code!r}"))
         except Exception as e:
-            _fail(e)
+            fail_process(e)
 
 
-def _fail(error: Exception) -> None:
+def fail_process(error: Exception) -> None:
     """Record ``error`` and end this process at once, whatever threads and transfers are still alive in it."""
     get_error_handler().record_exception(error)
     if not isinstance(error, Error):

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from districompile.ir.plan import Collective
+from districompile.runtime.arena import allocate
+from districompile.runtime.links import Region, Route, coalesce, recorded
+from districompile.runtime.trace import Spans
 from districompile.runtime.transport import Packing, PackingCache, Pending
 
 
@@ -74,3 +77,80 @@ class _LockstepPending:
             self._packing.finish(self._results, messages)
             self._done = True
         return self._results
+
+
+class LockstepLinks:
+    """Links of ``ranks`` executors in one process, on one device: each writes straight into the others' regions, as
+    copy engines do between GPUs. Signals are counted here, so that a schedule that could overtake itself is found."""
+
+    def __init__(self, ranks: int, device: torch.device) -> None:
+        self.ranks, self.device = ranks, device
+        self.memory: list[list[torch.Tensor]] = []  # region -> by rank
+        self.signals: set[tuple[int, int, int, int]] = set()  # region, word, src, dst
+        self.finished = [0] * ranks  # calls
+        self.links = tuple(LockstepLink(self, rank) for rank in range(ranks))
+
+    def clear(self) -> None:
+        """Forget what is under way, after a call that failed half way."""
+        self.signals.clear()
+        self.finished = [0] * self.ranks
+
+
+class LockstepLink:
+    """The link of one rank of :class:`LockstepLinks`."""
+
+    capturable = False  # ranks take turns
+    writes_remote = True
+
+    def __init__(self, group: LockstepLinks, rank: int) -> None:
+        self.group, self.rank, self.ranks = group, rank, group.ranks
+        self.spans: Spans | None = None
+        self._regions = 0
+        self._copies: dict[tuple[Route, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def region(self, nbytes: int, words: int) -> Region:
+        number, memory = self._regions, self.group.memory
+        self._regions += 1
+        if number == len(memory):
+            memory.append([allocate(nbytes, self.group.device) for _ in range(self.ranks)])
+        parts = memory[number]
+        return Region(number, parts[self.rank], {r: m for r, m in enumerate(parts) if r != self.rank}, words)
+
+    def settle(self) -> None:
+        """Ranks in lockstep prepare before any of them runs."""
+
+    def post(self, route: Route) -> None:
+        with recorded(self.spans, "post", route.name, "transfer", route.sent_bytes):
+            for source, target in route.own:
+                target.copy_(source)
+            for peer, parts in route.outgoing.items():
+                if (route, peer) not in self._copies:
+                    self._copies[route, peer] = coalesce(parts)
+                for source, target in self._copies[route, peer]:
+                    target.copy_(source)
+                signal = (route.region.number, route.word, self.rank, peer)
+                if signal in self.group.signals:
+                    raise RuntimeError(f"rank {self.rank} posts {route.name} again before rank {peer} has read it")
+                self.group.signals.add(signal)
+
+    def ready(self, route: Route) -> bool:
+        return True  # it is a defect if not: see wait
+
+    def wait(self, route: Route) -> None:
+        for peer in route.incoming:
+            signal = (route.region.number, route.word, peer, self.rank)
+            if signal not in self.group.signals:
+                raise RuntimeError(f"rank {self.rank} waits for {route.name} of rank {peer}, which has not come so far")
+            self.group.signals.remove(signal)
+
+    def join(self) -> None:
+        """What was posted has been copied."""
+
+    def finish(self) -> None:
+        self.group.finished[self.rank] += 1
+
+    def together(self) -> bool:
+        return min(self.group.finished) >= self.group.finished[self.rank]
+
+    def close(self) -> None:
+        self._copies.clear()

@@ -16,10 +16,12 @@ from districompile.backends.base import Backend, Engine, get_backend
 from districompile.bundle import Bundle
 from districompile.errors import BundleError, InputError, LaunchError
 from districompile.ir.plan import PHASES, Phase, Plan, TensorSpec
+from districompile.runtime.choose import check_transport
 from districompile.runtime.gloo import start_gloo
 from districompile.runtime.inputs import InputChecker
 from districompile.runtime.runner import LockstepRunner, ProcessRunner, Runner, world_size
 from districompile.runtime.streams import Decision, StreamTracker
+from districompile.runtime.trace import Trace
 from districompile.structure import rebuild_output
 from districompile.weights import WeightFile
 
@@ -113,6 +115,20 @@ class DistributedModule(torch.nn.Module):
         finally:
             self._phase = earlier
 
+    @property
+    def transport(self) -> str:
+        """What moves bytes between the ranks: "peer", "nccl", "gloo", or "lockstep"."""
+        return str(getattr(self._runner, "transport", "lockstep"))
+
+    @contextlib.contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """Record what this rank's calls inside spend their time on: ``with unet.trace() as trace: ...``, on all ranks
+        alike. Raises :class:`InputError` in lockstep."""
+        if not isinstance(self._runner, ProcessRunner):
+            raise InputError("ranks in lockstep take turns: there is nothing to trace; start one process a rank")
+        with self._runner.executor.trace() as trace:
+            yield trace
+
     def reset(self) -> None:
         """Start a new image with the next call, whatever its timestep (rank 0's word counts)."""
         self._streams.reset()
@@ -156,6 +172,8 @@ def load(
     backend: Backend | None = None,
     start_timeout: float = 60.0,
     timeout: float = 300.0,
+    transport: str = "auto",
+    cuda_graph: bool = True,
 ) -> DistributedModule:
     """Load a bundle in each rank's process, and call it like the module it was made from.
 
@@ -163,7 +181,9 @@ def load(
     ``rank`` and ``ranks``, else those of the launcher (RANK, WORLD_SIZE). ``lockstep`` loads all ranks into this
     process instead. ``device`` is by default the bundle's kind of device, number LOCAL_RANK. Hashes are checked by one
     process of a machine (``verify="quick"``: sizes alone). ``start_timeout`` and ``timeout`` bound the meeting of the
-    ranks and each transfer, in seconds; nothing waits longer.
+    ranks and each transfer, in seconds; nothing waits longer. ``transport``: "peer" (copy engines between GPUs that
+    reach each other's memory), "nccl" (one GPU a rank), "gloo" (anything, through host memory), or "auto", the first
+    of these that works here. ``cuda_graph``: on a GPU, replay each call as one CUDA graph.
 
     Raises :class:`BundleError`, :class:`LaunchError` for another number of processes than the bundle was made for, and
     :class:`BackendError` where the backend is not installed.
@@ -171,12 +191,13 @@ def load(
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     opened = Bundle.open(Path(bundle), verify="quick" if verify is True and local_rank else verify)
     plan = opened.plan
+    check_transport(transport)
     where = _device(opened, device, local_rank)
     loader = _Loader(opened, backend or get_backend(str(opened.manifest["backend"])), where)
     config = opened.manifest.get("config")
     needed = world_size(plan)
     if lockstep or (needed == 1 and _running(ranks) == 1):
-        runner: Runner = LockstepRunner(plan, [loader.engines(r) for r in range(plan.ranks)], where)
+        runner: Runner = LockstepRunner(plan, [loader.engines(r) for r in range(plan.ranks)], where, static=True)
         return DistributedModule(plan, runner, where, config)
     if _running(ranks) != needed:
         raise LaunchError(
@@ -184,9 +205,12 @@ def load(
             f"`torchrun --nproc-per-node {needed} SCRIPT`, draw with `districompile run {bundle}`, "
             "or load it with lockstep=True"
         )
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
     start_gloo(rank, ranks, start_timeout)
     engines = loader.engines(dist.get_rank() % plan.ranks)
-    return DistributedModule(plan, ProcessRunner(plan, engines, where, timeout), where, config)
+    runner = ProcessRunner(plan, engines, where, timeout, transport, cuda_graph)
+    return DistributedModule(plan, runner, where, config)
 
 
 class _Loader:
@@ -225,7 +249,7 @@ def _device(bundle: Bundle, device: str | torch.device | None, local_rank: int) 
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise BundleError(f"{bundle.path} was made for a GPU, and there is none here: convert again for the CPU")
-        return torch.device("cuda", local_rank)
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device(kind)
 
 

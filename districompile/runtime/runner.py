@@ -6,17 +6,20 @@ import atexit
 import contextlib
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from districompile.errors import InputError, LaunchError
 from districompile.ir.plan import InputSpec, Plan, TensorSpec
-from districompile.runtime.executor import Engines, Executor, StreamState
+from districompile.runtime.choose import choose_transport, make_link
+from districompile.runtime.executor import Engines, Executor
 from districompile.runtime.gloo import GlooTransport, new_group
-from districompile.runtime.lockstep import LockstepGroup
+from districompile.runtime.lockstep import LockstepGroup, LockstepLinks
+from districompile.runtime.nccl import NcclCollectives
+from districompile.runtime.static import StaticExecutor, StaticState
 from districompile.runtime.streams import Decision
 from districompile.runtime.transport import Message, Slot
 
@@ -76,42 +79,58 @@ def _half(plan: Plan, inputs: Tensors, half: int) -> dict[str, torch.Tensor]:
 
 
 class LockstepRunner:
-    """All ranks, and both guidance halves, in this process. ``engines`` holds those of each rank of the patch axis."""
+    """All ranks, and both guidance halves, in this process, on one device. ``engines`` holds those of each rank of the
+    patch axis. ``static``: in fixed memory, as processes run; else in whatever memory is free, which is the yardstick.
+    """
 
-    def __init__(self, plan: Plan, engines: Sequence[Engines], device: torch.device) -> None:
+    def __init__(self, plan: Plan, engines: Sequence[Engines], device: torch.device, static: bool = False) -> None:
         self.plan, self._engines, self._device = plan, engines, device
-        self._groups = [LockstepGroup(plan.ranks) for _ in range(halves(plan))]
-        self._executors = [
-            [Executor(plan, r, engines[r], t, device) for r, t in enumerate(group.transports)] for group in self._groups
-        ]
-        self._states: dict[tuple[int, int], list[StreamState]] = {}  # (stream, half) -> by rank
+        self._groups: list[LockstepGroup | LockstepLinks] = []
+        self._executors: list[list[Any]] = []
+        for _ in range(halves(plan)):
+            if static:
+                links = LockstepLinks(plan.ranks, device)
+                self._groups.append(links)
+                self._executors.append(
+                    [StaticExecutor(plan, r, engines[r], link, device) for r, link in enumerate(links.links)]
+                )
+            else:
+                group = LockstepGroup(plan.ranks)
+                self._groups.append(group)
+                self._executors.append(
+                    [Executor(plan, r, engines[r], t, device) for r, t in enumerate(group.transports)]
+                )
+        self._states: dict[tuple[int, int], list[Any]] = {}  # (stream, half) -> by rank
 
     def call(self, decision: Decision, inputs: Tensors) -> list[torch.Tensor]:
         if decision.reset:
-            for states in self._states.values():
-                for state in states:
-                    state.reset()
-            self._states.clear()
+            self._each(lambda executor, state: executor.reset(state))
         try:
             outputs = [self._run(decision, h, _half(self.plan, inputs, h)) for h in range(len(self._groups))]
         except BaseException:
-            self._states.clear()
+            self._each(lambda executor, state: executor.drop(state))
             for group in self._groups:
                 group.clear()
             raise
         return outputs[0] if len(outputs) == 1 else [torch.cat(leaves) for leaves in zip(*outputs, strict=True)]
 
+    def _each(self, action: Callable[[Any, Any], None]) -> None:
+        for (_, half), states in self._states.items():
+            for executor, state in zip(self._executors[half], states, strict=True):
+                action(executor, state)
+
     def _run(self, decision: Decision, half: int, values: Tensors) -> list[torch.Tensor]:
-        executors = self._executors[half]
-        states = self._states.setdefault((decision.stream, half), [StreamState() for _ in executors])
-        runs = [e.iterate(decision.phase, values, s) for e, s in zip(executors, states, strict=True)]
-        outputs: list[list[torch.Tensor]] = []
-        while not outputs:  # all ranks have the same number of steps
-            for run in runs:
+        executors, key = self._executors[half], (decision.stream, half)
+        if key not in self._states:
+            self._states[key] = [e.new_state() for e in executors]
+        runs = [e.iterate(decision.phase, values, s) for e, s in zip(executors, self._states[key], strict=True)]
+        outputs: dict[int, list[torch.Tensor]] = {}
+        while len(outputs) < len(runs):
+            for rank, run in enumerate(runs):
                 try:
                     next(run)
                 except StopIteration as end:
-                    outputs.append(end.value)
+                    outputs.setdefault(rank, end.value)
         return outputs[0]
 
     def close(self) -> None:
@@ -120,22 +139,36 @@ class LockstepRunner:
 
 class ProcessRunner:
     """This process as one of ``world_size(plan)`` under torch.distributed: rank ``g * plan.ranks + r`` is rank r of
-    guidance half g. All processes must construct it, and call it, alike; rank 0's inputs and decisions are taken."""
+    guidance half g. All processes must construct it, and call it, alike; rank 0's inputs and decisions are taken.
 
-    def __init__(self, plan: Plan, engines: Engines, device: torch.device, timeout: float) -> None:
+    ``transport`` is one of :data:`~districompile.runtime.choose.TRANSPORTS`, the same on all ranks; ``self.transport``
+    says what "auto" became."""
+
+    def __init__(
+        self, plan: Plan, engines: Engines, device: torch.device, timeout: float, transport: str = "auto",
+        cuda_graph: bool = True,
+    ) -> None:  # fmt: skip
         self.plan, self._device = plan, device
         rank, parts = dist.get_rank(), halves(plan)
         self._half, patch_rank = divmod(rank, plan.ranks)
         # Groups of our own, so that nothing here can be mixed up with the user's transfers.
         self._world = GlooTransport(new_group(range(plan.ranks * parts), timeout))
         patch = [new_group(range(g * plan.ranks, (g + 1) * plan.ranks), timeout) for g in range(parts)]
-        self._patch = GlooTransport(patch[self._half])
-        self._across: GlooTransport | None = None
+        self.transport = choose_transport(transport, device, plan.ranks, self._world)
+        self._link = make_link(self.transport, patch[self._half], self._half, parts, device, timeout)
+        # What concerns the whole call goes from device to device where ranks have GPUs of their own
+        self._shares: NcclCollectives | None = None
+        self._across: GlooTransport | NcclCollectives | None = None
+        direct = self.transport != "gloo" and dist.is_nccl_available()
+        backend = "nccl" if direct else "gloo"
+        if direct:
+            self._shares = NcclCollectives(new_group(range(plan.ranks * parts), timeout, backend), device)
         if parts > 1:
-            pairs = [new_group(range(r, plan.ranks * parts, plan.ranks), timeout) for r in range(plan.ranks)]
-            self._across = GlooTransport(pairs[patch_rank])
-        self._executor = Executor(plan, patch_rank, engines, self._patch, device)
-        self._states: dict[int, StreamState] = {}
+            pairs = [new_group(range(r, plan.ranks * parts, plan.ranks), timeout, backend) for r in range(plan.ranks)]
+            mine = pairs[patch_rank]
+            self._across = NcclCollectives(mine, device) if direct else GlooTransport(mine)
+        self.executor = StaticExecutor(plan, patch_rank, engines, self._link, device, cuda_graph)
+        self._states: dict[int, StaticState] = {}
         self._failure: BaseException | None = None
         cut = [i for i in plan.inputs if i.rows is not None]
         self._shared = Message.of(Slot(i.path, i.path, None, 0, 0, called_spec(plan, i)) for i in cut)
@@ -154,14 +187,23 @@ class ProcessRunner:
             raise
 
     def _agree(self, decision: Decision, inputs: Tensors) -> tuple[Decision, dict[str, torch.Tensor]]:
-        """Rank 0's decision and cut inputs, in one message to all."""
-        header = 3
-        message = torch.zeros(self._shared.nbytes + header, dtype=torch.uint8)
+        """Rank 0's decision and cut inputs, in one message to all; where ranks have GPUs of their own the inputs go
+        from device to device, and the host does not wait for them."""
+        header = torch.zeros(3, dtype=torch.uint8)
+        direct = self._shares is not None
+        message = torch.zeros(self._shared.nbytes, dtype=torch.uint8, device=self._device if direct else "cpu")
         if self._world.rank == 0:
             self._shared.pack(inputs, message)
-            message[-header:] = torch.tensor([int(decision.phase == "steady"), decision.stream, int(decision.reset)])
-        message = self._world.broadcast(message)
-        phase, stream, reset = message[-header:].tolist()
+            header = torch.tensor(
+                [int(decision.phase == "steady"), decision.stream, int(decision.reset)], dtype=torch.uint8
+            )
+        if self._shares is not None:
+            header = self._world.broadcast(header)
+            message = self._shares.broadcast(message)
+        else:
+            both = self._world.broadcast(torch.cat([message, header]))
+            message, header = both[:-3], both[-3:]
+        phase, stream, reset = header.tolist()
         agreed = dict(inputs)
         if self._world.rank != 0:
             agreed |= {s.name: s.inside(message).to(self._device) for s in self._shared.slots}
@@ -170,10 +212,11 @@ class ProcessRunner:
     def _call(self, decision: Decision, inputs: Tensors) -> list[torch.Tensor]:
         if decision.reset:
             for state in self._states.values():
-                state.reset()
-            self._states.clear()
-        state = self._states.setdefault(decision.stream, StreamState())
-        leaves = self._executor.run(decision.phase, _half(self.plan, inputs, self._half), state)
+                self.executor.reset(state)
+        if decision.stream not in self._states:
+            self._states[decision.stream] = self.executor.new_state()
+        values = _half(self.plan, inputs, self._half)
+        leaves = self.executor.run(decision.phase, values, self._states[decision.stream])
         if self._across is None:
             return leaves
         return [torch.cat(self._across.all_gather(leaf)) for leaf in leaves]
@@ -181,8 +224,8 @@ class ProcessRunner:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._states.clear()
             if self._failure is None:
+                self._link.close()
                 self._world.close()
 
 

@@ -112,13 +112,13 @@ class Packing:
         self.incoming: dict[int, Message] = {}
         for peer in range(ranks):
             if peer != rank:
-                out = Message.of(s for c in collectives for s in _slots(c, rank, peer))
-                into = Message.of(s for c in collectives for s in _slots(c, peer, rank))
+                out = Message.of(s for c in collectives for s in slots_of(c, rank, peer))
+                into = Message.of(s for c in collectives for s in slots_of(c, peer, rank))
                 if out.nbytes:
                     self.outgoing[peer] = out
                 if into.nbytes:
                     self.incoming[peer] = into
-        self._own = tuple(s for c in collectives if isinstance(c, Exchange) for s in _slots(c, rank, rank))
+        self._own = tuple(s for c in collectives if isinstance(c, Exchange) for s in slots_of(c, rank, rank))
         self._covered = {c.name: _is_covered(c, rank) for c in collectives if isinstance(c, Exchange)}
 
     def check(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -189,7 +189,7 @@ class PackingCache:
         return packing
 
 
-def _slots(c: Collective, src: int, dst: int) -> list[Slot]:
+def slots_of(c: Collective, src: int, dst: int) -> list[Slot]:
     """The pieces of ``c`` from ``src`` to ``dst``, in the order both sides pack them."""
     spec = c.specs[src]
     if isinstance(c, Reduction):

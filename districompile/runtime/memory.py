@@ -1,0 +1,215 @@
+"""Where everything a rank touches during its calls lies: worked out from the plan alone, before the first call.
+
+- *arena*: values of one call, placed by liveness; shared by both phases, all segments and all streams of calls.
+- *regions*: where others' rows arrive. What only lives within a call has one place, for all streams of calls; what a
+  later call reads has two places, for each stream.
+- *kept*: values that the next call reads (``Keep``): two places for each stream.
+
+What one ``Post`` sends lies together in the order in which the others receive it, so that few copies carry it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from districompile.errors import BundleError
+from districompile.ir.plan import Collective, Keep, PhasePlan, Plan, Post, Reduction, Run, Take, TensorSpec, Wait
+from districompile.runtime.arena import Interval, aligned, place
+from districompile.runtime.links import ReceiveLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseMemory:
+    """``offsets`` of values in the arena, of ``nbytes``; ``specs`` of all values of the phase on this rank; ``states``
+    by the value that is made in their place; ``messages``: the number of each ``Post`` by step."""
+
+    offsets: Mapping[str, int]
+    nbytes: int
+    specs: Mapping[str, TensorSpec]
+    states: Mapping[str, str]
+    messages: Mapping[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """``shared`` and ``streams`` are the layouts of the two kinds of regions on every rank."""
+
+    phases: Mapping[str, PhaseMemory]
+    remembered: frozenset[str]
+    shared: tuple[ReceiveLayout, ...]
+    streams: tuple[ReceiveLayout, ...]
+    kept: Mapping[str, TensorSpec]
+    kept_offsets: Mapping[str, int]
+    kept_stride: int
+    messages: int
+
+    @property
+    def arena_bytes(self) -> int:
+        return max((p.nbytes for p in self.phases.values()), default=0)
+
+
+def plan_memory(plan: Plan, rank: int) -> MemoryPlan:
+    """Raises :class:`BundleError` for a plan that does not say how large its values are."""
+    remembered = frozenset().union(*(waited_before_posted(p) for p in plan.phases.values()))
+    specs = {name: _specs(plan, phase, rank) for name, phase in plan.phases.items()}
+    kept: dict[str, TensorSpec] = {}
+    for name, phase in plan.phases.items():
+        for step in phase.steps:
+            if isinstance(step, Keep):
+                kept[step.state] = specs[name][step.value]
+    order = _order(plan)
+    collectives = sorted(plan.collectives.values(), key=lambda c: order[c.name])
+    layouts = [
+        tuple(
+            ReceiveLayout.of([c for c in collectives if (c.name in remembered) == twice], r, 1 + twice)
+            for r in range(plan.ranks)
+        )
+        for twice in (False, True)
+    ]
+    messages = 0
+    phases: dict[str, PhaseMemory] = {}
+    sources = {c.source: order[c.name] for c in reversed(collectives)}
+    kept_order = sorted(kept, key=lambda s: sources.get(_kept_value(plan, s), len(order)))
+    for name, phase in plan.phases.items():
+        phases[name] = _phase(plan, phase, specs[name], kept, order, messages)
+        messages += len(phases[name].messages)
+    offsets: dict[str, int] = {}
+    end = 0
+    for state in kept_order:
+        offsets[state] = end
+        end += aligned(kept[state].nbytes)
+    return MemoryPlan(phases, remembered, layouts[0], layouts[1], kept, offsets, end, messages)
+
+
+def waited_before_posted(plan: PhasePlan) -> frozenset[str]:
+    """Collectives whose ``Wait`` in this phase may read what an earlier call received."""
+    posted: set[str] = set()
+    early: set[str] = set()
+    for step in plan.steps:
+        if isinstance(step, Post):
+            posted.update(step.collectives)
+        elif isinstance(step, Wait):
+            early.update(n for n in step.collectives if n not in posted)
+    return frozenset(early)
+
+
+def _kept_value(plan: Plan, state: str) -> str:
+    keeps = [s for p in plan.phases.values() for s in p.steps if isinstance(s, Keep) and s.state == state]
+    return keeps[-1].value
+
+
+def _order(plan: Plan) -> dict[str, int]:
+    """A place for each collective: by the posts of the steady phase; within one, what is kept as well (tiny), then
+    whole sources, then what is picked out of them."""
+    phases = [p for p in (plan.phases.get("steady"), plan.phases.get("warmup")) if p is not None]
+    phases += [p for p in plan.phases.values() if p not in phases]
+    kept = {s.value for p in phases for s in p.steps if isinstance(s, Keep)}
+    ordered: dict[str, None] = {}
+    for phase in phases:
+        for step in phase.steps:
+            if isinstance(step, Post):
+                ordered.update(dict.fromkeys(sorted(step.collectives, key=lambda n: _group(plan.collectives[n], kept))))
+    ordered.update(dict.fromkeys(plan.collectives))
+    return {name: i for i, name in enumerate(ordered)}
+
+
+def _group(c: Collective, kept: set[str]) -> int:
+    if c.source in kept:
+        return 0
+    return 1 if isinstance(c, Reduction) or c.pattern == "all_gather" else 2
+
+
+def _specs(plan: Plan, phase: PhasePlan, rank: int) -> dict[str, TensorSpec]:
+    """What every value of a phase is on ``rank``."""
+    specs = {i.value: i.spec for i in plan.inputs}
+    for step in phase.steps:
+        if isinstance(step, Take):
+            shape = list(specs[step.source].shape)
+            shape[step.dim] = step.stops[rank] - step.starts[rank]
+            specs[step.value] = TensorSpec(tuple(shape), specs[step.source].dtype)
+        elif isinstance(step, Run):
+            for name in phase.segments[step.segment].outputs:
+                if name not in phase.values:
+                    raise BundleError(
+                        f"the plan does not say how large {name} is: it was made by an earlier version, convert again"
+                    )
+                specs[name] = phase.values[name][rank]
+        elif isinstance(step, Wait):
+            specs.update((name, plan.collectives[name].results[rank]) for name in step.collectives)
+    return specs
+
+
+def _phase(
+    plan: Plan, phase: PhasePlan, specs: Mapping[str, TensorSpec], kept: Mapping[str, TensorSpec],
+    order: Mapping[str, int], messages: int,
+) -> PhaseMemory:  # fmt: skip
+    steps = phase.steps
+    made: dict[str, int] = {}
+    for i, step in enumerate(steps):
+        if isinstance(step, Run):
+            made.update(dict.fromkeys(phase.segments[step.segment].outputs, i))
+    states: dict[str, str] = {}
+    for step in steps:
+        if isinstance(step, Keep) and step.value in made and specs[step.value] == kept[step.state]:
+            states.setdefault(step.value, step.state)
+    last = last_uses(plan, phase)
+    first = made | {s.value: i for i, s in enumerate(steps) if isinstance(s, Take)}
+    # The combined result of a reduction is a value of the call; what arrives for an exchange lies in a region.
+    for i, step in enumerate(steps):
+        if isinstance(step, Wait):
+            reduced = (n for n in step.collectives if isinstance(plan.collectives[n], Reduction))
+            first.update((n, min(i, first.get(n, i))) for n in reduced)
+    local = {v for v in first if v not in states}
+    intervals: list[Interval] = []
+    inside: dict[str, tuple[str, int]] = {}
+    numbers: dict[int, int] = {}
+    for i, step in enumerate(steps):
+        if not isinstance(step, Post):
+            continue
+        numbers[i] = messages + len(numbers)
+        ordered = sorted(step.collectives, key=order.__getitem__)
+        block = [
+            v for v in dict.fromkeys(plan.collectives[n].source for n in ordered) if v in local and v not in inside
+        ]
+        end = 0
+        for v in block:
+            inside[v] = (f"post {i}", end)
+            end += aligned(specs[v].nbytes)
+        if block:
+            intervals.append(
+                Interval(f"post {i}", end, min(first[v] for v in block), max(last.get(v, first[v]) for v in block))
+            )
+    intervals += [Interval(v, specs[v].nbytes, first[v], last.get(v, first[v])) for v in local if v not in inside]
+    offsets, nbytes = place(intervals)
+    found = {v: offsets[inside[v][0]] + inside[v][1] if v in inside else offsets[v] for v in local}
+    return PhaseMemory(found, nbytes, specs, states, numbers)
+
+
+def last_uses(plan: Plan, phase: PhasePlan) -> dict[str, int]:
+    """The last step at which each value must be in its place. What is sent stays until its transfer is waited for, or
+    to the end of the call (step ``len(steps)``)."""
+    end = len(phase.steps)
+    last: dict[str, int] = {}
+
+    def use(names: Iterable[str], step: int) -> None:
+        last.update((n, max(step, last.get(n, 0))) for n in names)
+
+    for i, step in enumerate(phase.steps):
+        if isinstance(step, Take):
+            use([step.source, step.value], i)
+        elif isinstance(step, Run):
+            segment = phase.segments[step.segment]
+            use([*segment.inputs, *segment.outputs], i)
+        elif isinstance(step, Wait):
+            use(step.collectives, i)
+        elif isinstance(step, Keep):
+            use([step.value], end)
+        else:
+            for name in step.collectives:
+                waits = [
+                    j for j, s in enumerate(phase.steps) if j > i and isinstance(s, Wait) and name in s.collectives
+                ]
+                use([plan.collectives[name].source], waits[0] if waits else end)
+    use(phase.outputs, end)
+    return last

@@ -1,0 +1,215 @@
+"""Transfers by the GPUs' copy engines: each rank writes into the others' memory, and signals when it has.
+
+Regions are PyTorch's symmetric memory (``torch.distributed._symmetric_memory``), without multicast. Signals are words
+in the same memory, written and waited for by the streams themselves (``cuStreamWriteValue32`` and
+``cuStreamWaitValue32``), so that neither the host nor a kernel takes part, and a CUDA graph may hold them. A stream
+that waits for a signal waits for ever; a watchdog bounds that.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import functools
+import threading
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from districompile.errors import LaunchError
+from districompile.runtime.arena import aligned
+from districompile.runtime.gloo import GlooTransport
+from districompile.runtime.launcher import fail_process
+from districompile.runtime.links import Region, Route, coalesce, recorded
+from districompile.runtime.trace import Spans
+from districompile.runtime.transport import TransportError
+
+_WORD = 4  # bytes
+_AT_LEAST, _EQUAL = 0, 1  # CU_STREAM_WAIT_VALUE_GEQ (modulo 2^32), CU_STREAM_WAIT_VALUE_EQ
+
+
+class PeerLink:
+    """The link of this process in ``group`` (a gloo group of ranks with a GPU each, on one host).
+
+    Raises :class:`LaunchError` where symmetric memory cannot be set up. A rank that waits longer than ``timeout``
+    seconds for another one ends its process: nothing else stops a stream.
+    """
+
+    capturable = True
+    writes_remote = True
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
+        self._group, self._device, self._timeout = group, device, timeout
+        self._host = GlooTransport(group)
+        self.rank, self.ranks = self._host.rank, self._host.ranks
+        self._peers = [(self.rank + i) % self.ranks for i in range(1, self.ranks)]  # not all to one rank at first
+        self.spans: Spans | None = None
+        # Above the compute stream's priority: a transfer that is late is waited for
+        self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._regions: list[tuple[Region, Any, int]] = []  # with its handle, and where its signals start
+        self._copies: dict[Route, list[tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]]] = {}
+        self._sent: dict[Route, torch.cuda.Event] = {}  # of this call
+        self._posted = False  # since the last join
+        self._calls = 0
+        self._control = self.region(0, 1)
+        self._watchdog = _Watchdog(self.rank, timeout)
+        self.settle()
+
+    def region(self, nbytes: int, words: int) -> Region:
+        start = aligned(nbytes)
+        memory, handle = self._symmetric(start + aligned(max(1, words * self.ranks * _WORD)))
+        memory.zero_()
+        remote = {p: handle.get_buffer(p, (memory.numel(),), torch.uint8) for p in self._peers}
+        region = Region(len(self._regions), memory, remote, words)
+        self._regions.append((region, handle, start))
+        return region
+
+    def _symmetric(self, nbytes: int) -> tuple[torch.Tensor, Any]:
+        import torch.distributed._symmetric_memory as symmetric
+
+        try:
+            memory = symmetric.empty(nbytes, dtype=torch.uint8, device=self._device)
+            return memory, symmetric.rendezvous(memory, self._group.group_name)
+        except RuntimeError as e:
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            raise LaunchError(
+                f"the peer transport cannot share memory between GPUs ({reason}): use --transport nccl"
+            ) from e
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)
+        self._host.barrier()
+
+    def post(self, route: Route) -> None:
+        if route not in self._copies:
+            self._copies[route] = [(p, coalesce(route.outgoing[p])) for p in self._peers if p in route.outgoing]
+        self._watchdog.busy()
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        self._posted = True
+        with torch.cuda.stream(self._side), recorded(self.spans, "post", route.name, "transfer", route.sent_bytes):
+            for source, target in route.own:
+                target.copy_(source)
+            for peer, copies in self._copies[route]:
+                for source, target in copies:
+                    target.copy_(source)
+                self._write(self._address(route.region, route.word, self.rank, peer), 1)
+        self._sent[route] = self._side.record_event()
+
+    def ready(self, route: Route) -> bool:
+        return True
+
+    def wait(self, route: Route) -> None:
+        for peer in route.incoming:
+            address = self._address(route.region, route.word, peer, self.rank)
+            self._wait(address, 1, _EQUAL)
+            self._write(address, 0)
+        if route in self._sent:  # posted in this call
+            torch.cuda.current_stream(self._device).wait_event(self._sent.pop(route))
+
+    def join(self) -> None:
+        if self._posted:
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
+            self._posted = False
+        self._sent.clear()
+
+    def finish(self) -> None:
+        self._calls += 1
+        for peer in self._peers:
+            self._write(self._address(self._control, 0, self.rank, peer), self._calls)
+        for peer in self._peers:
+            self._wait(self._address(self._control, 0, peer, self.rank), self._calls, _AT_LEAST)
+        self._watchdog.watch(torch.cuda.current_stream(self._device).record_event())
+
+    def together(self) -> bool:
+        return True
+
+    def close(self, patience: float = 5.0) -> None:
+        """Wait for what is queued, for at most ``patience`` seconds; nobody writes here once all ranks have."""
+        done = torch.cuda.current_stream(self._device).record_event()
+        deadline = time.monotonic() + patience
+        while not done.query() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self._watchdog.stop()
+        self._copies.clear()
+
+    def _address(self, region: Region, word: int, src: int, at: int) -> int:
+        """Where rank ``src`` signals ``word`` in the memory of rank ``at``."""
+        memory = region.local if at == self.rank else region.remote[at]
+        return memory.data_ptr() + self._regions[region.number][2] + (word * self.ranks + src) * _WORD
+
+    def _write(self, address: int, value: int) -> None:
+        # What the stream did before is visible to all devices once the word is (no CU_STREAM_WRITE_VALUE_NO_BARRIER)
+        _driver("cuStreamWriteValue32_v2", self._stream(), address, value & 0xFFFFFFFF, 0)
+
+    def _wait(self, address: int, value: int, how: int) -> None:
+        _driver("cuStreamWaitValue32_v2", self._stream(), address, value & 0xFFFFFFFF, how)
+
+    def _stream(self) -> int:
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    try:
+        function = getattr(ctypes.CDLL("libcuda.so.1"), name)
+    except (OSError, AttributeError) as e:
+        raise LaunchError(f"the peer transport needs {name} of a newer NVIDIA driver: use --transport nccl") from e
+    function.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
+    function.restype = ctypes.c_int
+    return function
+
+
+def _driver(name: str, stream: int, address: int, value: int, flags: int) -> None:
+    code = _function(name)(stream, address, value, flags)
+    if code != 0:
+        raise TransportError(f"{name} failed with CUDA error {code}")
+
+
+class _Watchdog:
+    """Ends the process where a call takes longer than ``timeout`` seconds: another rank is gone, and streams that wait
+    for its signals never go on."""
+
+    def __init__(self, rank: int, timeout: float) -> None:
+        self._rank, self._timeout = rank, timeout
+        self._lock = threading.Lock()
+        self._since: float | None = None  # a call is being queued
+        self._events: collections.deque[tuple[float, torch.cuda.Event]] = collections.deque()
+        self._stopped = threading.Event()
+        threading.Thread(target=self._run, name="districompile-watchdog", daemon=True).start()
+
+    def busy(self) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def watch(self, event: torch.cuda.Event) -> None:
+        self._since = None
+        with self._lock:
+            self._events.append((time.monotonic(), event))
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the device is going away
+            while not self._stopped.wait(min(0.5, self._timeout / 4)):
+                self._check()
+
+    def _check(self) -> None:
+        since = self._since
+        with self._lock:
+            while self._events and self._events[0][1].query():  # type: ignore[no-untyped-call]
+                finished = time.monotonic()
+                self._events.popleft()
+                if self._events:  # the next call could not start before
+                    self._events[0] = (max(self._events[0][0], finished), self._events[0][1])
+            oldest = self._events[0][0] if self._events else since
+        if oldest is not None and time.monotonic() - oldest > self._timeout:
+            fail_process(
+                TransportError(
+                    f"rank {self._rank} waits for another rank's transfer since {self._timeout:g} s: that rank ended, "
+                    "or does not answer; see its log"
+                )
+            )

@@ -1,0 +1,183 @@
+"""On GPUs: every transport gives the bits that all ranks give in lockstep on one GPU, with and without CUDA graphs."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import districompile as dc
+from districompile.errors import LaunchError
+from districompile.runtime.launcher import launch
+from districompile.runtime.trace import write_chrome_trace
+
+GPUS = torch.cuda.device_count()
+pytestmark = [
+    pytest.mark.gpu, pytest.mark.multiprocess,
+    pytest.mark.skipif(GPUS == 0, reason="there is no NVIDIA GPU here"),
+]  # fmt: skip
+two_gpus = pytest.mark.skipif(GPUS < 2, reason="there are no two NVIDIA GPUs here")
+
+
+class Net(nn.Module):
+    """What a UNet exchanges: halos, statistics, keys and values, rows of a resize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, 32, 3, padding=1), nn.Conv2d(32, 4, 3, padding=1)
+        self.down = nn.Conv2d(32, 32, 3, 2, 1)
+        self.norms = nn.ModuleList(nn.GroupNorm(8, 32) for _ in range(3))
+        self.qkv, self.out, self.time = nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(1, 32)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        x = self.first(sample) + self.time(timestep.reshape(-1, 1)).reshape(1, 32, 1, 1)
+        skip = x
+        x = self.down(nn.functional.silu(self.norms[0](x)))
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norms[1](x).flatten(2).transpose(1, 2)).reshape(b, h * w, 3, 2, 16).unbind(2)
+        y = nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        x = x + self.out(y.transpose(1, 2).reshape(b, h * w, c)).transpose(1, 2).reshape(b, c, h, w)
+        x = nn.functional.interpolate(x, scale_factor=2.0) + skip
+        return self.last(nn.functional.silu(self.norms[2](x)))
+
+
+def make_bundle(path: Path, ranks: int, rows: int = 40, cfg: str = "none") -> Path:
+    torch.manual_seed(0)
+    kwargs = {"sample": torch.randn(2, 4, rows, 32), "timestep": torch.tensor(10.0)}
+    dc.convert(Net().eval(), kwargs=kwargs, ranks=ranks, warmup_steps=3, cfg=cfg).save(path, backend="eager")
+    return path
+
+
+def images(unet: Any, steps: int = 9) -> list[bytes]:
+    """Two images of ``steps`` calls; the second as a sampler with two calls a step."""
+    device = unet.device
+    outputs = []
+    for i in range(2 * steps):
+        second = i >= steps
+        t = 100.0 - (i - steps) // 2 if second else 100.0 - i
+        x = torch.randn(2, 4, unet.plan.inputs[0].spec.shape[2], 32, generator=torch.Generator().manual_seed(i))
+        outputs.append(unet(sample=x.to(device), timestep=torch.tensor(t)).cpu().numpy().tobytes())
+    return outputs
+
+
+def worker(bundle: str, transport: str, cuda_graph: bool, trace: str | None = None) -> tuple[str, list[bytes]]:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    unet = dc.load(bundle, device=f"cuda:{int(os.environ['LOCAL_RANK']) % GPUS}", transport=transport,
+                   cuda_graph=cuda_graph)  # fmt: skip
+    outputs = images(unet)
+    if trace is not None:
+        with unet.trace() as spans:
+            images(unet, 4)
+        write_chrome_trace(f"{trace}.{os.environ['RANK']}", [spans])
+        assert {"run", "post", "wait"} <= {s.kind for _, call in spans.calls for s in call}
+        assert all(0 <= s.start <= s.end for _, call in spans.calls for s in call)
+    chosen = unet.transport
+    unet.close()
+    return chosen, outputs
+
+
+def in_lockstep(bundle: Path) -> list[bytes]:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    return images(dc.load(bundle, device="cuda:0", lockstep=True))
+
+
+def on_cpu(bundle: Path) -> list[bytes]:
+    return images(dc.load(bundle, device="cpu", lockstep=True))
+
+
+def test_lockstep_on_one_gpu_equals_the_cpu(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", 3)
+    for a, b in zip(in_lockstep(bundle), on_cpu(bundle), strict=True):
+        x, y = (torch.frombuffer(bytearray(t), dtype=torch.float32) for t in (a, b))
+        assert (x - y).abs().max() / y.abs().max() <= 1e-4
+
+
+def test_ranks_share_one_gpu(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", GPUS + 1)
+    results = launch(worker, (str(bundle), "auto", True), GPUS + 1)
+    want = in_lockstep(bundle)
+    assert all(r == ("gloo", want) for r in results.values())
+
+
+@two_gpus
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("transport", ["peer", "nccl", "gloo"])
+def test_transports_equal_lockstep(transport: str, cuda_graph: bool, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", 2)
+    want = in_lockstep(bundle)
+    for _ in range(2):  # and again, bit for bit
+        for chosen, outputs in launch(worker, (str(bundle), transport, cuda_graph), 2).values():
+            assert chosen == transport
+            assert [i for i, (a, b) in enumerate(zip(outputs, want, strict=True)) if a != b] == []
+
+
+@two_gpus
+def test_the_fastest_is_chosen(tmp_path: Path) -> None:
+    results = launch(worker, (str(make_bundle(tmp_path / "b", 2)), "auto", True), 2)
+    assert {chosen for chosen, _ in results.values()} == {"peer"}
+
+
+@two_gpus
+def test_guidance_halves(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", 2, cfg="split")
+    want = in_lockstep(bundle)
+    assert all(outputs == want for _, outputs in launch(worker, (str(bundle), "auto", True), 2).values())
+
+
+@two_gpus
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_traces(cuda_graph: bool, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", 2)
+    launch(worker, (str(bundle), "peer", cuda_graph, str(tmp_path / "trace")), 2)
+    events = json.loads((tmp_path / "trace.0").read_text())["traceEvents"]
+    assert {e["tid"] for e in events if e["ph"] == "X"} == {"compute", "transfer"}
+
+
+def dying(bundle: str, transport: str) -> None:
+    unet = dc.load(bundle, device=f"cuda:{os.environ['LOCAL_RANK']}", transport=transport)
+    x = torch.randn(2, 4, 40, 32, device=unet.device)
+    for i in range(50):
+        if i == 20 and os.environ["RANK"] == "1":
+            raise ValueError("the second rank has had enough")
+        unet(sample=x, timestep=torch.tensor(100.0 - i))
+        unet(sample=x, timestep=torch.tensor(100.0 - i)).cpu()
+
+
+@two_gpus
+@pytest.mark.parametrize("transport", ["peer", "nccl"])
+def test_a_dying_rank_ends_the_run(transport: str, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", 2)
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match="rank 1 failed: ValueError: the second rank has had enough"):
+        launch(dying, (str(bundle), transport), 2)
+    assert time.monotonic() - began < 60
+
+
+def silent(bundle: str, seconds: float) -> None:
+    unet = dc.load(bundle, device=f"cuda:{os.environ['LOCAL_RANK']}", transport="peer", timeout=5)
+    x = torch.randn(2, 4, 40, 32, device=unet.device)
+    for i in range(10):
+        unet(sample=x, timestep=torch.tensor(100.0 - i))
+    if os.environ["RANK"] == "1":
+        time.sleep(seconds)
+    else:  # what the runner would have agreed on is left out: the device itself waits
+        runner = unet._runner
+        values = {i.value: torch.zeros(i.spec.shape, dtype=i.spec.dtype, device=unet.device) for i in unet.plan.inputs}
+        runner.executor.run("steady", values, runner._states[0])
+        torch.cuda.synchronize()
+
+
+@two_gpus
+def test_a_silent_rank_ends_the_run(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match="rank 0 failed: .*rank 0 waits for another rank's transfer since 5 s"):
+        launch(silent, (str(make_bundle(tmp_path / "b", 2)), 120.0), 2)
+    assert time.monotonic() - began < 60

@@ -1,0 +1,301 @@
+"""The static executor: the same results as the plain one, in memory that is planned, under any order of the ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+import torch
+from helpers_toy import Reference, ToyEngine, function_of, make_engines, make_plan
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from districompile.backends.base import Engine
+from districompile.errors import BundleError, InputError
+from districompile.ir.plan import Keep, PhasePlan, Plan, Post, Run, Wait
+from districompile.runtime.arena import ALIGN, Interval, aligned, allocate, place
+from districompile.runtime.links import Part, Route, coalesce
+from districompile.runtime.lockstep import LockstepLink, LockstepLinks
+from districompile.runtime.memory import last_uses, plan_memory
+from districompile.runtime.static import StaticExecutor, StaticState
+
+CPU = torch.device("cpu")
+Steps = Generator[None, None, list[torch.Tensor]]
+
+
+class BindingEngine(ToyEngine):
+    """Writes into what it is given, refuses to write anywhere else, and spoils its scratch memory."""
+
+    binds_outputs = True
+    scratch_bytes = 100
+
+    def __init__(self, function: Callable[..., Any], outputs: tuple[str, ...]) -> None:
+        super().__init__(function)
+        self.names = outputs
+        self.scratch = torch.empty(0)
+
+    def use_scratch(self, tensor: torch.Tensor) -> None:
+        assert tensor.dtype == torch.uint8 and tensor.numel() >= self.scratch_bytes
+        self.scratch = tensor
+
+    def bind(self, name: str, tensor: torch.Tensor) -> None:
+        assert tensor.is_contiguous() and tensor.data_ptr() % ALIGN == 0
+        self.bound[name] = tensor
+
+    def enqueue(self) -> None:
+        self.scratch.fill_(255)
+        results = {name: value.clone() for name, value in self.function(self.bound).items()}
+        for name in self.names:
+            self.bound[name].fill_(float("nan"))  # an output over an input would show
+        again = self.function(self.bound)
+        for name in self.names:
+            torch.testing.assert_close(again[name], results[name])
+            self.bound[name].copy_(results[name])
+        self.bound.clear()
+
+
+def binding_engines(plan: Plan, rank: int) -> dict[str, dict[str, Engine]]:
+    return {
+        phase: {n: BindingEngine(function_of(plan, s.engines[rank]), s.outputs) for n, s in p.segments.items()}
+        for phase, p in plan.phases.items()
+    }
+
+
+class AsyncLink(LockstepLink):
+    """Says whether a wait can go on, so that ranks may run in any order that the signals allow."""
+
+    def ready(self, route: Route) -> bool:
+        return all((route.region.number, route.word, p, self.rank) in self.group.signals for p in route.incoming)
+
+
+class Ranks:
+    """All ranks of a plan in this process."""
+
+    def __init__(self, plan: Plan, engines: Any = binding_engines, seed: int | None = None) -> None:
+        self.plan = plan
+        self.links = LockstepLinks(plan.ranks, CPU)
+        if seed is not None:
+            self.links.links = tuple(AsyncLink(self.links, r) for r in range(plan.ranks))
+        self.random = random.Random(seed) if seed is not None else None
+        self.executors = [StaticExecutor(plan, r, engines(plan, r), k, CPU) for r, k in enumerate(self.links.links)]
+
+    def new_states(self) -> list[StaticState]:
+        return [e.new_state() for e in self.executors]
+
+    def start(self, sample: torch.Tensor, t: float, phase: str, states: list[StaticState]) -> list[Steps]:
+        inputs = {"sample": sample, "timestep": torch.full((2,), t)}
+        return [e.iterate(phase, inputs, s) for e, s in zip(self.executors, states, strict=True)]
+
+    def __call__(self, sample: torch.Tensor, t: float, phase: str, states: list[StaticState]) -> list[torch.Tensor]:
+        runs = self.start(sample, t, phase, states)
+        outputs: dict[int, list[torch.Tensor]] = {}
+        while len(outputs) < len(runs):
+            for rank, run in enumerate(runs):
+                try:
+                    next(run)
+                except StopIteration as end:
+                    outputs.setdefault(rank, end.value)
+        return [outputs[r][0] for r in range(len(runs))]
+
+
+PHASES = ["warmup", "warmup", "steady", "steady", "steady", "warmup", "steady", "steady"]
+
+
+@pytest.mark.parametrize("engines", [make_engines, binding_engines])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_both_phases_streams_and_reset(ranks: int, engines: Any) -> None:
+    plan = make_plan(ranks)
+    run = Ranks(plan, engines)
+    states = [run.new_states(), run.new_states()]
+    torch.manual_seed(0)
+    kept = []
+    for _image in range(2):
+        references = [Reference(plan), Reference(plan)]
+        for i, phase in enumerate(PHASES):
+            for stream in (0, 1):
+                sample = torch.randn(2, 7)
+                want = references[stream](sample, 5.0 - i, phase)
+                for got in run(sample, 5.0 - i, phase, states[stream]):
+                    torch.testing.assert_close(got, want)
+                    kept.append((got, want))
+        for by_rank in states:
+            for executor, state in zip(run.executors, by_rank, strict=True):
+                executor.reset(state)
+        assert not run.links.signals
+    for got, want in kept:  # fresh tensors: nothing later has written to them
+        torch.testing.assert_close(got, want)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 4))
+def test_any_order_of_the_ranks_gives_the_same_bits(seed: int, ranks: int) -> None:
+    """Each rank goes through all its calls on its own; signals alone hold it up. Whoever overtakes must not be able to
+    overwrite what another rank still reads."""
+    plan = make_plan(ranks)
+    turns, free = Ranks(plan), Ranks(plan, seed=seed)
+    calls = [(torch.randn(2, 7, generator=torch.Generator().manual_seed(i)), p, i % 2) for i, p in enumerate(
+        [p for p in PHASES for _ in (0, 1)])]  # fmt: skip
+    states = [turns.new_states(), turns.new_states()]
+    want = [turns(x, 1.0, phase, states[stream]) for x, phase, stream in calls]
+    free_states = [free.new_states(), free.new_states()]
+
+    def rank_program(rank: int) -> Generator[None, None, list[torch.Tensor]]:
+        outputs = []
+        for x, phase, stream in calls:
+            inputs = {"sample": x, "timestep": torch.full((2,), 1.0)}
+            outputs += yield from free.executors[rank].iterate(phase, inputs, free_states[stream][rank])
+        return outputs
+
+    programs = {r: rank_program(r) for r in range(ranks)}
+    results: dict[int, list[torch.Tensor]] = {}
+    favourite = random.Random(seed)
+    for _ in range(100_000):
+        if not programs:
+            break
+        rank = favourite.choice(list(programs))
+        try:
+            for _ in range(favourite.choice([1, 1, 5, 50])):
+                next(programs[rank])
+        except StopIteration as end:
+            results[rank] = end.value
+            del programs[rank]
+    assert not programs, "the ranks wait for each other"
+    for i in range(len(calls)):
+        assert all(torch.equal(results[r][i], want[i][r]) for r in range(ranks)), f"call {i}"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 12), st.integers(0, 6)), max_size=30))
+def test_places_of_values_alive_together_do_not_overlap(items: list[tuple[int, int, int]]) -> None:
+    intervals = [Interval(f"v{i}", size, first, first + more) for i, (size, first, more) in enumerate(items)]
+    offsets, total = place(intervals)
+    assert offsets.keys() == {i.name for i in intervals} and all(o % ALIGN == 0 for o in offsets.values())
+    for a in intervals:
+        assert offsets[a.name] + a.nbytes <= total
+        for b in intervals:
+            if a is not b and a.meets(b):
+                one, other = sorted((a, b), key=lambda i: offsets[i.name])
+                assert offsets[one.name] + max(1, one.nbytes) <= offsets[other.name]
+    assert total <= sum(aligned(max(1, i.nbytes)) for i in intervals)
+    busiest = max((sum(i.nbytes for i in intervals if i.first <= s <= i.last) for s in range(20)), default=0)
+    assert total >= busiest
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_memory_of_a_plan_is_never_shared_by_living_values(ranks: int) -> None:
+    plan = make_plan(ranks)
+    for rank in range(ranks):
+        memory = plan_memory(plan, rank)
+        for name, phase in plan.phases.items():
+            part, last = memory.phases[name], last_uses(plan, phase)
+            made = {v: i for i, s in enumerate(phase.steps) if isinstance(s, Run)
+                    for v in phase.segments[s.segment].outputs}  # fmt: skip
+            for a in part.offsets:
+                for b in part.offsets:
+                    if a < b and a in made and b in made and made[a] <= last[b] and made[b] <= last[a]:
+                        ends = [part.offsets[v] + part.specs[v].nbytes for v in (a, b)]
+                        assert ends[0] <= part.offsets[b] or ends[1] <= part.offsets[a], (a, b)
+
+
+def test_values_share_memory() -> None:
+    """y of the warm-up phase is dead when nothing of it is read any more; x, too."""
+    plan = make_plan(1, rows=4096)
+    one = plan.phases["warmup"].values["x"][0].nbytes
+    assert 2 * one <= plan_memory(plan, 0).arena_bytes < 4 * one
+
+
+def test_steady_without_warmup_names_the_site() -> None:
+    run = Ranks(make_plan(2))
+    states = run.new_states()
+    with pytest.raises(InputError, match=r"stencil: nothing was received .* Run the warm-up phase first"):
+        run(torch.ones(2, 7), 1.0, "steady", states)
+    run(torch.ones(2, 7), 1.0, "warmup", states)
+    for state in states:
+        state.book.kept.clear()
+    with pytest.raises(InputError, match=r"own_sum: no earlier call left this state"):
+        run(torch.ones(2, 7), 1.0, "steady", states)
+
+
+def test_a_plan_without_sizes_is_refused() -> None:
+    plan = make_plan(2)
+    phases = {n: dataclasses.replace(p, values={}) for n, p in plan.phases.items()}
+    with pytest.raises(BundleError, match="convert again"):
+        Ranks(dataclasses.replace(plan, phases=phases))
+
+
+def test_a_state_that_only_the_warm_up_writes_is_read_for_ever() -> None:
+    """What the steady phase neither posts nor keeps stays as the last exact call left it."""
+    plan = make_plan(2)
+    steady = plan.phases["steady"]
+    frozen = PhasePlan(
+        tuple(s for s in steady.steps if not isinstance(s, Keep) and s != Post(("halo", "total"))),
+        steady.segments, steady.outputs, steady.values,
+    )  # fmt: skip
+    run = Ranks(dataclasses.replace(plan, phases={**plan.phases, "steady": frozen}))
+    states = run.new_states()
+    reference = Reference(plan)
+    first, x = torch.randn(2, 7), torch.randn(2, 7)
+    reference(first, 2.0, "warmup")
+    run(first, 2.0, "warmup", states)
+    for t in (1.0, 0.5, 0.25):
+        before = (reference.last_x, reference.last_sums)
+        want = reference(x, t, "steady")
+        reference.last_x, reference.last_sums = before
+        torch.testing.assert_close(run(x, t, "steady", states)[0], want)
+
+
+def test_posts_come_before_waits_in_the_exact_phase_and_after_them_in_the_displaced() -> None:
+    plan = make_plan(2)
+    run = Ranks(plan)
+    states = run.new_states()
+    seen: list[tuple[str, str]] = []
+    link = run.links.links[0]
+    post, wait = link.post, link.wait
+    link.post = lambda r: (seen.append(("post", r.name)), post(r))[1]  # type: ignore[method-assign]
+    link.wait = lambda r: (seen.append(("wait", r.name)), wait(r))[1]  # type: ignore[method-assign]
+    run(torch.ones(2, 7), 1.0, "warmup", states)
+    assert seen == [("post", "halo"), ("wait", "halo"), ("post", "total"), ("wait", "total"), ("post", "out"),
+                    ("wait", "out")]  # fmt: skip
+    seen.clear()
+    run(torch.ones(2, 7), 1.0, "steady", states)
+    assert seen == [("post", "halo and 1 more"), ("post", "out"), ("wait", "out")]  # the warm-up's were waited for
+    seen.clear()
+    run(torch.ones(2, 7), 1.0, "steady", states)
+    assert seen == [("wait", "halo and 1 more"), ("post", "halo and 1 more"), ("post", "out"), ("wait", "out")]
+    signatures = []
+    for _ in range(4):
+        run(torch.ones(2, 7), 1.0, "steady", states)
+        signatures.append(states[0].book.signature)
+    assert signatures[0] == signatures[2] != signatures[1] == signatures[3]  # two graphs are enough
+
+
+def test_copies_are_merged_across_padding_only() -> None:
+    memory, arrived = allocate(4 * ALIGN, CPU), allocate(4 * ALIGN, CPU)
+    memory.copy_(torch.arange(4 * ALIGN) % 251)
+
+    def part(start: int, size: int, to: int, closes: bool) -> Part:
+        return Part(memory[start : start + size], arrived[to : to + size], closes)
+
+    joined = coalesce([part(0, 100, 0, True), part(ALIGN, 50, ALIGN, False), part(ALIGN + 50, 20, ALIGN + 50, True)])
+    assert [(s.numel(), t.numel()) for s, t in joined] == [(ALIGN + 70, ALIGN + 70)]
+    apart = coalesce([part(0, 100, 0, False), part(ALIGN, 50, ALIGN, True), part(2 * ALIGN, 5, 3 * ALIGN, True)])
+    assert [s.numel() for s, _ in apart] == [100, 50, 5]
+    for s, t in joined:
+        t.copy_(s)
+    for piece in (slice(100), slice(ALIGN, ALIGN + 70)):
+        assert torch.equal(arrived[piece], memory[piece])
+
+
+def test_waiting_for_what_nobody_posts_is_a_defect() -> None:
+    plan = make_plan(2)
+    warmup = plan.phases["warmup"]
+    run = Ranks(plan)
+    states = run.new_states()
+    steps = run.start(torch.ones(2, 7), 1.0, "warmup", states)
+    assert warmup.steps[:3] == (Run("cut"), Post(("halo",)), Wait(("halo",)))
+    next(steps[0]), next(steps[0])
+    with pytest.raises(RuntimeError, match="rank 0 waits for halo of rank 1, which has not come so far"):
+        next(steps[0])
