@@ -186,6 +186,23 @@ def run(
 
 
 @app.command()
+def bench(
+    bundle: BundleArgument,
+    calls: Annotated[int, typer.Option(min=1, help="Timed calls of each phase.")] = 20,
+    steps: Annotated[int | None, typer.Option(min=1, help="Time a whole run of so many calls, too.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write runs and transfers of a few calls here, in Chrome's trace format.")
+    ] = None,
+    transport: Annotated[str, typer.Option(help="What moves rows between ranks: auto, peer, nccl, gloo.")] = "auto",
+    cuda_graph: Annotated[bool, typer.Option(help="Replay calls as CUDA graphs.")] = True,
+) -> int:
+    """Time a bundle's exact and displaced steps on this machine with random inputs: one JSON line a figure."""
+    from districompile.commands import bench as command
+
+    return command.main(command.Settings(bundle, calls, steps, trace, transport, cuda_graph))
+
+
+@app.command()
 def doctor(as_json: Json = False) -> int:
     """Show versions, devices, and which backends can be used here, and why not."""
     from districompile.commands import doctor as command

@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--inductor", default="{}", help="further Inductor options for our engines, as JSON")
     parser.add_argument("--skip", default="", help="passes to leave out")
     parser.add_argument("--segments", type=int, default=4)
+    parser.add_argument("--workers", type=int, help="processes that compile our engines")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--warmup-steps", type=int, default=4)
     parser.add_argument("--work", type=Path, default=Path("bench-work"), help="bundles and packages, kept")
@@ -164,7 +165,7 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
     predict = job["part"] == "predict"
     gpu_parts.free(
         predicting if predict else say, turn, job["model"], height, width, job["ranks"], job["ranks"] // 2,
-        tuple(args.phases.split(",")), {"max_autotune": args.max_autotune, "options": json.loads(args.inductor)},
+        tuple(args.phases.split(",")), {"max_autotune": args.max_autotune, "options": json.loads(args.inductor), "workers": args.workers},
         args.work / f"free-{os.getpid()}", not (args.no_check or predict), args.profile,
         tuple(s for s in args.skip.split(",") if s), args.segments,
     )  # fmt: skip
@@ -178,7 +179,10 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
     import districompile as dc
     from districompile.backends.inductor import InductorBackend
 
-    options = {"max_autotune": args.max_autotune, "options": json.loads(args.inductor)}
+    options = {
+        "max_autotune": args.max_autotune, "options": json.loads(args.inductor), "workers": args.workers,
+    }  # fmt: skip
+    turn = gpu_parts.Turn(args.work / "turn")
     name = f"{job['model'] if len(job['model']) < 9 else 'custom'}-{height}x{width}-{job['ranks']}-{args.warmup_steps}"
     folder = args.work / (name + ("-autotuned" if args.max_autotune else ""))
     if not (folder / "manifest.json").exists():
@@ -195,7 +199,8 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
     command = [sys.executable, "-m", "districompile", "bench", str(folder)]
     if job["part"] == "steps":
         command += ["--steps", str(args.steps)]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    with turn.alone():
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     for line in found.stdout.splitlines():
         record(args.out, job, json.loads(line))
 

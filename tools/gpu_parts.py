@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import gc
 import json
 import statistics
@@ -86,7 +87,7 @@ def median_ms(step: Callable[[], Any], count: int = 20, warm: int = 3) -> float:
     times = []
     for _ in range(count):
         if torch.cuda.is_available():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = (cast(Any, torch.cuda.Event)(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             begin.record()
             step()
@@ -97,14 +98,14 @@ def median_ms(step: Callable[[], Any], count: int = 20, warm: int = 3) -> float:
             start = time.perf_counter()
             step()
             times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def captured(step: Callable[[], Any]) -> Callable[[], Any]:
     """``step`` as the replay of one CUDA graph; on the CPU, itself."""
     if not torch.cuda.is_available():
         return step
-    side = torch.cuda.Stream()
+    side: Any = cast(Any, torch.cuda.Stream)()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
@@ -132,7 +133,7 @@ def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tup
     def eager() -> Any:
         return module(**kwargs, return_dict=False)[0]
 
-    module.to(memory_format=torch.channels_last)
+    cast(Any, module).to(memory_format=torch.channels_last)
     kwargs["sample"] = kwargs["sample"].to(memory_format=torch.channels_last)
     for mode in modes:
         if mode == "eager":
@@ -281,16 +282,17 @@ def free(
         packages = len({p for p in folder.rglob("*.pt2") if phase in str(p.parent)})
         facts = {"ranks": ranks, "rank": rank, "convert_s": round(converted - start, 1), "skip": list(skip),
                  "build_s": round(built - began, 1), "packages": packages, "segments": len(one.engines),
-                 "sent_mb": round(report.sent(phase)[rank] / 1e6, 1), "options": dict(options)}  # fmt: skip
+                 "sent_mb": round(report.sent(cast(Any, phase))[rank] / 1e6, 1), "options": dict(options)}  # fmt: skip
         if check:
             say(figure=f"{phase} against eager, largest error of a segment", errors=one.errors(inputs), **facts)
             torch.cuda.empty_cache() if device.type == "cuda" else None
         with turn.alone():
-            ms = median_ms(captured(lambda one=one: one.step(inputs)), 20 if height * width < 100_000 else 5)
+            step = functools.partial(one.step, inputs)
+            ms = median_ms(captured(step), 20 if height * width < 100_000 else 5)
             say(figure=f"{phase} step, transfers free", ms=ms, peak_gib=peak_gib(), **facts)
             if profile is not None:
-                _profile(lambda one=one: one.step(inputs), profile.with_name(f"{profile.name}-{phase}.txt"))
-        del one, backend
+                _profile(step, profile.with_name(f"{profile.name}-{phase}.txt"))
+        del one, backend, step
         gc.collect()
 
 

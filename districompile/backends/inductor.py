@@ -65,9 +65,9 @@ class InductorEngine(Engine):
         self._results: dict[str, Tensor] = {}
 
     @property
-    def formats(self) -> dict[str, str]:
-        """The memory format of each input and output that costs no copy."""
-        return {name: o.format for name, o in (*self._inputs.items(), *self._outputs.items())}
+    def strides(self) -> dict[str, tuple[int, ...]]:
+        """The strides in which this engine writes each output without a copy; row-major for most."""
+        return {name: operand.strides for name, operand in self._outputs.items()}
 
     def bind(self, name: str, tensor: Tensor) -> None:
         check_input(name, tensor, self._specs)
@@ -290,7 +290,7 @@ class InductorBackend:
     def _value_format(self, name: str, spec: TensorSpec) -> str:
         """Images that go from segment to segment keep the format convolutions want; what transports move is plain."""
         known = _CHANNELS_LAST.get(len(spec.shape))
-        if known is None or name not in self._values or not spec.dtype.is_floating_point:
+        if known is None or name not in self._values or not spec.dtype.is_floating_point or spec.shape[1] < 8:
             return "contiguous"
         return known[0]
 
