@@ -165,7 +165,8 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
     predict = job["part"] == "predict"
     gpu_parts.free(
         predicting if predict else say, turn, job["model"], height, width, job["ranks"], job["ranks"] // 2,
-        tuple(args.phases.split(",")), {"max_autotune": args.max_autotune, "options": json.loads(args.inductor), "workers": args.workers},
+        tuple(args.phases.split(",")),
+        {"max_autotune": args.max_autotune, "options": json.loads(args.inductor), "workers": args.workers},
         args.work / f"free-{os.getpid()}", not (args.no_check or predict), args.profile,
         tuple(s for s in args.skip.split(",") if s), args.segments,
     )  # fmt: skip
