@@ -257,7 +257,9 @@ def _specialise(segment: Segment, rank: int) -> BuildSegment:
     for node in segment.nodes:
         args, kwargs = at_rank((node.args, node.kwargs), rank)
         a, k = fx.map_arg((args, kwargs), lambda n: env[n])
-        new = graph.create_node("call_function", node.target, a, k, name=node.name)
+        # A segment's inputs are dense, whatever their strides were at capture: what was a view then may not be one
+        operator: Any = aten.reshape.default if node.target is aten.view.default else node.target
+        new = graph.create_node("call_function", operator, a, k, name=node.name)
         new.meta["val"] = node.meta["local"][rank]
         for key in ("stack_trace", "site", "nn_module_stack"):
             if key in node.meta:
