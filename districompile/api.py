@@ -29,7 +29,7 @@ from districompile.runtime.inputs import InputChecker
 from districompile.runtime.runner import LockstepRunner
 from districompile.runtime.streams import Decision
 from districompile.structure import flatten_call, rebuild_output
-from districompile.unit import DISPLACEABLE, Options, Unit
+from districompile.unit import DISPLACEABLE, OPTIMISATIONS, Options, Unit
 from districompile.weights import WeightFile
 
 
@@ -51,6 +51,7 @@ def convert(
     dump: str | Path | None = None,
     stop_after: str | None = None,
     skip: Sequence[str] = (),
+    optimise: Sequence[str] | str = (),
     progress: Progress | None = None,
 ) -> Program:
     """Compile ``module``, called with ``args`` and ``kwargs``, into a program for ``ranks`` processes.
@@ -61,14 +62,16 @@ def convert(
     (guidance) to half of the ranks. ``groupnorm``, ``displace`` and ``warmup_steps`` say how the steady phase differs
     from the exact one; ``displace="none"`` makes it exact too. ``segments``: into how many engines the steady phase
     is cut at most. ``passes`` run on the local graph, before collectives are lowered; ``rules`` are modules that
-    register operator rules. ``strict`` refuses a module with an operator that has to be computed whole. ``dump`` is a
+    register operator rules. ``strict`` refuses a module with an operator that has to be computed whole. ``optimise`` names
+    optimisations of the graph (exact; "all", or of :data:`~districompile.unit.OPTIMISATIONS`). ``dump`` is a
     folder for the graph after each pass.
 
     Raises :class:`districompile.Error` for everything a caller can get wrong, saying what to do.
     """
     for rule_module in rules:
         import_rules(rule_module)
-    options = _options(ranks, cfg, groupnorm, displace, warmup_steps, segments, strict)
+    chosen = OPTIMISATIONS if optimise == "all" else optimise.split(",") if isinstance(optimise, str) else optimise
+    options = _options(ranks, cfg, groupnorm, displace, warmup_steps, segments, strict, tuple(k for k in chosen if k))
     bars = tasks(progress)
     halved: Sequence[str] = ()
     if isinstance(module, Captured):
@@ -93,13 +96,15 @@ def convert(
         manager.finish()
     if manager.stopped:
         return Program(captured, _stub_plan(captured, options, unit), {}, {"warmup": unit.graph})
+    captured = unit.captured  # passes may have joined weights
     plan = _plan(captured, unit, phases, options, manager, halved)
     return Program(captured, plan, {p: phases[p][1] for p in PHASES}, {p: phases[p][0].graph for p in PHASES})
 
 
 def _options(
-    ranks: int, cfg: str, groupnorm: str, displace: Sequence[str] | str, warmup_steps: int, segments: int, strict: bool
-) -> Options:
+    ranks: int, cfg: str, groupnorm: str, displace: Sequence[str] | str, warmup_steps: int, segments: int, strict: bool,
+    optimise: tuple[str, ...],
+) -> Options:  # fmt: skip
     if cfg == "split":
         if ranks % 2:
             raise ConvertError(
@@ -109,7 +114,7 @@ def _options(
     if isinstance(displace, str):
         displace = DISPLACEABLE if displace == "all" else [k for k in displace.split(",") if k]
     kinds = tuple(k for k in displace if k != "none")
-    return Options(ranks, cfg, groupnorm, kinds, warmup_steps, segments, strict)
+    return Options(ranks, cfg, groupnorm, kinds, warmup_steps, segments, strict, optimise)
 
 
 def _pipelines() -> Any:
@@ -271,6 +276,10 @@ class Program:
     def graph_text(self, phase: Phase = "warmup") -> str:
         """The SPMD graph of a phase, one line a node."""
         return print_graph(self._graphs[phase])
+
+    def weight(self, name: str) -> Tensor:
+        """The data of one of ``plan.weights``: those of the module, and those that passes made of them."""
+        return self._captured.weights[name][1]()
 
     def segments(self, phase: Phase) -> Iterable[tuple[tuple[str, str, int], BuildSegment]]:
         """The distinct segments of a phase: ((phase, segment, first rank), graph)."""

@@ -47,6 +47,10 @@ Displace = Annotated[
 ]
 BackendOption = Annotated[str | None, typer.Option(help="What the segments are compiled with [onnxruntime].")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Type of the weights [float32].")]
+OptimiseOption = Annotated[
+    str | None,
+    typer.Option(help="Exact passes for speed, of share-subexpressions,merge-linears,hoist-fetches; or all [none]."),
+]
 TargetOption = Annotated[
     str | None,
     typer.Option(
@@ -101,6 +105,7 @@ def convert(
     stop_after: Annotated[str | None, typer.Option(help="Stop after this pass and print the graph.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave out this pass. May be repeated.")] = None,
     segments: Segments = None,
+    optimise: OptimiseOption = None,
     target: TargetOption = None,
     tensorrt_flavour: FlavourOption = None,
     engine_weights: EngineWeightsOption = None,
@@ -114,7 +119,8 @@ def convert(
         model=model, gpus=gpus, height=height, width=width, batch=batch, cfg=cfg, groupnorm=groupnorm,
         warmup_steps=warmup_steps, displace=displace, backend=backend, dtype=dtype, segments=segments, strict=strict,
         dump=dump, passes=tuple(passes or ()), rules=tuple(rules or ()), stop_after=stop_after, skip=tuple(skip or ()),
-        target=target, tensorrt_flavour=tensorrt_flavour, engine_weights=engine_weights, collectives=collectives,
+        optimise=optimise, target=target, tensorrt_flavour=tensorrt_flavour, engine_weights=engine_weights,
+        collectives=collectives,
     )  # fmt: skip
     return command.main(settings, out, as_json)
 
@@ -195,6 +201,7 @@ def run(
     backend: BackendOption = None,
     dtype: DtypeOption = None,
     segments: Segments = None,
+    optimise: OptimiseOption = None,
     target: TargetOption = None,
     tensorrt_flavour: FlavourOption = None,
     engine_weights: EngineWeightsOption = None,
@@ -215,6 +222,7 @@ def run(
         conversion={
             "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
             "displace": displace, "backend": backend, "dtype": dtype, "segments": segments, "target": target,
+            "optimise": optimise,
             "tensorrt_flavour": tensorrt_flavour, "engine_weights": engine_weights, "collectives": collectives,
         },
     )  # fmt: skip
@@ -239,6 +247,23 @@ def refit(
     from districompile.commands import refit as command
 
     return command.main(command.Settings(bundle, tuple(lora or ()), scale, weights, out), as_json)
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    calls: Annotated[int, typer.Option(min=1, help="Timed calls of each phase.")] = 20,
+    steps: Annotated[int | None, typer.Option(min=1, help="Time a whole run of so many calls, too.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write runs and transfers of a few calls here, in Chrome's trace format.")
+    ] = None,
+    transport: Annotated[str, typer.Option(help="What moves rows between ranks: auto, peer, nccl, gloo.")] = "auto",
+    cuda_graph: Annotated[bool, typer.Option(help="Replay calls as CUDA graphs.")] = True,
+) -> int:
+    """Time a bundle's exact and displaced steps on this machine with random inputs: one JSON line a figure."""
+    from districompile.commands import bench as command
+
+    return command.main(command.Settings(bundle, calls, steps, trace, transport, cuda_graph))
 
 
 @app.command()

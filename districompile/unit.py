@@ -14,6 +14,7 @@ from districompile.ir.plan import Phase
 
 Stage = Literal["whole", "local", "lowered"]
 GROUPNORM_MODES = ("corrected_async", "sync", "stale", "local")
+OPTIMISATIONS = ("share-subexpressions", "merge-linears", "hoist-fetches")
 DISPLACEABLE = ("attention", "conv", "norm", "resize", "other")
 
 
@@ -28,6 +29,7 @@ class Options:
     warmup_steps: int = 4
     segments: int = 4
     strict: bool = False
+    optimise: tuple[str, ...] = ()  # of OPTIMISATIONS
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -39,6 +41,9 @@ class Options:
         unknown = [k for k in self.displace if k not in DISPLACEABLE]
         if unknown:
             raise ConvertError(f"cannot displace {unknown[0]!r}; kinds of site are: {', '.join(DISPLACEABLE)}, or none")
+        wrong = [k for k in self.optimise if k not in OPTIMISATIONS]
+        if wrong:
+            raise ConvertError(f"there is no optimisation {wrong[0]!r}; there are: {', '.join(OPTIMISATIONS)}, or all")
         if self.warmup_steps < 1:
             raise ConvertError("warmup_steps must be at least 1: displaced steps start from an exact one")
         if self.segments < 1:

@@ -46,7 +46,7 @@ class WeightFile:
         self._specs = dict(specs)
         self._offsets = dict(offsets)
         self._data: Tensor | None = None
-        self._moved: dict[tuple[str, torch.device], Tensor] = {}
+        self._moved: dict[tuple[str, torch.device, torch.memory_format], Tensor] = {}
 
     @staticmethod
     def write(path: Path, items: Iterable[Item], progress: Callable[[int, int], None] | None = None) -> str:
@@ -130,13 +130,24 @@ class WeightFile:
         """Where a tensor lies: (offset from the beginning of the file, length), both in bytes."""
         return self._offset(name), self.spec(name).nbytes
 
-    def tensor(self, name: str, device: torch.device | None = None) -> Tensor:
-        """A tensor: a view of the mapped file (not to be written to), or its one copy on ``device``."""
-        if device is None or device.type == "cpu":
+    def tensor(
+        self,
+        name: str,
+        device: torch.device | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
+        """A tensor: a view of the mapped file (not to be written to), or its one copy on ``device``.
+
+        In another ``memory_format`` than the file's it is a copy of its own on any device, held once as well.
+        """
+        device = device or torch.device("cpu")
+        plain = memory_format == torch.contiguous_format
+        if device.type == "cpu" and plain:
             return self._view(name)
-        key = (f"{self._offset(name)}:{self.spec(name)}", device)  # aliases share the copy
+        key = (f"{self._offset(name)}:{self.spec(name)}", device, memory_format)  # aliases share the copy
         if key not in self._moved:
-            self._moved[key] = self._view(name).to(device)
+            view = self._view(name)
+            self._moved[key] = view.to(device) if plain else _copied(view, device, memory_format)
         return self._moved[key]
 
     def _offset(self, name: str) -> int:
@@ -189,6 +200,14 @@ def _equals(file: BinaryIO, offset: int, data: memoryview) -> bool:
         if os.pread(file.fileno(), len(part), offset + at) != part:
             return False
     return True
+
+
+def _copied(view: Tensor, device: torch.device, memory_format: torch.memory_format) -> Tensor:
+    """Channels innermost, batch outermost, also where sizes of 1 would leave the order of strides open."""
+    order = (0, *range(2, view.ndim), 1)
+    inner = view.to(device).permute(order).clone(memory_format=torch.contiguous_format)
+    assert memory_format in (torch.channels_last, torch.channels_last_3d)
+    return inner.permute(0, view.ndim - 1, *range(1, view.ndim - 1))
 
 
 def _header(specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], aliases: Mapping[str, str]) -> bytes:

@@ -9,25 +9,37 @@ from districompile.passes.choose_displaced import ChooseDisplaced
 from districompile.passes.drop_noops import DropNoOps
 from districompile.passes.explicit_casts import ExplicitCasts
 from districompile.passes.group_norm_mode import GroupNormMode
+from districompile.passes.hoist_fetches import HoistFetches
 from districompile.passes.localise import Localise
 from districompile.passes.lower_collectives import LowerCollectives
+from districompile.passes.merge_linears import MergeLinears
+from districompile.passes.share_subexpressions import ShareSubexpressions
 from districompile.passmanager import Pass
-from districompile.unit import Options
+from districompile.unit import OPTIMISATIONS, Options
 
 PASSES: dict[str, type[Any]] = {
-    p.name: p for p in (DropNoOps, ExplicitCasts, Annotate, Localise, ChooseDisplaced, LowerCollectives, GroupNormMode)
-}
+    p.name: p
+    for p in (
+        DropNoOps, ExplicitCasts, ShareSubexpressions, MergeLinears, Annotate, Localise, HoistFetches, ChooseDisplaced,
+        LowerCollectives, GroupNormMode,
+    )
+}  # fmt: skip
 
 
 def cut(options: Options) -> list[Pass]:
-    """From the captured graph to the local graph with its collectives marked. Both phases share it."""
-    return [
+    """From the captured graph to the local graph with its collectives marked. Both phases share it. Optimisations are
+    exact; they run where the user asks for them."""
+    passes: list[Pass] = [
         DropNoOps(),
         ExplicitCasts(),
+        ShareSubexpressions(),
+        MergeLinears(),
         Annotate(),
         Localise(),
+        HoistFetches(),
         ChooseDisplaced(kinds=options.displace, groupnorm=options.groupnorm),
     ]
+    return [p for p in passes if p.name not in OPTIMISATIONS or p.name in options.optimise]
 
 
 def lower(options: Options) -> list[Pass]:

@@ -159,10 +159,12 @@ def get_backend(name: str, **options: Any) -> Backend:
     """The backend called ``name``, made with ``options``; raises :class:`BackendError` naming what there is, or what to
     install."""
     from districompile.backends.eager import EagerBackend
+    from districompile.backends.inductor import InductorBackend
     from districompile.backends.onnxruntime import OnnxRuntimeBackend
     from districompile.backends.tensorrt import TensorRTBackend
 
-    known: dict[str, Callable[..., Backend]] = {b.name: b for b in (EagerBackend, OnnxRuntimeBackend, TensorRTBackend)}
+    kinds = (EagerBackend, InductorBackend, OnnxRuntimeBackend, TensorRTBackend)
+    known: dict[str, Callable[..., Backend]] = {b.name: b for b in kinds}
     if name not in known:
         raise BackendError(f"no backend named {name!r}; there are: {', '.join(sorted(known))}")
     backend = known[name](**options)

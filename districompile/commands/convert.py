@@ -44,6 +44,7 @@ class Settings:
     rules: tuple[str, ...] = ()
     stop_after: str | None = None
     skip: tuple[str, ...] = ()
+    optimise: str | None = None
     target: str | None = None
     tensorrt_flavour: str | None = None
     engine_weights: str | None = None
@@ -110,6 +111,7 @@ def compile_model(settings: Settings, progress: Progress) -> tuple[Any, LoadedMo
         "displace": settings.displace,
         "warmup_steps": settings.warmup_steps,
         "segments": settings.segments,
+        "optimise": settings.optimise,
         "dump": settings.dump,
         "stop_after": settings.stop_after,
     }

@@ -82,6 +82,7 @@ class StaticExecutor:
         used = {id(e): e for by_segment in engines.values() for e in by_segment.values()}
         self._graphs = cuda_graph and device.type == "cuda" and link.capturable
         self._graphs = self._graphs and all(e.capturable for e in used.values())
+        self._strides = {name: self._private_strides(name) for name in plan.phases}
         self._arena = allocate(self.memory.arena_bytes, device)
         self._scratch = allocate(max((e.scratch_bytes for e in used.values()), default=0), device)
         for engine in used.values():
@@ -104,6 +105,17 @@ class StaticExecutor:
         self._states = 0
         self._trace: Trace | None = None
         link.settle()
+
+    def _private_strides(self, phase: str) -> dict[str, tuple[int, ...]]:
+        """Values that only engines see lie as the engine that makes them wants (dense, in another order of dims)."""
+        plan, places = self.plan.phases[phase], self.memory.phases[phase]
+        seen = {c.source for c in self.plan.collectives.values()} | {*plan.outputs, *places.states}
+        seen |= {s.value for s in plan.steps if isinstance(s, Keep)}
+        found: dict[str, tuple[int, ...]] = {}
+        for segment in plan.segments.values():
+            strides = getattr(self._engines[phase][segment.name], "strides", {})
+            found |= {v: strides[v] for v in segment.outputs if v in strides and v not in seen}
+        return {v: s for v, s in found.items() if v in places.offsets}
 
     # States
 
@@ -191,6 +203,8 @@ class StaticExecutor:
         book = state.book.copy()
         values = dict(self._inputs)
         places = {v: view(self._arena, offset, memory.specs[v]) for v, offset in memory.offsets.items()}
+        for v, strides in self._strides[phase].items():
+            places[v] = places[v].as_strided(places[v].shape, strides)
         for value, name in memory.states.items():
             places[value] = self._kept(state, name, 1 - book.kept.get(name, 1))
         for name, copy in book.kept.items():

@@ -1,0 +1,380 @@
+"""Segments compiled ahead of time by AOTInductor, for the GPU or the CPU of the machine that converts.
+
+A package (``engines/HASH.pt2``) holds no weights and no names: weights are inputs of the compiled program, so that one
+copy on a device serves all segments of both phases, and segments that differ in names alone share one package. Beside
+it each segment has a small JSON file that says what its inputs, weights and outputs are called.
+
+Packages are compiled machine code: loading one runs it. A bundle's hashes are checked before, which tells damage, not
+malice: use bundles from whom you would take a program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from districompile.backends.base import BuildSegment, Engine, check_input
+from districompile.backends.eager import EagerBackend
+from districompile.backends.inductor_graph import Job, Operand, Part, lift_parts
+from districompile.backends.inductor_pool import Pool, compile_here
+from districompile.errors import BackendError, BundleError, InputError
+from districompile.ir.plan import TensorSpec
+from districompile.ir.serialize import content_hash, graph_to_json
+from districompile.weights import WeightFile
+
+_FORMAT = "districompile inductor 1"
+_CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
+_CHANNELS_LAST = {
+    4: ("channels_last", torch.channels_last),
+    5: ("channels_last_3d", torch.channels_last_3d),
+}
+_MEMORY_FORMATS = {"contiguous": torch.contiguous_format, **{name: f for name, f in _CHANNELS_LAST.values()}}
+
+
+class InductorEngine(Engine):
+    """A loaded package. Inputs, and outputs if the caller has memory for them, are bound by name.
+
+    ``enqueue`` works on the device's current stream and does not wait for it, so that it can be captured into a CUDA
+    graph (after one call outside of it, which loads the kernels). An output that is not bound is fresh memory at each
+    call. A bound output must not overlap an input. Tensors whose strides are not those compiled for are copied.
+    """
+
+    binds_outputs = True
+
+    def __init__(
+        self, loader: Any, inputs: Mapping[str, Operand], weights: Sequence[Tensor], outputs: Mapping[str, Operand],
+        parts: Mapping[str, Sequence[Part]], device: torch.device,
+    ) -> None:  # fmt: skip
+        self._loader, self._weights, self._device = loader, list(weights), device
+        self._inputs, self._outputs, self._parts = dict(inputs), dict(outputs), dict(parts)
+        self._specs = {name: o.spec for name, o in (*self._outputs.items(), *self._inputs.items())}
+        self._bound: dict[str, Tensor] = {}
+        self._targets: dict[str, Tensor] = {}
+        self._results: dict[str, Tensor] = {}
+
+    @property
+    def strides(self) -> dict[str, tuple[int, ...]]:
+        """The strides in which this engine writes each output without a copy; row-major for most."""
+        return {name: operand.strides for name, operand in self._outputs.items()}
+
+    def bind(self, name: str, tensor: Tensor) -> None:
+        check_input(name, tensor, self._specs)
+        if tensor.device != self._device:
+            raise InputError(f"{name} is on {tensor.device}, and this engine runs on {self._device}")
+        if name in self._inputs:
+            self._bound[name] = tensor
+        else:
+            self._targets[name] = tensor
+
+    def enqueue(self) -> None:
+        self._results = {}
+        if self._device.type == "cuda" and torch.cuda.current_device() != self._device.index:
+            with torch.cuda.device(self._device):
+                self._run()
+        else:
+            self._run()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        inputs = []
+        for name, operand in self._inputs.items():
+            tensor = self._as_compiled(operand, self._bound.pop(name))
+            inputs += [part.of(tensor) for part in self._parts[name]] if name in self._parts else [tensor]
+        buffers, late = [], []
+        for name, operand in self._outputs.items():
+            target = self._targets.pop(name, None)
+            buffer = target if target is not None and operand.fits(target) else operand.empty(self._device)
+            if target is not None and buffer is not target:
+                late.append((target, buffer))
+            self._results[name] = target if target is not None else buffer
+            buffers.append(buffer)
+        self._loader.run([*inputs, *self._weights, *buffers])
+        for target, buffer in late:
+            target.copy_(buffer)
+
+    def _as_compiled(self, operand: Operand, tensor: Tensor) -> Tensor:
+        if operand.fits(tensor):
+            return tensor
+        same = tensor.is_contiguous(memory_format=_MEMORY_FORMATS[operand.format])
+        if same and tensor.data_ptr() % 16 == 0:  # but for dims of size 1
+            return tensor.as_strided(operand.spec.shape, operand.strides)
+        return operand.empty(self._device).copy_(tensor)
+
+    def output(self, name: str) -> Tensor:
+        return self._results[name]
+
+    def release(self) -> None:
+        self._results = {}
+
+
+class InductorBackend:
+    """Compiles for ``device``, a kind of device of this machine ("cuda", "cpu"); by default the GPU if there is one.
+
+    ``max_autotune`` measures several kernels for each matrix product and convolution: slower to compile, usually
+    faster to run. ``channels_last`` stores weights of convolutions with their channels innermost (by default on GPUs;
+    on the CPU it would cost each process a copy of them). ``workers`` is how many processes compile. ``options`` are
+    further settings of ``torch._inductor.config``, as ``{"coordinate_descent_tuning": True}``.
+    """
+
+    name = "inductor"
+    suffix = ".aoti.json"
+
+    def __init__(
+        self, device: str | None = None, *, max_autotune: bool = False, channels_last: bool | None = None,
+        workers: int | None = None, options: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self._kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._channels_last = self._kind == "cuda" if channels_last is None else channels_last
+        self._workers = workers if workers is not None else _default_workers(self._kind, max_autotune)
+        self._options = tuple(sorted({"max_autotune": max_autotune, **(options or {})}.items()))
+        # Engines differ by torch, by the machine's device and by the options
+        target = _target(self._kind)
+        self.version = f"1, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
+        self._plans: dict[int, tuple[BuildSegment, _Package]] = {}  # by id of the segment, which is kept alive
+        self._values: set[str] = set()
+        self._futures: dict[str, Future[None]] = {}
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._pool: Pool | None = None
+        self._loaded: dict[tuple[str, torch.device], Any] = {}
+
+    @property
+    def device(self) -> str:
+        """What a bundle's manifest says of the device its engines are for."""
+        if self._kind != "cuda":
+            return self._kind
+        return f"cuda: {torch.cuda.get_device_name()}, compute capability {_capability()}"
+
+    def unavailable(self) -> str | None:
+        if not hasattr(torch._inductor, "aoti_compile_and_package"):
+            return "the inductor backend needs PyTorch 2.9 or newer: pip install -U torch"
+        return None
+
+    def cannot_build(self) -> str | None:
+        """What this machine lacks for compiling; running a bundle needs none of it."""
+        from torch._inductor import cpp_builder
+
+        if self._kind == "cuda" and not torch.cuda.is_available():
+            return "there is no GPU here, and the inductor backend compiles for the GPU it is run on"
+        if self._kind == "cuda" and importlib.util.find_spec("triton") is None:
+            return "the inductor backend needs triton for a GPU: pip install triton"
+        try:
+            cpp_builder.get_cpp_compiler()
+        except Exception:  # torch's own InvalidCxxCompiler, or what its search runs into
+            return "the inductor backend needs a C++ compiler to convert: install g++ or clang++"
+        return None
+
+    def prepare(self, segments: Sequence[BuildSegment]) -> None:
+        """Start compiling everything, the largest first."""
+        if self.cannot_build() is not None:
+            return
+        read = {name for s in segments for name, _ in s.inputs}
+        self._values |= {name for s in segments for name, _ in s.outputs if name in read}
+        new = [s for s in segments if id(s) not in self._plans and not self.refuses(s)]
+        for segment in new:
+            self._plans[id(segment)] = segment, self._package(segment)
+        packages = {p.key: p for s in new for p in [self._plans[id(s)][1]] if p.key not in self._futures}
+        ordered = sorted(packages.values(), key=lambda p: -len(p.job.graph))
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="districompile-")
+        if len(ordered) == 1 or self._workers == 1:
+            return  # in this process, one by one, as they are built
+        if self._pool is None:
+            self._pool = Pool(self._workers)
+        futures = self._pool.submit((p.job, self._made(p)) for p in ordered)
+        self._futures.update(zip((p.key for p in ordered), futures, strict=True))
+
+    def refuses(self, segment: BuildSegment) -> list[str]:
+        if (reason := self.cannot_build()) is not None:
+            return [reason]
+        return EagerBackend().refuses(segment)
+
+    def build(self, segment: BuildSegment, weights: WeightFile, path: Path) -> None:
+        if id(segment) not in self._plans:
+            self.prepare([segment])
+        if (reasons := self.refuses(segment)) or id(segment) not in self._plans:
+            raise BackendError(f"segment {segment.name} cannot be compiled: {'; '.join(reasons)}")
+        package = self._plans[id(segment)][1]
+        for name, spec in segment.weights:
+            _check_weight(path, weights, name, spec)
+        target = path.parent / f"{package.key}.pt2"
+        if not target.exists():
+            try:
+                if package.key in self._futures:
+                    self._futures[package.key].result()
+                else:
+                    compile_here(package.job, self._made(package))
+            except BackendError as e:
+                raise BackendError(f"segment {segment.name} cannot be compiled by AOTInductor: {e}") from e
+            shutil.copyfile(self._made(package), target)
+        path.write_text(json.dumps(package.describe(self._kind), separators=(",", ":")))
+
+    def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
+        try:
+            data = json.loads(path.read_text())
+            if data["format"] != _FORMAT:
+                raise BackendError(f"{path} is of another version: {data['format']!r}, not {_FORMAT!r}")
+            groups = [{str(n): Operand.from_json(o) for n, *o in data[k]} for k in _GROUPS]
+            package = str(data["package"])
+            parts = {str(n): [Part(*map(int, p)) for p in listed] for n, listed in data["parts"].items()}
+            target, kind, built = str(data["target"]), str(data["device"]), str(data["torch"])
+        except (OSError, ValueError, KeyError, TypeError, BundleError) as e:
+            raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e
+        inputs, needed, outputs = groups
+        if tuple(outputs) != tuple(segment):
+            raise BackendError(f"{path} is another segment: it gives {tuple(outputs)}, not {tuple(segment)}")
+        _check_here(kind, target, built, device)
+        if str(device) == "cuda":  # without a number
+            device = torch.device("cuda", torch.cuda.current_device())
+        if not re.fullmatch(r"[0-9a-f]+\.pt2", package):
+            raise BackendError(f"{path} names {package!r}, which is no package of a bundle")
+        loader = self._load_package(path.parent / package, device)
+        for name, operand in needed.items():
+            _check_weight(path, weights, name, operand.spec)
+        tensors = [weights.tensor(n, device, _MEMORY_FORMATS[o.format]) for n, o in needed.items()]
+        return InductorEngine(loader, inputs, tensors, outputs, parts, device)
+
+    def _load_package(self, path: Path, device: torch.device) -> Any:
+        key = str(path.absolute()), device
+        if key not in self._loaded:
+            index = device.index if device.type == "cuda" else -1
+            try:
+                package = torch._inductor.aoti_load_package(
+                    str(path), run_single_threaded=True, **({"device_index": index} if index >= 0 else {})
+                )
+            except Exception as e:  # it has no error class of its own
+                reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+                raise BackendError(f"{path} cannot be loaded: {reason}: copy the bundle again, or convert again") from e
+            self._loaded[key] = package.loader
+        return self._loaded[key]
+
+    def _made(self, package: _Package) -> Path:
+        assert self._scratch is not None
+        return Path(self._scratch.name) / f"{package.key}.pt2"
+
+    def _package(self, segment: BuildSegment) -> _Package:
+        formats = _weight_formats(segment) if self._channels_last else {}
+        graph, parts = lift_parts(segment.graph.graph, len(segment.inputs))
+        inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
+        weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]
+        outputs = [Operand(s, self._value_format(name, s)) for name, s in segment.outputs]
+        given: list[Operand] = []
+        for operand, taken in zip(inputs, parts, strict=True):
+            given += [operand] if taken is None else [_part_operand(operand, part) for part in taken]
+        job = Job(graph_to_json(graph), (*given, *weights), tuple(outputs), self._kind, self._options)
+        key = content_hash(json.dumps([self.version, job.to_json()]))
+        named = {
+            group: [[name, *operand.to_json()] for (name, _), operand in zip(specs, operands, strict=True)]
+            for group, specs, operands in zip(
+                _GROUPS, (segment.inputs, segment.weights, segment.outputs), (inputs, weights, outputs), strict=True
+            )
+        }
+        views = {
+            name: [dataclasses.astuple(part) for part in taken]
+            for (name, _), taken in zip(segment.inputs, parts, strict=True)
+            if taken is not None
+        }
+        return _Package(key, job, {**named, "parts": views})
+
+    def _value_format(self, name: str, spec: TensorSpec) -> str:
+        """Images that go from segment to segment keep the format convolutions want; what transports move is plain."""
+        known = _CHANNELS_LAST.get(len(spec.shape))
+        if known is None or name not in self._values or not spec.dtype.is_floating_point or spec.shape[1] < 8:
+            return "contiguous"
+        return known[0]
+
+    def __del__(self) -> None:
+        pool: Pool | None = self.__dict__.get("_pool")
+        if pool is not None:
+            pool.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Package:
+    """One compiled program, by its content, and what a segment calls its operands."""
+
+    key: str
+    job: Job
+    operands: dict[str, Any]
+
+    def describe(self, kind: str) -> dict[str, Any]:
+        """The JSON beside the package."""
+        return {
+            "format": _FORMAT, "package": f"{self.key}.pt2", "device": kind, "target": _target(kind),
+            "torch": _torch_version(), **self.operands,
+        }  # fmt: skip
+
+
+_GROUPS = ("inputs", "weights", "outputs")
+
+
+def _part_operand(whole: Operand, part: Part) -> Operand:
+    shape = list(whole.spec.shape)
+    shape[part.dim] = part.stop - part.start
+    return Operand(TensorSpec(tuple(shape), whole.spec.dtype), whole.format, whole.spec.shape)
+
+
+def _weight_formats(segment: BuildSegment) -> dict[str, str]:
+    """Weights that are a convolution's, and nothing else's."""
+    placeholders = [n for n in segment.graph.graph.nodes if n.op == "placeholder"][len(segment.inputs) :]
+    formats = {}
+    for (name, spec), node in zip(segment.weights, placeholders, strict=True):
+        known = _CHANNELS_LAST.get(len(spec.shape))
+        if known and node.users and all(u.target in _CONVOLUTIONS and u.args[1] is node for u in node.users):
+            formats[name] = known[0]
+    return formats
+
+
+def _check_weight(path: Path, weights: WeightFile, name: str, spec: TensorSpec) -> None:
+    if weights.spec(name) != spec:
+        raise BackendError(f"{path} needs the weight {name!r} as {spec}, not as {weights.spec(name)}")
+
+
+def _default_workers(kind: str, max_autotune: bool) -> int:
+    """One a core on a CPU; fewer on a GPU, of which each takes some memory. Measurements are not to disturb another."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if kind == "cuda":
+        return max(1, min(cores // 2, 2 if max_autotune else 8))
+    return cores
+
+
+def _torch_version() -> str:
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def _capability(device: torch.device | None = None) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def _target(kind: str, device: torch.device | None = None) -> str:
+    """What machine code compiled here needs: the GPU's compute capability, or the CPU's vector instructions."""
+    if kind == "cuda":
+        return f"compute capability {_capability(device)}" if torch.cuda.is_available() else "no GPU"
+    return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _check_here(kind: str, target: str, built: str, device: torch.device) -> None:
+    """Raise :class:`BackendError` unless code for ``kind`` and ``target``, of torch ``built``, runs on ``device``."""
+    again = "convert again on this machine"
+    if device.type != kind:
+        raise BackendError(f"this bundle was compiled for {kind}, not for {device}: {again}, or load it on {kind}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"this bundle was compiled for a GPU with {target}, and there is no GPU here")
+    if (here := _target(kind, device if kind == "cuda" else None)) != target:
+        raise BackendError(f"this bundle was compiled for another device, a {target}, and this is a {here}: {again}")
+    if built != _torch_version():
+        raise BackendError(
+            f"this bundle was compiled with torch {built}, and this is torch {_torch_version()}: {again}"
+        )

@@ -1,0 +1,221 @@
+"""A segment as AOTInductor compiles it: one function of inputs, weights and output buffers that returns nothing.
+
+The compiled program writes each result into the buffer it is given, in the memory format that the job states. The
+composites of :mod:`districompile.ir.ops` are traced in the form that gives the fewest passes over memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from districompile.ir.ops import ops
+from districompile.ir.plan import TensorSpec, dtype_name, dtype_of
+from districompile.ir.serialize import graph_from_json
+
+FORMATS = ("contiguous", "channels_last", "channels_last_3d")
+_ROWS = 64  # of one partial sum: the partial results are then a few per cent of what is read
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """Shape, dtype and memory format of an input, a weight or an output; a part of a tensor has ``whole``'s strides."""
+
+    spec: TensorSpec
+    format: str = "contiguous"
+    whole: tuple[int, ...] | None = None
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Elements, also for dims of size 1, where any stride would do: compiled code may look at them."""
+        shape = self.whole or self.spec.shape
+        ndim = len(shape)
+        inner = list(range(ndim - 1, -1, -1))
+        if self.format != "contiguous":  # channels innermost, batch outermost
+            inner = [1, *range(ndim - 1, 1, -1), 0]
+        strides = [0] * ndim
+        step = 1
+        for dim in inner:
+            strides[dim] = step
+            step *= max(1, shape[dim])
+        return tuple(strides)
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Uninitialised memory of this format."""
+        return torch.empty_strided(self.spec.shape, self.strides, dtype=self.spec.dtype, device=device)
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` has the strides, and the 16-byte alignment, that compiled code counts on."""
+        return tensor.stride() == self.strides and tensor.data_ptr() % 16 == 0
+
+    def to_json(self) -> list[Any]:
+        return [dtype_name(self.spec.dtype), list(self.spec.shape), self.format, self.whole and list(self.whole)]
+
+    @staticmethod
+    def from_json(data: Sequence[Any]) -> Operand:
+        """Raises ``ValueError`` (or :class:`BundleError` for a dtype) for what :meth:`to_json` does not write."""
+        dtype, shape, memory_format, whole = data
+        if memory_format not in FORMATS:
+            raise ValueError(f"{memory_format!r} is no memory format")
+        spec = TensorSpec(tuple(int(s) for s in shape), dtype_of(dtype))
+        return Operand(spec, memory_format, None if whole is None else tuple(int(s) for s in whole))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Elements [start, stop) of an input along ``dim``."""
+
+    dim: int
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(self.dim, self.start, self.stop - self.start)
+
+
+def lift_parts(graph: fx.Graph, inputs: int) -> tuple[fx.GraphModule, list[list[Part] | None]]:
+    """A copy of ``graph`` in which slices of an input are inputs of their own, and which those are for each input.
+
+    The slices are taken when the program is called, as views: layers that read different parts of one projection are
+    then one and the same program.
+    """
+    new, env = fx.Graph(), {}
+    parts: list[list[Part] | None] = []
+    for number, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
+        found = [_part(u) for u in node.users]
+        if number < inputs and found and all(found):
+            parts.append([p for p in found if p is not None])
+            for user in node.users:
+                env[user] = new.placeholder(user.name)
+                env[user].meta = dict(user.meta)
+        else:
+            parts.append(None)
+            env[node] = new.node_copy(node)
+    for node in graph.nodes:
+        if node.op == "output":
+            new.output(fx.map_arg(node.args[0], lambda n: env[n]))
+        elif node.op != "placeholder" and node not in env:
+            env[node] = new.node_copy(node, lambda n: env[n])
+    return fx.GraphModule(torch.nn.Module(), new), parts[:inputs]
+
+
+def _part(node: fx.Node) -> Part | None:
+    args: Any = node.args
+    plain = node.target is torch.ops.aten.slice.Tensor and len(args) >= 4 and not node.kwargs
+    if not plain or not all(isinstance(a, int) and a >= 0 for a in args[1:]) or args[4:] not in ((), (1,)):
+        return None
+    source = args[0].meta["val"]
+    offset = args[2] * math.prod(source.shape[args[1] + 1 :]) * source.element_size()
+    return None if offset % 16 or args[3] > source.shape[args[1]] or source.ndim > 3 else Part(*args[1:4])
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one package is compiled from. Names of values and weights are not part of it."""
+
+    graph: str  # see districompile.ir.serialize
+    inputs: tuple[Operand, ...]  # the segment's inputs, then its weights
+    outputs: tuple[Operand, ...]
+    device: str
+    options: tuple[tuple[str, Any], ...]
+
+    def to_json(self) -> str:
+        data = {
+            "graph": json.loads(self.graph),
+            "inputs": [o.to_json() for o in self.inputs],
+            "outputs": [o.to_json() for o in self.outputs],
+            "device": self.device,
+            "options": [list(o) for o in self.options],
+        }
+        return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Job:
+        data = json.loads(text)
+        inputs, outputs = (tuple(Operand.from_json(o) for o in data[k]) for k in ("inputs", "outputs"))
+        options = tuple((str(name), value) for name, value in data["options"])
+        return Job(json.dumps(data["graph"], separators=(",", ":")), inputs, outputs, data["device"], options)
+
+
+def compile_package(job: Job, path: str) -> None:
+    """Compile ``job`` into the AOTInductor package ``path`` (which ends in ``.pt2``). Raises whatever torch raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device = torch.device(job.device)
+    module = _Buffered(graph_from_json(job.graph, device), len(job.outputs))
+    with FakeTensorMode(), torch.no_grad():
+        example = tuple(o.empty(device) for o in (*job.inputs, *job.outputs))
+    with torch.no_grad():
+        program = torch.export.export(module, example, strict=False)
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(job.options))
+
+
+class _Buffered(torch.nn.Module):
+    """Runs a graph and copies its outputs into the last arguments."""
+
+    def __init__(self, graph: fx.GraphModule, outputs: int) -> None:
+        super().__init__()
+        self._graph, self._outputs = [graph], outputs  # in a list: no submodule whose buffers would be lifted
+
+    def forward(self, *args: Tensor) -> tuple[()]:
+        count = len(args) - self._outputs
+        results = _Tracer(self._graph[0]).run(*args[:count])
+        for buffer, result in zip(args[count:], results, strict=True):
+            buffer.copy_(result)
+        return ()
+
+
+class _Tracer(fx.Interpreter):
+    """Runs the graph with composites in the form that fuses best."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(_FUSED.get(target, target), args, kwargs)
+
+
+def moments(x: Tensor, groups: int) -> Tensor:
+    """:func:`districompile.ir.ops.moments` in one pass over memory.
+
+    Blocks of rows are reduced channel by channel, which reads channels-last memory in order; the few partial
+    (mean, variance) pairs are then merged (Chan, Golub and LeVeque), so that nothing cancels.
+    """
+    batch, channels = x.shape[:2]
+    rows = x.to(_wide(x)).flatten(2).transpose(1, 2)
+    count = rows.shape[1]
+    block = max((d for d in range(1, min(count, _ROWS) + 1) if count % d == 0), default=1)
+    if block < 8:
+        block = count
+    parts = rows.reshape(batch, count // block, block, channels)
+    var, mean = torch.var_mean(parts, dim=2, correction=0)
+    shape = (batch, count // block, groups, channels // groups)
+    var, mean = var.reshape(shape), mean.reshape(shape)
+    average = mean.mean((1, 3), keepdim=True)
+    spread = (var + (mean - average).square()).mean((1, 3))
+    return torch.stack([average.reshape(batch, groups), spread]).unsqueeze(0)
+
+
+def normalize(x: Tensor, stats: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """:func:`districompile.ir.ops.normalize` as one pointwise expression in ``x``'s own shape and memory format."""
+    shape = (-1, x.shape[1], *[1] * (x.ndim - 2))
+
+    def by_channel(t: Tensor) -> Tensor:
+        return t.unsqueeze(-1).expand(-1, -1, x.shape[1] // groups).reshape(shape)
+
+    y = (x.to(stats.dtype) - by_channel(stats[0])) * by_channel(torch.rsqrt(stats[1] + eps))
+    if weight is not None:
+        y = y * weight.to(y.dtype).reshape(shape)
+    if bias is not None:
+        y = y + bias.to(y.dtype).reshape(shape)
+    return y.to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype == torch.float64 else torch.float32
+
+
+_FUSED: dict[Any, Callable[..., Any]] = {ops.moments.default: moments, ops.normalize.default: normalize}

@@ -1,0 +1,221 @@
+"""``districompile bench``: time the steps of a bundle on this machine, one JSON line a figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from districompile.bundle import Bundle
+from districompile.commands.common import check_writable, quiet_libraries
+from districompile.ir.plan import Phase, Plan, TensorSpec
+from districompile.runtime.choose import check_transport
+from districompile.runtime.inputs import timestep_path
+from districompile.runtime.launcher import launch
+from districompile.runtime.module import DistributedModule, load
+from districompile.runtime.runner import called_spec, world_size
+from districompile.runtime.trace import Trace, write_chrome_trace
+
+_WARM = 3  # calls before the clock runs: the first steps by step, the others while they are captured
+PHASES: tuple[Phase, ...] = ("warmup", "steady")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of ``bench``; also what every rank is told. ``steps``: time a whole run of that many calls too."""
+
+    bundle: Path
+    calls: int
+    steps: int | None
+    trace: Path | None
+    transport: str
+    cuda_graph: bool
+
+
+def main(settings: Settings) -> int:
+    """Start the processes, time, and print."""
+    check_transport(settings.transport)
+    quiet_libraries()
+    bundle = Bundle.open(settings.bundle)
+    if settings.trace is not None:
+        check_writable(settings.trace.absolute().parent)
+    job = dataclasses.replace(settings, bundle=settings.bundle.resolve())
+    results = launch(worker, (job,), world_size(bundle.plan))
+    ranks = [results[r] for r in sorted(results) if results[r] is not None]
+    if not ranks:  # another rank under an outer launcher
+        return 0
+    for line in _lines(ranks):
+        print(json.dumps({"bundle": str(settings.bundle), **line}), flush=True)
+    if settings.trace is not None and ranks[0]["traces"] is not None:
+        write_chrome_trace(settings.trace, [r["traces"] for r in ranks])
+    return 0
+
+
+def worker(job: Settings) -> dict[str, Any]:
+    """One rank: what it measured."""
+    quiet_libraries()
+    began = time.perf_counter()
+    module = load(job.bundle, verify="quick", transport=job.transport, cuda_graph=job.cuda_graph)
+    loaded = time.perf_counter()
+    figures: dict[str, list[float]] = {}
+    rank, world = int(os.environ.get("RANK", "0")), world_size(module.plan)
+    timer = _Calls(module)
+    for phase in PHASES:
+        module.phase = phase
+        for _ in range(_WARM if phase == "warmup" else 2 * _WARM):
+            timer.call()
+        figures[phase] = [timer.timed() for _ in range(job.calls)]
+    traces = _traced(module, timer) if world > 1 else None
+    if job.steps is not None:
+        module.phase = None
+        for _ in range(2):  # all graphs of a whole run are captured in the first one
+            timer.restart()
+            _synchronize(module)
+            start = time.perf_counter()
+            for _ in range(job.steps):
+                timer.call()
+            _synchronize(module)
+            run_s = time.perf_counter() - start
+        figures["run"] = [run_s]
+    peak = torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else None
+    result = {
+        "rank": rank, "device": _device_name(module.device), "transport": module.transport, "load_s": loaded - began,
+        "figures": figures, "peak": peak, "traces": traces, "steps": job.steps,
+        "warmup_steps": int(module.plan.options.get("warmup_steps", 4)),
+    }  # fmt: skip
+    module.close()
+    return result
+
+
+class _Calls:
+    """Calls of a module with random inputs and timesteps that fall, as in sampling."""
+
+    def __init__(self, module: DistributedModule) -> None:
+        self._module = module
+        self._kwargs = random_call(module.plan, module.device)
+        path = timestep_path(module.plan)
+        spec = next((i.spec for i in module.plan.inputs if i.path == path), None)
+        self._timestep = None if path is None or spec is None else (path, spec)
+        self.restart()
+
+    def restart(self) -> None:
+        """The next call starts an image."""
+        self._number = 0
+        self._module.reset()
+
+    def call(self) -> Any:
+        self._number += 1
+        if self._timestep is not None:
+            path, spec = self._timestep
+            # On the host: where the next call belongs is then known without waiting for the device
+            value = torch.full(spec.shape, max(0.0, 1e6 - self._number), dtype=torch.float64).to(spec.dtype)
+            _put(self._kwargs, path, value)
+        return self._module(**self._kwargs)
+
+    def timed(self) -> float:
+        """Milliseconds of one call, from an idle device to an idle device."""
+        _synchronize(self._module)
+        if self._module.device.type != "cuda":
+            start = time.perf_counter()
+            self.call()
+            return (time.perf_counter() - start) * 1e3
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        begin.record()
+        self.call()
+        end.record()
+        _synchronize(self._module)
+        return float(begin.elapsed_time(end))
+
+
+def _traced(module: DistributedModule, timer: _Calls) -> Trace:
+    """Three steady calls and one exact one, each with what it waited for."""
+    module.phase = "steady"
+    with module.trace() as trace:
+        for _ in range(6):  # those that are captured for it come first
+            timer.call()
+        module.phase = "warmup"
+        for _ in range(3):
+            timer.call()
+    return trace
+
+
+def _lines(ranks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The slowest rank counts."""
+    first = ranks[0]
+    common = {"processes": len(ranks), "device": first["device"], "transport": first["transport"]}
+    names = {"warmup": "exact step", "steady": "displaced step"}
+    for phase, name in names.items():
+        medians = [statistics.median(r["figures"][phase]) for r in ranks]
+        fastest = min(min(r["figures"][phase]) for r in ranks)
+        calls = len(first["figures"][phase])
+        yield {"figure": name, "ms": round(max(medians), 4), "min_ms": round(fastest, 4), "calls": calls, **common}
+    if first["traces"] is not None:
+        for phase, name in names.items():
+            rows = [[s for s in r["traces"].summary() if s["phase"] == phase][-1] for r in ranks]
+            worst = max(rows, key=lambda s: s["exposed_ms"])
+            sent = max(s["sent_bytes"] for s in rows)
+            yield {"figure": f"{name}, transfers", **{**worst, "sent_bytes": sent}, **common}
+    if "run" in first["figures"]:
+        seconds = max(r["figures"]["run"][0] for r in ranks)
+        yield {"figure": "run", "seconds": round(seconds, 4), "steps": first["steps"],
+               "warmup_steps": first["warmup_steps"], **common}  # fmt: skip
+    peaks = [r["peak"] for r in ranks if r["peak"] is not None]
+    if peaks:
+        yield {"figure": "peak memory of a GPU", "gib": round(max(peaks) / 2**30, 3), **common}
+    yield {"figure": "load", "seconds": round(max(r["load_s"] for r in ranks), 2), **common}
+
+
+def random_call(plan: Plan, device: torch.device, seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments that fit a plan: normally distributed numbers, and zeros where integers are wanted."""
+    generator = torch.Generator().manual_seed(seed)
+    kwargs: dict[str, Any] = {}
+    for path, value in plan.constants.items():
+        if value is not None and path in plan.signature:
+            kwargs[path] = value
+    for spec in plan.inputs:
+        _put(kwargs, spec.path, _random(called_spec(plan, spec), generator).to(device))
+    listed: dict[str, Any] = _listed(kwargs)
+    return listed
+
+
+def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
+    if not spec.dtype.is_floating_point:
+        return torch.zeros(spec.shape, dtype=spec.dtype)
+    return torch.randn(spec.shape, generator=generator).to(spec.dtype)
+
+
+def _put(kwargs: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    at: Any = kwargs
+    for name in parents:
+        at = at[int(name)] if isinstance(at, list) else at.setdefault(name, {})
+    if isinstance(at, list):
+        at[int(last)] = value
+    else:
+        at[last] = value
+
+
+def _listed(x: Any) -> Any:
+    """Containers whose keys count from 0 are lists."""
+    if not isinstance(x, dict):
+        return x
+    if x and all(k == str(i) for i, k in enumerate(x)):
+        return [_listed(v) for v in x.values()]
+    return {k: _listed(v) for k, v in x.items()}
+
+
+def _synchronize(module: DistributedModule) -> None:
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,52 @@
+"""Optimisations of the graph change no result, in either phase."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import districompile as dc
+from districompile.refit import refit
+from districompile.unit import OPTIMISATIONS
+from tests.small_models import first, reference, relative_error
+
+CASES = [*((name, 3) for name in OPTIMISATIONS), ("all", 2)]
+
+
+@pytest.mark.parametrize("optimise, ranks", CASES)
+@pytest.mark.parametrize("name", ["sdxl", "unet2d"])
+def test_results_are_the_same(name: str, optimise: str, ranks: int) -> None:
+    module, kwargs, want = reference(name, 1, 20, 8)
+    plain = dc.convert(module, kwargs=kwargs, ranks=ranks)
+    program = dc.convert(module, kwargs=kwargs, ranks=ranks, optimise=optimise)
+    assert relative_error(first(program.simulate(**kwargs)), want) <= 1e-5
+    plain.simulate(**kwargs)
+    moved = {**kwargs, "sample": kwargs["sample"] * 1.1}
+    for _ in range(2):
+        got, expected = (first(p.simulate(phase="steady", **moved)) for p in (program, plain))
+        assert relative_error(got, expected) <= 1e-5
+    assert len(program.plan.collectives) <= len(plain.plan.collectives)
+
+
+def test_merged_weights_can_be_refitted(tmp_path: Path) -> None:
+    module, kwargs, want = reference("sdxl", 1, 12, 8)
+    program = dc.convert(module, kwargs=kwargs, ranks=2, optimise="merge-linears")
+    joined = program.plan.report["joined"]
+    assert joined and set(joined) <= set(program.plan.weights)
+    program.save(tmp_path / "b", backend="eager")
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(1.1)
+        want = first(module(**kwargs))
+    refit(tmp_path / "b", module=module)
+    unet = dc.load(tmp_path / "b", lockstep=True)
+    with unet.exact():
+        assert relative_error(first(unet(**kwargs)), want) <= 1e-5
+    reference.cache_clear()
+
+
+def test_unknown_optimisations_are_named() -> None:
+    with pytest.raises(dc.ConvertError, match="no optimisation 'faster'; there are: share-subexpressions"):
+        dc.convert(torch.nn.Identity(), (torch.ones(1, 1, 4, 4),), ranks=2, optimise="faster")

@@ -1,0 +1,231 @@
+"""Times on GPUs, one JSON line a figure: one GPU, the reference implementation, districompile. Random weights, fp16.
+
+    python tools/bench_gpu.py --out FILE [--only single,free,...] [--latents 128,256,480] [--ranks 2]
+
+Parts, each in processes of its own:
+
+  single      one GPU: eager, and torch.compile (default and max-autotune), as CUDA graphs
+  free        one rank's engines of both phases, transfers free (upper bound), checked against the eager oracle
+  predict     the same for ``--predict-ranks`` (4 and 8): a rank's compute at a quarter and an eighth of the rows, and
+              the transfers at ``--bandwidth``
+  ours        the bundle on ``--ranks`` GPUs: exact and displaced step (``districompile bench``)
+  steps       ``--steps`` calls on ``--ranks`` GPUs, the first ``--warmup-steps`` exact
+  distrifuser the reference implementation on ``--ranks`` GPUs; needs --distrifuser CHECKOUT, and diffusers 0.27.2 in
+              the folder --distrifuser-site
+
+A part that is in FILE already is not run again, and none is started after ``--budget`` seconds: call again to go on.
+With ``--together`` the one-GPU parts of one size compile at the same time; figures are still taken one at a time.
+Latents are squares (128) or HEIGHTxWIDTH (104x152). All figures of one file belong to one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TOOLS = Path(__file__).resolve().parent
+ONE_GPU = ("single", "free", "predict")
+PARTS = (*ONE_GPU, "ours", "steps", "distrifuser")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines are added to this file")
+    parser.add_argument("--only", default="single,free,ours,distrifuser", help=f"parts, of {','.join(PARTS)}")
+    parser.add_argument("--models", default="sdxl", help="of sdxl, sd15, or one JSON configuration of a diffusers UNet")
+    parser.add_argument("--latents", default="128,256,480")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--predict-ranks", default="4,8")
+    parser.add_argument("--bandwidth", type=float, default=379.0, help="GB/s from one GPU to another, for predict")
+    parser.add_argument("--phases", default="steady,warmup")
+    parser.add_argument("--modes", default="eager,default,max-autotune-no-cudagraphs", help="of single")
+    parser.add_argument("--max-autotune", action="store_true", help="for our engines")
+    parser.add_argument("--inductor", default="{}", help="further Inductor options for our engines, as JSON")
+    parser.add_argument("--optimise", default="all", help="exact passes for speed, or all, or none")
+    parser.add_argument("--segments", type=int, default=4)
+    parser.add_argument("--workers", type=int, help="processes that compile our engines")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--warmup-steps", type=int, default=4)
+    parser.add_argument("--work", type=Path, default=Path("bench-work"), help="bundles and packages, kept")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one part")
+    parser.add_argument("--together", action="store_true")
+    parser.add_argument("--no-check", action="store_true", help="leave out the comparison with the eager oracle")
+    parser.add_argument("--profile", type=Path, help="kernel tables of free are written to FILE-PHASE.txt")
+    parser.add_argument("--distrifuser", type=Path)
+    parser.add_argument("--distrifuser-site", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        run_one(json.loads(args.one), args)
+    else:
+        drive(args)
+
+
+def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is to be run, in order: by model and size, so that figures to be compared are taken close together."""
+    found: list[dict[str, Any]] = []
+    models = [args.models] if args.models.startswith("{") else args.models.split(",")
+    for model in models:
+        for latent in args.latents.split(","):
+            for part in args.only.split(","):
+                base = {"part": part, "model": model, "latent": latent, "optimise": args.optimise,
+                        "inductor": args.inductor, "max_autotune": args.max_autotune}  # fmt: skip
+                if part == "predict":
+                    found += [{**base, "ranks": int(n)} for n in args.predict_ranks.split(",")]
+                else:
+                    found.append({**base, "ranks": 1 if part == "single" else args.ranks})
+    return found
+
+
+def drive(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    unknown = [p for p in args.only.split(",") if p not in PARTS]
+    if unknown:
+        raise SystemExit(f"no part named {unknown[0]!r}; there are: {', '.join(PARTS)}")
+    done = [json.loads(line)["job"] for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    waiting = [job for job in jobs(args) if not any(d == {**job, "done": True} for d in done)]
+    while waiting:
+        if time.perf_counter() - started > args.budget:
+            print(f"out of time; call again for: {', '.join(j['part'] for j in waiting)}", file=sys.stderr)
+            return
+        first = waiting.pop(0)
+        group = [first]
+        while args.together and first["part"] in ONE_GPU and waiting and waiting[0]["part"] in ONE_GPU:
+            if waiting[0]["latent"] != first["latent"]:
+                break
+            group.append(waiting.pop(0))
+        processes = [(job, start(job)) for job in group]
+        for job, process in processes:
+            left = max(1.0, min(args.timeout, args.budget - (time.perf_counter() - started)))
+            try:
+                code = process.wait(left)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait()
+            if code == 0:
+                record(args.out, {**job, "done": True}, {"figure": "done"})
+            else:
+                record(args.out, job, {"figure": "failed", "code": code})
+
+
+def start(job: dict[str, Any]) -> subprocess.Popen[bytes]:
+    print(f"{job['part']} {job['model'][:20]} {job['latent']} on {job['ranks']} ...", file=sys.stderr, flush=True)
+    return subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(job)])
+
+
+def record(out: Path, job: dict[str, Any], figure: dict[str, Any]) -> None:
+    """One line to the file and to standard output."""
+    line = json.dumps({**figure, "job": job})
+    with out.open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def run_one(job: dict[str, Any], args: argparse.Namespace) -> None:
+    height, _, width = job["latent"].partition("x")
+    size = int(height), int(width or height)
+    if job["part"] in ONE_GPU:
+        one_gpu(job, args, *size)
+    elif job["part"] == "distrifuser":
+        reference(job, args, size[0])
+    else:
+        bundle(job, args, *size)
+
+
+def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: int) -> None:
+    import gpu_parts
+    import torch
+
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+    def say(**figure: Any) -> None:
+        record(args.out, job, {**figure, "device": where, "torch": torch.__version__})
+
+    turn = gpu_parts.Turn(args.work / "turn")
+    if job["part"] == "single":
+        gpu_parts.single(say, turn, job["model"], height, width, tuple(args.modes.split(",")))
+        return
+
+    def predicting(**figure: Any) -> None:
+        if "sent_mb" in figure and "ms" in figure:
+            transfer = figure["sent_mb"] / args.bandwidth
+            figure["transfer_ms"] = round(transfer, 3)
+            exact = figure["figure"].startswith("warmup")
+            figure["predicted_ms"] = figure["ms"] + transfer if exact else max(figure["ms"], transfer)
+        say(**figure)
+
+    predict = job["part"] == "predict"
+    gpu_parts.free(
+        predicting if predict else say, turn, job["model"], height, width, job["ranks"], job["ranks"] // 2,
+        tuple(args.phases.split(",")),
+        {"max_autotune": args.max_autotune, "options": json.loads(args.inductor), "workers": args.workers},
+        args.work / f"free-{os.getpid()}", not (args.no_check or predict), args.profile,
+        _optimise(args), args.segments,
+    )  # fmt: skip
+
+
+def _optimise(args: argparse.Namespace) -> str:
+    return "" if args.optimise == "none" else str(args.optimise)
+
+
+def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: int) -> None:
+    """Convert, if the bundle is not there, and let ``districompile bench`` time it on all ranks."""
+    import gpu_parts
+    import torch
+
+    import districompile as dc
+    from districompile.backends.inductor import InductorBackend
+
+    options = {
+        "max_autotune": args.max_autotune, "options": json.loads(args.inductor), "workers": args.workers,
+    }  # fmt: skip
+    turn = gpu_parts.Turn(args.work / "turn")
+    name = f"{job['model'] if len(job['model']) < 9 else 'custom'}-{height}x{width}-{job['ranks']}-{args.warmup_steps}"
+    folder = args.work / (name + ("-autotuned" if args.max_autotune else ""))
+    if not (folder / "manifest.json").exists():
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        module = gpu_parts.network(job["model"], device)
+        began = time.perf_counter()
+        program = dc.convert(
+            module, kwargs=gpu_parts.example(module, device, height, width), ranks=job["ranks"],
+            warmup_steps=args.warmup_steps, optimise=_optimise(args), segments=args.segments,
+        )  # fmt: skip
+        program.save(folder, backend=InductorBackend(device.type, **options))
+        seconds = round(time.perf_counter() - began, 1)
+        record(args.out, job, {"figure": "convert", "seconds": seconds, "bundle": str(folder)})
+    command = [sys.executable, "-m", "districompile", "bench", str(folder)]
+    if job["part"] == "steps":
+        command += ["--steps", str(args.steps)]
+    with turn.alone():
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    for line in found.stdout.splitlines():
+        record(args.out, job, json.loads(line))
+
+
+def reference(job: dict[str, Any], args: argparse.Namespace, latent: int) -> None:
+    """distrifuser on the same GPUs, from a checkout of the user's; patch parallelism, CUDA graphs, no guidance."""
+    if args.distrifuser is None:
+        raise SystemExit("distrifuser is not part of this repository: give --distrifuser CHECKOUT")
+    script = TOOLS / "bench_distrifuser.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job["ranks"]),
+               str(script), str(args.distrifuser), str(latent)]  # fmt: skip
+    site = [str(args.distrifuser_site)] if args.distrifuser_site else []
+    path = os.pathsep.join([*site, *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    for line in found.stdout.splitlines():
+        if line.startswith("{"):
+            record(args.out, job, json.loads(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""What ``bench_gpu.py`` measures in processes of its own: one GPU, and one rank's engines with transfers free."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from bench_convert import SD15, SDXL
+
+MODELS: dict[str, dict[str, Any]] = {"sdxl": SDXL, "sd15": SD15}
+Say = Callable[..., None]
+
+
+def network(model: str, device: torch.device, dtype: torch.dtype = torch.float16) -> torch.nn.Module:
+    """The UNet with small random weights, on the device. ``model``: a name of ``MODELS``, or a JSON configuration."""
+    from diffusers import UNet2DConditionModel
+
+    config = MODELS[model] if model in MODELS else json.loads(model)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with device:
+        module: torch.nn.Module = UNet2DConditionModel(**config).eval()
+    torch.set_default_dtype(before)
+    return module
+
+
+def example(module: torch.nn.Module, device: torch.device, height: int, width: int) -> dict[str, Any]:
+    """Arguments of one call without guidance; height and width of the latent."""
+    config: Any = module.config
+    dtype = next(module.parameters()).dtype
+    generator = torch.Generator(device).manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+
+    kwargs: dict[str, Any] = {
+        "sample": normal(1, 4, height, width),
+        "timestep": torch.tensor(500.0, device=device),
+        "encoder_hidden_states": normal(1, 77, config.cross_attention_dim),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        kwargs["added_cond_kwargs"] = {
+            "text_embeds": normal(1, pooled),
+            "time_ids": torch.full((1, 6), 1024.0, device=device, dtype=dtype),
+        }
+    return kwargs
+
+
+class Turn:
+    """Compile together, measure alone: processes that share ``path`` hold it together until they measure."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else path.open("a")
+        self._lock(fcntl.LOCK_SH)
+
+    def _lock(self, kind: int) -> None:
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            fcntl.flock(self._file, kind)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process of the run compiles or measures meanwhile."""
+        self._lock(fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            torch.cuda.synchronize() if torch.cuda.is_available() else None
+            self._lock(fcntl.LOCK_SH)
+
+
+def median_ms(step: Callable[[], Any], count: int = 20, warm: int = 3) -> float:
+    """Median of ``count`` timings of ``step``, by CUDA events where there is a GPU."""
+    for _ in range(warm):
+        step()
+    times = []
+    for _ in range(count):
+        if torch.cuda.is_available():
+            begin, end = (cast(Any, torch.cuda.Event)(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            begin.record()
+            step()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+        else:
+            start = time.perf_counter()
+            step()
+            times.append((time.perf_counter() - start) * 1e3)
+    return float(statistics.median(times))
+
+
+def captured(step: Callable[[], Any]) -> Callable[[], Any]:
+    """``step`` as the replay of one CUDA graph; on the CPU, itself."""
+    if not torch.cuda.is_available():
+        return step
+    side: Any = cast(Any, torch.cuda.Stream)()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def peak_gib() -> float | None:
+    """Most memory of the process on the GPU so far, CUDA's own not counted."""
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
+
+
+@torch.no_grad()
+def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tuple[str, ...]) -> None:
+    """One GPU: eager, and ``torch.compile`` with each of ``modes``, all as CUDA graphs, channels last."""
+    device = torch.device("cuda")
+    module = network(model, device)
+    kwargs = example(module, device, height, width)
+    count = 20 if height * width < 100_000 else 5
+
+    def eager() -> Any:
+        return module(**kwargs, return_dict=False)[0]
+
+    cast(Any, module).to(memory_format=torch.channels_last)
+    kwargs["sample"] = kwargs["sample"].to(memory_format=torch.channels_last)
+    for mode in modes:
+        if mode == "eager":
+            with turn.alone():
+                say(figure="1 GPU eager + CUDA graph", ms=median_ms(captured(eager), count), peak_gib=peak_gib())
+            continue
+        torch.compiler.reset()
+        start = time.perf_counter()
+        compiled = torch.compile(module, fullgraph=True, dynamic=False, mode=None if mode == "default" else mode)
+
+        def step(compiled: Any = compiled) -> Any:
+            return compiled(**kwargs, return_dict=False)[0]
+
+        step()
+        seconds = round(time.perf_counter() - start, 1)
+        with turn.alone():
+            ms = median_ms(captured(step), count)
+        say(figure=f"1 GPU torch.compile {mode} + CUDA graph", ms=ms, compile_s=seconds, peak_gib=peak_gib())
+        gc.collect()
+
+
+class LiveWeights:
+    """A program's weights as a bundle's weight file gives them, without the file: each once on the device."""
+
+    def __init__(self, program: Any) -> None:
+        self._program = program
+        self._held: dict[Any, torch.Tensor] = {}
+
+    def spec(self, name: str) -> Any:
+        return self._program.plan.weights[name]
+
+    def tensor(self, name: str, device: torch.device, memory_format: Any = torch.contiguous_format) -> torch.Tensor:
+        key = name, device, memory_format
+        if key not in self._held:
+            self._held[key] = self._program.weight(name).to(device).contiguous(memory_format=memory_format)
+        return self._held[key]
+
+
+class OneRank:
+    """The engines of one rank and phase, fed with what others would send: a step whose transfers cost nothing."""
+
+    def __init__(self, program: Any, phase: str, rank: int, backend: Any, device: torch.device, folder: Path) -> None:
+        from districompile.backends.build import build_segments
+
+        self.plan, self.rank, self.device = program.plan, rank, device
+        self.phase = program.plan.phases[phase]
+        wanted = {(phase, name, int(s.engines[rank])) for name, s in self.phase.segments.items()}
+        self.segments = {key[1]: s for key, s in program.segments(phase) if key in wanted}
+        weights = cast(Any, LiveWeights(program))
+        files = build_segments(backend, self.segments.items(), weights, folder)
+        self.weights = weights
+        self.engines = {
+            name: backend.load(folder / files[name], s.outputs, weights, device)
+            for name, s in self.phase.segments.items()
+        }
+        generator = torch.Generator(device).manual_seed(2)
+        self.received = {}
+        for name, collective in program.plan.collectives.items():
+            spec = collective.results[rank]
+            self.received[name] = _random(spec, device, generator)
+        self.state: dict[str, torch.Tensor] = {}
+        for segment in self.segments.values():
+            for name, spec in segment.inputs:
+                if name.endswith(".previous"):
+                    self.state[name] = _random(spec, device, generator)
+
+    def step(self, inputs: Mapping[str, torch.Tensor], run: Callable[..., Any] | None = None) -> dict[str, Any]:
+        """All steps of the phase but the transfers; ``run(segment, inputs)`` stands in for the engines if given."""
+        from districompile.ir.plan import Run, Take, Wait
+
+        values = {**self.state, **inputs}
+        for step in self.phase.steps:
+            if isinstance(step, Take):
+                sides = [0, 0] * (values[step.source].ndim - 1 - step.dim) + [step.above, step.below]
+                padded = torch.nn.functional.pad(values[step.source], sides, value=step.fill)
+                start = step.starts[self.rank]
+                values[step.value] = padded.narrow(step.dim, start, step.stops[self.rank] - start).contiguous()
+            elif isinstance(step, Wait):
+                values.update((name, self.received[name]) for name in step.collectives)
+            elif isinstance(step, Run):
+                plan = self.phase.segments[step.segment]
+                given = {name: values[name] for name in plan.inputs}
+                if run is not None:
+                    values.update(run(step.segment, given))
+                else:
+                    values.update(self.engines[step.segment].run(given, plan.outputs))
+        return values
+
+    def errors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Each segment against the eager oracle on the same inputs: largest |a - b| / |b| (2-norms) of its outputs."""
+        from districompile.backends.eager import EagerEngine
+        from districompile.ir.serialize import graph_from_json, graph_to_json
+
+        found: dict[str, float] = {}
+
+        def run(name: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            segment, plan = self.segments[name], self.phase.segments[name]
+            weights = [self.weights.tensor(n, self.device) for n, _ in segment.weights]
+            graph = graph_from_json(graph_to_json(segment.graph), self.device)
+            want = EagerEngine(graph, dict(segment.inputs), weights, plan.outputs).run(given, plan.outputs)
+            got = self.engines[name].run(given, plan.outputs)
+            for output in plan.outputs:
+                a, b = got[output].double(), want[output].double()
+                error = float((a - b).norm() / b.norm().clamp_min(1e-12))
+                found[name] = max(found.get(name, 0.0), error if error == error else float("inf"))
+            return want
+
+        self.step(inputs, run)
+        return found
+
+
+def _random(spec: Any, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """Values between 0 and 1: also what a variance may be."""
+    if not spec.dtype.is_floating_point:
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+    drawn = torch.rand(spec.shape, device=device, generator=generator, dtype=torch.float32)
+    return drawn.to(spec.dtype)
+
+
+@torch.no_grad()
+def free(
+    say: Say, turn: Turn, model: str, height: int, width: int, ranks: int, rank: int, phases: tuple[str, ...],
+    options: Mapping[str, Any], folder: Path, check: bool = True, profile: Path | None = None,
+    optimise: str = "", segments: int = 4,
+) -> None:  # fmt: skip
+    """One rank's step with transfers free, as one CUDA graph: the upper bound, and the compute part of a prediction."""
+    import districompile as dc
+    from districompile.backends.inductor import InductorBackend
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    module = network(model, device)
+    kwargs = example(module, device, height, width)
+    start = time.perf_counter()
+    program = dc.convert(module, kwargs=kwargs, ranks=ranks, rows={"sample": 2}, optimise=optimise, segments=segments)
+    converted = time.perf_counter()
+    leaves = {"sample": kwargs["sample"], "timestep": kwargs["timestep"],
+              "encoder_hidden_states": kwargs["encoder_hidden_states"],
+              **{f"added_cond_kwargs.{k}": v for k, v in kwargs.get("added_cond_kwargs", {}).items()}}  # fmt: skip
+    inputs = {i.value: leaves[i.path] for i in program.plan.inputs}
+    report = program.report()
+    for phase in phases:
+        began = time.perf_counter()
+        backend = InductorBackend(device.type, **options)
+        one = OneRank(program, phase, rank, backend, device, folder / f"{phase}-{ranks}-{height}x{width}")
+        built = time.perf_counter()
+        packages = len({p for p in folder.rglob("*.pt2") if phase in str(p.parent)})
+        facts = {"ranks": ranks, "rank": rank, "convert_s": round(converted - start, 1), "optimise": optimise,
+                 "build_s": round(built - began, 1), "packages": packages, "segments": len(one.engines),
+                 "sent_mb": round(report.sent(cast(Any, phase))[rank] / 1e6, 1), "options": dict(options)}  # fmt: skip
+        if check:
+            say(figure=f"{phase} against eager, largest error of a segment", errors=one.errors(inputs), **facts)
+            torch.cuda.empty_cache() if device.type == "cuda" else None
+        with turn.alone():
+            step = functools.partial(one.step, inputs)
+            ms = median_ms(captured(step), 20 if height * width < 100_000 else 5)
+            say(figure=f"{phase} step, transfers free", ms=ms, peak_gib=peak_gib(), **facts)
+            if profile is not None:
+                _profile(step, profile.with_name(f"{profile.name}-{phase}.txt"))
+        del one, backend, step
+        gc.collect()
+
+
+def _profile(step: Callable[[], Any], path: Path) -> None:
+    """The kernels of one step, by time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+        torch.cuda.synchronize()
+    table = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=110)
+    total = sum(e.self_device_time_total for e in found.key_averages())
+    count = sum(e.count for e in found.key_averages())
+    path.write_text(f"{count} device activities, {total / 1e3:.2f} ms\n{table}\n")
