@@ -25,7 +25,12 @@ def join(parts: Sequence[Tensor], layout: Layout) -> Tensor:
     if cut is None:
         return parts[0]
     flat, at = layout.flat()
-    pieces = [p.reshape([f.local(r) for f in flat]) for r, p in enumerate(parts)]
+    pieces = []
+    for r, part in enumerate(parts):
+        piece = part.reshape([f.local(r) for f in flat])
+        start = 0 if r == 0 else cut.bounds[0]  # replicated parts of a mixed dim: the first and the last rank's
+        stop = piece.shape[at] - (0 if r == len(parts) - 1 else cut.size - cut.bounds[-1])
+        pieces.append(piece.narrow(at, start, stop - start))
     return torch.cat(pieces, at).reshape(layout.shape)
 
 
