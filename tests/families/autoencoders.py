@@ -95,7 +95,7 @@ def movq(h: int, w: int) -> Call:
     import diffusers
 
     vae = diffusers.VQModel(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), norm_num_groups=4, layers_per_block=1, latent_channels=4,
         num_vq_embeddings=16, norm_type="spatial", vq_embed_dim=4,
     )  # fmt: skip

@@ -97,13 +97,22 @@ class Decoder(nn.Module):
         return result
 
 
+class _Nothing(type):
+    """An empty class, whose attributes are empty classes too."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Nothing(name, (), {"__init__": lambda self, *a, **k: None})
+
+
 class _Stub(ModuleType):
     """A module of nothing in particular: any attribute is an empty class, any submodule exists."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {"__init__": lambda self, *a, **k: None})
+        return _Nothing(name, (), {})
 
 
 class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -65,20 +65,13 @@ def refiner(h: int, w: int) -> Call:
 
 
 @family(GROUP, share=SHARE)
-def dual_cross_attention(h: int, w: int) -> Call:
-    call = unet(h, w, dual_cross_attention=True)
-    call.kwargs["encoder_hidden_states"] = randn(2, 77 + 257, 12)
-    return call
-
-
-@family(GROUP, share=SHARE)
 def deepfloyd(h: int, w: int) -> Call:
     """DeepFloyd IF: added keys and values of the text in front, scale-shift blocks that resample, text embedding by
     attention pooling."""
     return unet(
         h, w, down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn", cross_attention_norm="group_norm", act_fn="gelu",
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", cross_attention_norm="group_norm", act_fn="gelu", cross_attention_dim=32,
         addition_embed_type="text", addition_embed_type_num_heads=4, encoder_hid_dim=20, encoder_hid_dim_type="text_proj",
         resnet_time_scale_shift="scale_shift", conv_in_kernel=5, only_cross_attention=False, time_embedding_act_fn="gelu",
     )  # fmt: skip
@@ -88,7 +81,7 @@ def deepfloyd(h: int, w: int) -> Call:
 def deepfloyd_upscaler(h: int, w: int) -> Call:
     call = unet(
         h, w, in_channels=6, down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), class_embed_type="timestep",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), class_embed_type="timestep", cross_attention_dim=16, block_out_channels=(16, 16),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn", cross_attention_norm="layer_norm", act_fn="gelu",
         resnet_time_scale_shift="scale_shift", resnet_skip_time_act=True, resnet_out_scale_factor=1.414,
         only_cross_attention=True, mid_block_only_cross_attention=True,
@@ -124,7 +117,7 @@ def kandinsky3(h: int, w: int) -> Call:
     module = randomise(
         diffusers.Kandinsky3UNet(
             in_channels=4, time_embedding_dim=16, groups=2, attention_head_dim=4, layers_per_block=1,
-            block_out_channels=(8, 8, 16, 16), cross_attention_dim=(12), encoder_hid_dim=20,
+            block_out_channels=(8, 8, 16, 16), cross_attention_dim=8, encoder_hid_dim=20,
         )
     )  # fmt: skip
     mask = torch.ones(2, 7)
@@ -140,7 +133,7 @@ def k_upscaler(h: int, w: int) -> Call:
     """The latent upscaler: blocks of k-diffusion with resampling by filters."""
     return unet(
         h, w, in_channels=8, down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"), mid_block_type=None,
-        up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"), block_out_channels=(32, 64), cross_attention_dim=12,
+        up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"), block_out_channels=(32, 32), cross_attention_dim=12,
         time_embedding_type="fourier", act_fn="gelu", conv_in_kernel=1, conv_out_kernel=1, resnet_time_scale_shift="scale_shift",
         timestep_post_act="gelu", attention_head_dim=16, norm_num_groups=None, only_cross_attention=False,
         resnet_skip_time_act=False, time_cond_proj_dim=None, layers_per_block=2,

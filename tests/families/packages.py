@@ -13,7 +13,7 @@ LUCID = "denoising-diffusion-pytorch and relatives"
 UNUSED = (
     "torchvision", "kornia", "ema_pytorch", "accelerate", "datasets", "pytorch_warmup", "lightning", "fsspec", "PIL", "scipy",
     "dctorch", "clip", "cleanfid", "pytorch_fid", "skimage", "torchsde", "resize_right", "kornia", "jsonmerge", "webdataset",
-    "tokenizers", "sentencepiece", "torchdiffeq",
+    "tokenizers", "sentencepiece", "torchdiffeq", "pkg_resources",
 )  # fmt: skip
 
 
@@ -176,8 +176,20 @@ def classifier_free(h: int, w: int) -> Call:
     return Call(randomise(module), {"x": randn(2, 3, h, w), "time": torch.tensor([3, 3]), "classes": torch.tensor([1, 4]), "cond_drop_prob": 0.0})
 
 
+def _imagen_package(name: str) -> Any:
+    """The package asks for the width of T5's embeddings while it is imported, which it would read from the model hub."""
+    import transformers
+
+    real = transformers.T5Config.from_pretrained
+    transformers.T5Config.from_pretrained = lambda *args, **kwargs: transformers.T5Config(d_model=10)
+    try:
+        return _lucid(name)
+    finally:
+        transformers.T5Config.from_pretrained = real
+
+
 def _imagen(**more: Any) -> Any:
-    package = _lucid("imagen_pytorch.imagen_pytorch")
+    package = _imagen_package("imagen_pytorch.imagen_pytorch")
     config = {
         "dim": 8, "text_embed_dim": 10, "cond_dim": 8, "dim_mults": (1, 2), "attn_dim_head": 4, "attn_heads": 2,
         "num_image_tokens": 2, "max_text_len": 8, "attn_pool_num_latents": 4, "layer_attns": (False, True),
@@ -200,7 +212,7 @@ def imagen_efficient(h: int, w: int) -> Call:
 
 @family(LUCID, needs="imagen_pytorch", sizes=((12, 8), (16, 8)))
 def imagen_video(h: int, w: int) -> Call:
-    package = _lucid("imagen_pytorch.imagen_video")
+    package = _imagen_package("imagen_pytorch.imagen_video")
     module = randomise(package.Unet3D(
         dim=8, text_embed_dim=10, cond_dim=8, dim_mults=(1, 2), attn_dim_head=4, attn_heads=2, num_image_tokens=2, max_text_len=8,
         attn_pool_num_latents=4, layer_attns=(False, True), layer_cross_attns=(False, True),

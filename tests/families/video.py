@@ -59,7 +59,7 @@ def _motion(h: int, w: int, **config: Any) -> Call:
         )
     )  # fmt: skip
     return Call(module, {
-        "sample": randn(1, 4, FRAMES, h, w), "timestep": torch.tensor(5.0), "encoder_hidden_states": randn(1, 7, 12),
+        "sample": randn(1, 4, FRAMES, h, w), "timestep": torch.tensor(5.0), "encoder_hidden_states": randn(FRAMES, 7, 12),
     })  # fmt: skip
 
 
@@ -84,8 +84,8 @@ def i2vgen_xl(h: int, w: int) -> Call:
 
     module = randomise(
         diffusers.I2VGenXLUNet(
-            sample_size=(16, 16), layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=2, cross_attention_dim=16,
-            num_attention_heads=2, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            sample_size=(16, 16), layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=2, cross_attention_dim=16,
+            num_attention_heads=8, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
             up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
         )
     )  # fmt: skip
@@ -102,9 +102,10 @@ def unet1d(h: int, w: int) -> Call:
     import diffusers
 
     module = randomise(diffusers.UNet1DModel(
-        sample_size=h, in_channels=2, out_channels=2, extra_in_channels=16, block_out_channels=(32, 32, 32),
+        sample_size=h, in_channels=2, out_channels=2, extra_in_channels=16, block_out_channels=(32, 32, 64),
+        time_embedding_type="fourier",
     ))  # fmt: skip
-    return Call(module, {"sample": randn(2, 2, h), "timestep": torch.tensor([3.0])})
+    return Call(module, {"sample": randn(2, 2, h), "timestep": torch.tensor([3.0, 3.0])})
 
 
 @family(GROUP, share=SHARE, sizes=((36, 1), (32, 1)))
