@@ -355,6 +355,15 @@ class Cutter:
             return self.value(moved.node, want, x.whole)
         return self.take(self.gather(x, kind=kind), Layout.whole(x.shape).with_dim(dim, factors))
 
+    def outermost(self, x: Value) -> Value:
+        """``x`` with the rows outermost in their dim: where they are not (pixels column by column), the dim is cut anew
+        as a whole, which takes all of it."""
+        cut = x.layout.cut
+        if cut is None or cut.index == 0:
+            return x
+        size = x.shape[cut.dim]
+        return self.take(self.gather(x), Layout.cut_at(x.shape, cut.dim, self.bounds(size)))
+
     def reduce(self, x: fx.Node, op: str, *, kind: str = "other") -> Value:
         """Sum, max or min over the ranks of partial results that all have one shape."""
         if self.ranks == 1:

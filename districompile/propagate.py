@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from districompile.cutter import Cutter, Value, values_in
 from districompile.errors import ConvertError
 from districompile.flops import flops_of
-from districompile.ir.layout import Layout, Refused
+from districompile.ir.layout import Layout, NotOutermost, Refused
 from districompile.ir.walk import replace
 from districompile.registry import find_rule, is_pointwise
 
@@ -131,7 +131,8 @@ class _Propagation:
                 self.result.flops_whole += work
             return self._settle(node, self._plain(node, args, kwargs))
         try:
-            if self._too_few_rows(node):
+            found = find_rule(node.target)
+            if self._too_few_rows(node) and not (found is not None and found.few):
                 self.result.replicated.append(node.name)
                 self.result.flops_whole += work
                 return self._plain(node, *self._gathered(args, kwargs))
@@ -161,7 +162,11 @@ class _Propagation:
         if not found.mixed:
             args, kwargs = replace((args, kwargs), Value, self.cut.unmixed)
         try:
-            return found.function(self.cut, *args, **kwargs)
+            try:
+                return found.function(self.cut, *args, **kwargs)
+            except NotOutermost:
+                args, kwargs = replace((args, kwargs), Value, self.cut.outermost)
+                return found.function(self.cut, *args, **kwargs)
         except (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
             # Arguments that the rule's author did not foresee: never a reason to refuse the network
             raise Refused(f"the rule failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from e

@@ -24,6 +24,10 @@ class Refused(Exception):
     """A rule or a layout operation cannot be done on cut tensors; the message is the reason shown in the report."""
 
 
+class NotOutermost(Refused):
+    """The cut rows are not the outermost factor of their dim, where an operator needs them to be."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PerRank(Generic[T]):
     """A value that differs by rank, standing in an argument of a node of the SPMD graph."""
@@ -197,7 +201,7 @@ class Layout:
             return Factor(1)
         inner = math.prod(f.size for f in factors[1:])
         if any(f.bounds is not None for f in factors[1:]):
-            raise Refused("the cut rows are not the outermost part of the dim")
+            raise NotOutermost("the cut rows are not the outermost part of the dim")
         return factors[0].scaled(inner)
 
     def flat(self) -> tuple[list[Factor], int]:

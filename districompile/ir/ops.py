@@ -30,6 +30,10 @@ _LIB.define("previous(Tensor x) -> Tensor")
 _LIB.define("place(Tensor foreign, Tensor x, int dim, int before, int after, int start, int stop) -> Tensor")
 _LIB.define("strips(Tensor x, int dim, int top, int bottom) -> Tensor")
 _LIB.define("pick(Tensor x, int dim, int[] rows) -> Tensor")
+_LIB.define(
+    "border_scale(Tensor x, int dim, int first, int rows, int stride, int padding, int kernel, int low, int high)"
+    " -> Tensor"
+)
 _LIB.define("window_sums(Tensor x, int dim, int[] starts, int[] stops, int[] counts) -> Tensor")
 _LIB.define(
     "resample(Tensor x, int dim, int first, int rows, int lo, int size,"
@@ -98,6 +102,16 @@ def window_sums(x: Tensor, dim: int, starts: list[int], stops: list[int], counts
         rows = x.narrow(dim, start, stop - start) if stop > start else torch.zeros_like(x.narrow(dim, 0, 1))
         parts.append(rows.sum(dim, keepdim=True) / count)
     return torch.cat(parts, dim)
+
+
+def border_scale(
+    x: Tensor, dim: int, first: int, rows: int, stride: int, padding: int, kernel: int, low: int, high: int
+) -> Tensor:
+    """Rows [first, first + rows) of an average over windows of ``kernel`` rows, made an average over those of them
+    that lie in [low, high)."""
+    start = torch.arange(first, first + rows, device=x.device) * stride - padding
+    count = (start + kernel).clamp(max=high) - start.clamp(min=low)
+    return x * (kernel / count).to(x.dtype).reshape([-1 if d == dim else 1 for d in range(x.ndim)])
 
 
 # Filters of torch's resizing: support on either side in source rows (times the scale when shrinking with antialias)
@@ -233,7 +247,7 @@ _LIB.impl("exchange", lambda x, shape: x.new_empty(shape), "Meta")
 _LIB.impl("exchange", _outside, "CompositeExplicitAutograd")
 _LIB.impl("previous", lambda x: torch.empty_like(x), "Meta")
 _LIB.impl("previous", _outside, "CompositeExplicitAutograd")
-COMPOSITES = {f.__name__: f for f in (place, strips, pick, window_sums, resample, moments, merge_moments, correct_moments, normalize)}
+COMPOSITES = {f.__name__: f for f in (place, strips, pick, border_scale, window_sums, resample, moments, merge_moments, correct_moments, normalize)}
 for _name, _function in COMPOSITES.items():
     _LIB.impl(_name, _function, "CompositeImplicitAutograd")
 

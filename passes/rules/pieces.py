@@ -32,7 +32,7 @@ def _slice_samples() -> Iterable[Sample]:
     yield Sample((x, 2, -1, sys.maxsize), (2,))
 
 
-@rule(aten.slice.Tensor, kind="window", samples=_slice_samples, mixed=True)
+@rule(aten.slice.Tensor, kind="window", samples=_slice_samples, mixed=True, few=True)
 def slice_(
     cut: Cutter, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Value:
@@ -96,7 +96,7 @@ def _select_samples() -> Iterable[Sample]:
     yield Sample((torch.randn(3, 7, 2), 1, -2), (1,))
 
 
-@rule(aten.select.int, kind="shape", samples=_select_samples, mixed=True)
+@rule(aten.select.int, kind="shape", samples=_select_samples, mixed=True, few=True)
 def select(cut: Cutter, x: Value, dim: int, index: int) -> Value:
     dim = positive(dim, x.ndim)
     if x.cut_dim != dim:
@@ -129,13 +129,13 @@ def _pieces(cut: Cutter, x: Value, dim: int, sizes: Sequence[int]) -> tuple[Valu
 
 
 @rule(
-    aten.split_with_sizes.default, kind="shape", mixed=True,
+    aten.split_with_sizes.default, kind="shape", mixed=True, few=True,
     samples=lambda: [
         Sample((torch.randn(2, 7, 9), [4, 5], -1), (1,)), Sample((torch.randn(2, 12, 3), [5, 1, 6], 1), (1,)),
     ],
 )  # fmt: skip
 @rule(
-    aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections, kind="shape", mixed=True,
+    aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections, kind="shape", mixed=True, few=True,
     samples=lambda: [Sample((torch.randn(2, 7, 9), 4, -1), (1,)), Sample((torch.randn(2, 12, 3), 3, 1), (1,))],
 )  # fmt: skip
 def split(cut: Cutter, x: Value, how: Any, dim: int = 0) -> tuple[Value, ...]:
@@ -145,7 +145,7 @@ def split(cut: Cutter, x: Value, how: Any, dim: int = 0) -> tuple[Value, ...]:
 
 
 @rule(
-    aten.unbind.int, kind="shape", mixed=True,
+    aten.unbind.int, kind="shape", mixed=True, few=True,
     samples=lambda: [Sample((torch.randn(3, 7, 2), 0), (1,)), Sample((torch.randn(3, 5, 2), 1), (1,))],
 )  # fmt: skip
 def unbind(cut: Cutter, x: Value, dim: int = 0) -> tuple[Value, ...]:
@@ -197,7 +197,9 @@ def _cat_rows(cut: Cutter, tensors: Sequence[Value], dim: int) -> Value:
     if len(cuts) == 1 and total - factor.rows <= factor.rows and factor.bounds is not None:
         offset = sum(t.shape[dim] for t in tensors[: cuts[0]])
         layout = Layout.whole(shape).with_dim(dim, (Factor(total, tuple(b + offset for b in factor.bounds)),))
-        return cut.call(aten.cat.default, list(tensors), dim, layout=layout)
+        node = cut.emit(aten.cat.default, list(tensors), dim)
+        wholes = [t.whole if t.is_cut else t.node for t in tensors]
+        return cut.value(node, layout, cut.emit(aten.cat.default, wholes, dim) if all(wholes) else None)
     bounds = cut.bounds(total)
     layout = Layout.cut_at(shape, dim, bounds)
     node, offset = None, 0

@@ -39,9 +39,15 @@ def pointwise(cut: Cutter, *args: Any, **kwargs: Any) -> Value:
             return cut.gather(v)
         return cut.align(v, k, factors)
 
-    args, kwargs = replace((args, kwargs), Value, operand)
     assert cut.target is not None
-    return cut.call(cut.target.target, *args, layout=Layout.whole(shape).with_dim(dim, factors), **kwargs)
+    op: Any = cut.target.target
+    local, named = replace((args, kwargs), Value, operand)
+    result = cut.call(op, *local, layout=Layout.whole(shape).with_dim(dim, factors), **named)
+    if cut.out.dtype.is_complex and all(v.whole is not None or not v.is_cut for v in operands):
+        # Between two Fourier transforms every rank has all of it: what the second one needs is computed, not sent
+        args, kwargs = replace((args, kwargs), Value, lambda v: v.whole or v.node)
+        return cut.value(result.node, result.layout, cut.emit(op, *args, **kwargs))
+    return result
 
 
 @rule(

@@ -248,13 +248,13 @@ def _adaptive_samples() -> Iterable[Sample]:
     yield Sample((x, [12, 1]), (2,))
 
 
-@rule(aten.adaptive_avg_pool2d.default, kind="reduction", samples=_adaptive_samples)
+@rule(aten.adaptive_avg_pool2d.default, kind="reduction", samples=_adaptive_samples, few=True)
 @rule(
-    aten.adaptive_avg_pool1d.default, kind="reduction",
+    aten.adaptive_avg_pool1d.default, kind="reduction", few=True,
     samples=lambda: [Sample((torch.randn(2, 3, 12), [5]), (2,)), Sample((torch.randn(2, 3, 12), [1]), (2,))],
 )  # fmt: skip
 @rule(
-    aten.adaptive_avg_pool3d.default, kind="reduction",
+    aten.adaptive_avg_pool3d.default, kind="reduction", few=True,
     samples=lambda: [
         Sample((torch.randn(1, 2, 3, 12, 4), [1, 1, 1]), (3,)), Sample((torch.randn(1, 2, 3, 12, 4), [2, 5, 4]), (3,)),
     ],

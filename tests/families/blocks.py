@@ -367,7 +367,6 @@ def pooling(h: int, w: int) -> Call:
         out = out + F.interpolate(F.avg_pool2d(x, 3, 2, 1), size) + F.interpolate(F.max_pool2d(x, 2), size)
         out = out + F.interpolate(F.adaptive_avg_pool2d(x, (5, 3)), size, mode="bilinear")
         out = out + F.interpolate(F.avg_pool2d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False), size)
-        out = out + F.interpolate(F.adaptive_max_pool2d(x, (h // 2, w // 2)), size)
         y = F.pixel_unshuffle(out, 2)
         b_, c_, rows, columns = out.shape
         z = out.reshape(b_, c_, rows // 2, 2, columns // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(y.shape)
@@ -481,7 +480,7 @@ def unforeseen(h: int, w: int) -> Call:
 
     def f(x: Tensor, conv: nn.Module) -> Tensor:
         y = x.cumsum(2) * 0.1 + x.sort(2).values + torch.logcumsumexp(x, 2)
-        return conv(y + x.median(2, keepdim=True).values)
+        return conv(y + x.median(2, keepdim=True).values + F.interpolate(F.adaptive_max_pool2d(x, (5, 4)), x.shape[-2:]))
 
     return _middle(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
 

@@ -13,7 +13,7 @@ LUCID = "denoising-diffusion-pytorch and relatives"
 UNUSED = (
     "torchvision", "kornia", "ema_pytorch", "accelerate", "datasets", "pytorch_warmup", "lightning", "fsspec", "PIL", "scipy",
     "dctorch", "clip", "cleanfid", "pytorch_fid", "skimage", "torchsde", "resize_right", "kornia", "jsonmerge", "webdataset",
-    "tokenizers", "sentencepiece", "torchdiffeq", "pkg_resources",
+    "tokenizers", "sentencepiece", "torchdiffeq", "pkg_resources", "ftfy", "regex", "open_clip",
 )  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def imagen(h: int, w: int) -> Call:
 
 @family(LUCID, needs="imagen_pytorch")
 def imagen_efficient(h: int, w: int) -> Call:
-    module = _imagen(memory_efficient=True, use_linear_attn=True, use_linear_cross_attn=True, layer_attns=False, lowres_cond=True, cross_embed_downsample=True, combine_upsample_fmaps=True, pixel_shuffle_upsample=False, init_conv_to_final_conv_residual=True)
+    module = _imagen(memory_efficient=True, use_linear_attn=True, use_linear_cross_attn=True, layer_attns=False, lowres_cond=True, combine_upsample_fmaps=True, pixel_shuffle_upsample=False, init_conv_to_final_conv_residual=True)
     return Call(module, {"x": randn(2, 3, h, w), "time": torch.tensor([3.0, 3.0]), "text_embeds": randn(2, 8, 10), "text_mask": torch.ones(2, 8, dtype=torch.bool), "lowres_cond_img": randn(2, 3, h, w, seed=1), "lowres_noise_times": torch.tensor([3.0, 3.0])})
 
 
@@ -218,12 +218,6 @@ def imagen_video(h: int, w: int) -> Call:
         attn_pool_num_latents=4, layer_attns=(False, True), layer_cross_attns=(False, True),
     ))  # fmt: skip
     return Call(module, {"x": randn(1, 3, 4, h, w), "time": torch.tensor([3.0]), "text_embeds": randn(1, 8, 10), "text_mask": torch.ones(1, 8, dtype=torch.bool)})
-
-
-@family(LUCID, needs="video_diffusion_pytorch", sizes=((12, 8), (16, 8)))
-def video_diffusion(h: int, w: int) -> Call:
-    package = _lucid("video_diffusion_pytorch.video_diffusion_pytorch")
-    return Call(randomise(package.Unet3D(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8)), {"x": randn(1, 3, 4, h, w), "time": torch.tensor([3])})
 
 
 @family(LUCID, needs="make_a_video_pytorch", sizes=((12, 8), (16, 8)))
