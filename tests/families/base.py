@@ -61,6 +61,8 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Fill every parameter with random values of a size that keeps activations about where they are."""
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
+        if not p.numel():
+            continue
         std = 0.1 if p.ndim < 2 else 1.0 / math.sqrt(max(1, p[0].numel()))
         centre = 0.7 if p.ndim < 2 else 0.0
         p.data = (torch.randn(p.shape, generator=generator) * std + centre).to(p.dtype)
@@ -139,10 +141,10 @@ def import_network(name: str, unused: tuple[str, ...] = ()) -> Any:
     for root in unused:
         try:
             importlib.import_module(root)
-        except ImportError:
+        except Exception:  # not there, or not for this version of what it needs
             missing.append(root)
     finder = _StubFinder(missing)
-    sys.meta_path.append(finder)
+    sys.meta_path.insert(0, finder)
     try:
         return importlib.import_module(name)
     finally:

@@ -110,14 +110,14 @@ def kandinsky_hint(h: int, w: int) -> Call:
     return call
 
 
-@family(GROUP, share=SHARE)
+@family(GROUP, share=SHARE, sizes=((40, 16), (64, 16)))
 def kandinsky3(h: int, w: int) -> Call:
     import diffusers
 
     module = randomise(
         diffusers.Kandinsky3UNet(
-            in_channels=4, time_embedding_dim=16, groups=2, attention_head_dim=4, layers_per_block=1,
-            block_out_channels=(8, 8, 16, 16), cross_attention_dim=8, encoder_hid_dim=20,
+            in_channels=4, time_embedding_dim=16, groups=2, attention_head_dim=4, layers_per_block=3,
+            block_out_channels=(8, 16, 32, 64), cross_attention_dim=8, encoder_hid_dim=20,
         )
     )  # fmt: skip
     mask = torch.ones(2, 7)
@@ -132,11 +132,13 @@ def kandinsky3(h: int, w: int) -> Call:
 def k_upscaler(h: int, w: int) -> Call:
     """The latent upscaler: blocks of k-diffusion with resampling by filters."""
     return unet(
-        h, w, in_channels=8, down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"), mid_block_type=None,
-        up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"), block_out_channels=(32, 32), cross_attention_dim=12,
+        h, w, in_channels=8, down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+        up_block_types=("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"), block_out_channels=(32, 64, 64),
+        time_embedding_dim=64,
+        cross_attention_dim=12, mid_block_type=None,
         time_embedding_type="fourier", act_fn="gelu", conv_in_kernel=1, conv_out_kernel=1, resnet_time_scale_shift="scale_shift",
         timestep_post_act="gelu", attention_head_dim=16, norm_num_groups=None, only_cross_attention=False,
-        resnet_skip_time_act=False, time_cond_proj_dim=None, layers_per_block=2,
+        resnet_skip_time_act=False, time_cond_proj_dim=None, layers_per_block=4,
     )  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def imagen(h: int, w: int) -> Call:
 
 @family(LUCID, needs="imagen_pytorch")
 def imagen_efficient(h: int, w: int) -> Call:
-    module = _imagen(memory_efficient=True, use_linear_attn=True, use_linear_cross_attn=True, layer_attns=False, lowres_cond=True, combine_upsample_fmaps=True, pixel_shuffle_upsample=False, init_conv_to_final_conv_residual=True)
+    module = _imagen(memory_efficient=True, use_linear_attn=True, use_linear_cross_attn=True, layer_attns=False, lowres_cond=True, pixel_shuffle_upsample=False, init_conv_to_final_conv_residual=True)
     return Call(module, {"x": randn(2, 3, h, w), "time": torch.tensor([3.0, 3.0]), "text_embeds": randn(2, 8, 10), "text_mask": torch.ones(2, 8, dtype=torch.bool), "lowres_cond_img": randn(2, 3, h, w, seed=1), "lowres_noise_times": torch.tensor([3.0, 3.0])})
 
 
@@ -232,4 +232,4 @@ def k_diffusion(h: int, w: int) -> Call:
     """Attention written by hand over (n, c, h, w), filters assembled in the graph."""
     package = _lucid("k_diffusion.models.image_v1")
     module = package.ImageDenoiserModelV1(c_in=3, feats_in=16, depths=(1, 1), channels=(64, 64), self_attn_depths=(False, True), cross_attn_depths=(False, True), cross_cond_dim=6)
-    return Call(randomise(module), {"input": randn(2, 3, h, w), "sigma": torch.tensor([0.5, 0.5]), "cross_cond": randn(2, 5, 6), "cross_cond_padding": torch.zeros(2, 5, dtype=torch.bool)})
+    return Call(randomise(module), {"input": randn(2, 3, h, w), "sigma": torch.tensor([0.5, 0.5]), "cross_cond": randn(2, 5, 6), "cross_cond_padding": torch.zeros(2, 5)})

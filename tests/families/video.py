@@ -85,7 +85,7 @@ def i2vgen_xl(h: int, w: int) -> Call:
     module = randomise(
         diffusers.I2VGenXLUNet(
             sample_size=(16, 16), layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=2, cross_attention_dim=16,
-            num_attention_heads=8, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            attention_head_dim=4, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
             up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
         )
     )  # fmt: skip
@@ -102,7 +102,7 @@ def unet1d(h: int, w: int) -> Call:
     import diffusers
 
     module = randomise(diffusers.UNet1DModel(
-        sample_size=h, in_channels=2, out_channels=2, extra_in_channels=16, block_out_channels=(32, 32, 64),
+        sample_size=h, in_channels=2, out_channels=2, extra_in_channels=64, block_out_channels=(32, 32, 64),
         time_embedding_type="fourier",
     ))  # fmt: skip
     return Call(module, {"sample": randn(2, 2, h), "timestep": torch.tensor([3.0, 3.0])})
