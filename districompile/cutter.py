@@ -71,7 +71,9 @@ class Cutter:
         self.fake_mode = fake_mode
         self.target: fx.Node | None = None
         self._memo: dict[Any, Any] = {}
-        self._fakes: dict[Any, Any] = {}  # networks repeat themselves: equal operators on equal shapes are run once
+        # Networks repeat themselves, and one capture is cut several times: equal operators on equal shapes are run once.
+        # The results live as long as their mode does.
+        self._fakes: dict[Any, Any] = vars(fake_mode).setdefault("districompile_results", {})
 
     # -- what is being localised ------------------------------------------------------------------------------------
 

@@ -170,7 +170,7 @@ def col2im(
     x.layout.coarse(2)
     bounds = cut.bounds(size[0])
     s, p, reach = stride[0], padding[0], (kernel[0] - 1) * dilation[0]
-    want = [(-((reach - a - p) // s), (b - 1 + p) // s + 1) for a, b in itertools.pairwise(bounds)]
+    want = [(min(-((reach - a - p) // s), (a + p) // s), (b - 1 + p) // s + 1) for a, b in itertools.pairwise(bounds)]
     assert tokens % columns == 0
     rows = cut.fetch(x, [(a * columns, b * columns) for a, b in want], kind="conv")
     heights: Any = per_rank((b - a - 1) * s + reach + 1 for a, b in want)

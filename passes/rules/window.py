@@ -179,7 +179,11 @@ def conv_transpose(
     i, dim = where.dim - first, where.dim
     bounds = cut.bounds(shape[dim])
     reach = (weight.shape[2 + i] - 1) * d[i]
-    want = [(-((reach - a - p[i]) // s[i]), (b - 1 + p[i]) // s[i] + 1) for a, b in itertools.pairwise(bounds)]
+    # From the first input row that reaches row a, or, where strides leave gaps, the one that stands before it
+    want = [
+        (min(-((reach - a - p[i]) // s[i]), (a + p[i]) // s[i]), (b - 1 + p[i]) // s[i] + 1)
+        for a, b in itertools.pairwise(bounds)
+    ]
     window = cut.fetch(x, want, kind="conv")
     rest, spare = list(p), list(extra)
     rest[i], spare[i] = 0, s[i] - 1  # room for rows that no input row reaches: the crop below takes what is due
