@@ -21,13 +21,11 @@ from districompile.cutter import Cutter, Value, values_in
 from districompile.errors import ConvertError
 from districompile.flops import flops_of
 from districompile.ir.layout import Layout, NotOutermost, Refused
+from districompile.ir.ops import ANY_STRIDES
 from districompile.ir.walk import replace
 from districompile.registry import find_rule, is_pointwise
 
 aten = torch.ops.aten
-
-# Gathered values need not have the strides that the original had
-_ANY_STRIDES = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 
 
 @dataclasses.dataclass
@@ -199,7 +197,7 @@ class _Propagation:
     def _plain(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.target is aten.as_strided.default:
             args = (self._as_it_lay(node, args[0]), *args[1:])
-        local = self.cut.emit(_ANY_STRIDES.get(node.target, node.target), *args, **kwargs)
+        local = self.cut.emit(ANY_STRIDES.get(node.target, node.target), *args, **kwargs)
         return self._wrap(local, local.meta["local"])
 
     def _as_it_lay(self, node: fx.Node, x: Any) -> Any:

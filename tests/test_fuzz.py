@@ -140,7 +140,7 @@ def attention(spec: Spec) -> Any:
             q, k, v = (u.unflatten(-1, (2, 2)).transpose(1, 2) for u in (q, k, v))
             t = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         elif which == 8:
-            scores = torch.baddbmm(torch.zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=0.5)
+            scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=0.5)
             t = torch.bmm(scores.softmax(-1), v)
         else:
             t = F.scaled_dot_product_attention(q, k, v)

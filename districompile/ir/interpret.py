@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from districompile.ir.layout import Layout, at_rank
-from districompile.ir.ops import ops
+from districompile.ir.ops import ANY_STRIDES, ops
 from districompile.ir.rows import wanted_rows
 
 Ranked = list[Any]
@@ -94,6 +94,6 @@ def _call(node: fx.Node, env: dict[fx.Node, Ranked], ranks: int) -> Ranked:
         key = (repr((args, kwargs)), tuple(id(env[n][r]) for n in operands))
         if key not in results:
             a, k = fx.map_arg((args, kwargs), lambda n, r=r: env[n][r])  # type: ignore[misc]
-            results[key] = node.target(*a, **k)  # type: ignore[operator]
+            results[key] = ANY_STRIDES.get(node.target, node.target)(*a, **k)  # type: ignore[operator]
         out.append(results[key])
     return out

@@ -25,6 +25,7 @@ def _nearest_samples() -> Iterable[Sample]:
     yield Sample((x, [5, 2], None), (2,))
     yield Sample((x, [9, 8], None), (2,))
     yield Sample((x, None, [1.5, 3.0]), (2,))
+    yield Sample((torch.randn(1, 2, 26, 4), [14, 4], None), (2,))
 
 
 @rule(aten.upsample_nearest2d.vec, kind="resize", samples=_nearest_samples)
@@ -51,7 +52,7 @@ def nearest(cut: Cutter, x: Value, size: Sequence[int] | None, scales: Sequence[
     rows_in, rows_out = x.layout.coarse(where.dim).size, shape[where.dim]
     bounds = cut.bounds(rows_out)
     step = _step(where.dim, rows_in, rows_out, scales)
-    source = [min(int(y * step), rows_in - 1) for y in range(rows_out)]
+    source = _floors(torch.arange(rows_out, dtype=torch.float32), step, rows_in)
     want = [(source[a], source[b - 1] + 1) for a, b in itertools.pairwise(bounds)]
     window = cut.fetch(x, want, kind="resize")
     layout = Layout.whole(shape).with_dim(where.dim, (Factor(rows_out, bounds),))
@@ -74,6 +75,11 @@ def nearest(cut: Cutter, x: Value, size: Sequence[int] | None, scales: Sequence[
         kept = None if scales is None else [1.0 if d == where.dim - 2 else s for d, s in enumerate(scales)]
         node = cut.emit(op, node, sizes, None) if kept is None else cut.emit(op, node, None, kept)
     return cut.value(node, layout)
+
+
+def _floors(rows: torch.Tensor, step: float, rows_in: int) -> list[int]:
+    """Source rows of nearest resizing: the product is rounded to float32 before it is floored, as torch does."""
+    return [min(int(v), rows_in - 1) for v in (rows * torch.tensor(step, dtype=torch.float32)).tolist()]
 
 
 def _step(dim: int, rows_in: int, rows_out: int, scales: Sequence[float] | None) -> float:
@@ -110,7 +116,7 @@ def nearest_exact(cut: Cutter, x: Value, size: Sequence[int] | None, scales: Seq
     rows_in, rows_out = x.layout.coarse(dim).size, shape[dim]
     bounds = cut.bounds(rows_out)
     step = _step(dim, rows_in, rows_out, scales)
-    source = [min(int((y + 0.5) * step), rows_in - 1) for y in range(rows_out)]
+    source = _floors(torch.arange(rows_out, dtype=torch.float32) + 0.5, step, rows_in)
     want = [(source[a], source[b - 1] + 1) for a, b in itertools.pairwise(bounds)]
     window = cut.fetch(x, want, kind="resize")
     picks = [[source[y] - lo for y in range(a, b)] for (lo, _), a, b in zip(want, bounds, bounds[1:], strict=False)]
@@ -184,10 +190,10 @@ def smooth(
     rows_in, rows_out = x.layout.coarse(dim).size, shape[dim]
     bounds = cut.bounds(rows_out)
     scale = _scale(dim, rows_in, rows_out, scales, align_corners)
-    if rows_out == rows_in and scale == 1:
+    antialias = op in (aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec)
+    if rows_out == rows_in and scale == 1 and not antialias:
         x = cut.rebound(x, bounds)
         return _columns(cut, x, x.node, op, dim, bounds, (align_corners,), scales)
-    antialias = op in (aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec)
     if not align_corners and rows_out % rows_in == 0 and scale == rows_in / rows_out and not antialias:
         return _by_whole_factor(cut, x, op, dim, bounds)
     reach = {"linear": 1, "cubic": 2, "linear_aa": 1, "cubic_aa": 2}[_KINDS[op]]
@@ -204,6 +210,12 @@ def smooth(
     heights: Any = per_rank(b - a for a, b in itertools.pairwise(bounds))
     resample = torch.ops.districompile.resample.default
     node = cut.emit(resample, window, dim, per_rank(bounds[:-1]), heights, lows, rows_in, scale, align_corners, _KINDS[op])
+    if antialias:  # torch's own is wrong on one column (CPU, 2.13), which a rank may have
+        for d in range(2, x.ndim):
+            if d != dim and (shape[d] != x.shape[d] or scales is not None and scales[d - 2] != 1):
+                step = _scale(d, x.shape[d], shape[d], scales, align_corners)
+                node = cut.emit(resample, node, d, 0, shape[d], 0, x.shape[d], step, align_corners, _KINDS[op])
+        return cut.value(node, Layout.whole(shape).with_dim(dim, (Factor(rows_out, bounds),)))
     return _columns(cut, x, node, op, dim, bounds, (align_corners,), scales)
 
 
