@@ -84,7 +84,7 @@ def i2vgen_xl(h: int, w: int) -> Call:
 
     module = randomise(
         diffusers.I2VGenXLUNet(
-            sample_size=(16, 16), layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=2, cross_attention_dim=16,
+            sample_size=(16, 16), layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=2, cross_attention_dim=16,
             attention_head_dim=4, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
             up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
         )
