@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,8 +70,8 @@ class Cutter:
         self.fake_mode = fake_mode
         self.target: fx.Node | None = None
         self._memo: dict[Any, Any] = {}
-        # Networks repeat themselves, and one capture is cut several times: equal operators on equal shapes are run once.
-        # The results live as long as their mode does.
+        # Networks repeat themselves, and one capture is cut several times: equal operators on equal shapes are run
+        # once. The results live as long as their mode does.
         self._fakes: dict[Any, Any] = vars(fake_mode).setdefault("districompile_results", {})
 
     # -- what is being localised ------------------------------------------------------------------------------------

@@ -118,8 +118,8 @@ class _Propagation:
             return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and find_rule(node.target) is None:
             raise ConvertError(
-                f"{node.target} ({node.name}, {source_line(node)}) draws random numbers inside the model, so ranks would "
-                "not compute one image: pass the noise as an input"
+                f"{node.target} ({node.name}, {source_line(node)}) draws random numbers inside the model, so ranks "
+                "would not compute one image: pass the noise as an input"
             )
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.env[n])
         work = flops_of(node)
@@ -165,7 +165,15 @@ class _Propagation:
             except NotOutermost:
                 args, kwargs = replace((args, kwargs), Value, self.cut.outermost)
                 return found.function(self.cut, *args, **kwargs)
-        except (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        except (
+            AssertionError,
+            AttributeError,
+            LookupError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as e:
             # Arguments that the rule's author did not foresee: never a reason to refuse the network
             raise Refused(f"the rule failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from e
 
@@ -205,7 +213,7 @@ class _Propagation:
         source: Any = node.args[0]
         if not source.meta["val"].is_contiguous():
             raise ConvertError(
-                f"{node.target} ({node.name}, {source_line(node)}) reads the memory of a tensor that is not contiguous; "
+                f"{node.target} ({node.name}, {source_line(node)}) reads the memory of a tensor that lies scattered; "
                 "call contiguous() on it first"
             )
         return self.cut.emit(aten.clone.default, x, memory_format=torch.contiguous_format)

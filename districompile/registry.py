@@ -57,8 +57,8 @@ def rule(
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for operator overloads (``aten.conv2d.default``, or an operator of the user's own).
 
-    ``mixed``: the rule may be given dims that carry replicated parts beside the cut rows, and leaves them so. ``few``: it
-    may be asked for results with fewer rows than ranks, and makes them whole.
+    ``mixed``: the rule may be given dims that carry replicated parts beside the cut rows, and leaves them so.
+    ``few``: it may be asked for results with fewer rows than ranks, and makes them whole.
 
     Raises :class:`ConvertError` if one of them has a rule already, unless ``override``: so a module imported under two
     names, or two extensions that claim one operator, are found out at import.

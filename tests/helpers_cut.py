@@ -1,4 +1,4 @@
-"""Cut a module's graph at given places and compare every rank's result with the module's own: no lowering, no engines."""
+"""Cut a module's graph at given places and compare every rank's result with the module's own: no lowering."""
 
 from __future__ import annotations
 

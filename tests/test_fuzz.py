@@ -74,7 +74,7 @@ def convolution(spec: Spec) -> Any:
     def run(m: Any, x: Tensor) -> Tensor:
         if min(x.shape[-2:]) + 2 * p < (k - 1) * d + 4:
             return m.conv(x)
-        weight = m.weight[: C, : C // groups, :k, :k]
+        weight = m.weight[:C, : C // groups, :k, :k]
         return F.conv2d(x, weight, None, s, p, d, groups)
 
     return run
@@ -111,10 +111,15 @@ def norm(spec: Spec) -> Any:
         return (x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), keepdim=True) + 0.1)
 
     return spec.pick(
-        lambda m, x: m.group(x), lambda m, x: m.group(x.flatten(2)).reshape(x.shape), layer, rms, adaptive,
-        lambda m, x: F.instance_norm(x), lambda m, x: F.normalize(x, dim=1),
+        lambda m, x: m.group(x),
+        lambda m, x: m.group(x.flatten(2)).reshape(x.shape),
+        layer,
+        rms,
+        adaptive,
+        lambda m, x: F.instance_norm(x),
+        lambda m, x: F.normalize(x, dim=1),
         lambda m, x: x / (torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True) + 1),
-    )  # fmt: skip
+    )
 
 
 @block
@@ -203,35 +208,50 @@ def moved(spec: Spec) -> Any:
         return y
 
     return spec.pick(
-        lambda m, x: torch.roll(x, 3, 2), lambda m, x: x + x.flip(2), write,
+        lambda m, x: torch.roll(x, 3, 2),
+        lambda m, x: x + x.flip(2),
+        write,
         lambda m, x: m.conv(torch.cat([x[:, :, -1:], x, x[:, :, :1]], 2)),
-        lambda m, x: torch.cat([x[:, :, 1:], x[:, :, :1]], 2), lambda m, x: torch.cat([x, x.flip(3)], 2),
+        lambda m, x: torch.cat([x[:, :, 1:], x[:, :, :1]], 2),
+        lambda m, x: torch.cat([x, x.flip(3)], 2),
         lambda m, x: torch.stack([x[:, :, ::2].mean(2), x[:, :, 1::2].mean(2)], 2).mean(2, keepdim=True) + x,
-        lambda m, x: x + m.table[:, :, 1 : 1 + x.shape[2], : x.shape[3]] if x.shape[2] < m.table.shape[2]
-        and x.shape[3] <= m.table.shape[3] else x,
-        lambda m, x: torch.cat([c * 1.5 for c in x.chunk(3, 2)], 2), lambda m, x: x.cumsum(2) * 0.1,
-    )  # fmt: skip
+        lambda m, x: (
+            x + m.table[:, :, 1 : 1 + x.shape[2], : x.shape[3]]
+            if x.shape[2] < m.table.shape[2] and x.shape[3] <= m.table.shape[3]
+            else x
+        ),
+        lambda m, x: torch.cat([c * 1.5 for c in x.chunk(3, 2)], 2),
+        lambda m, x: x.cumsum(2) * 0.1,
+    )
 
 
 @block
 def pooled(spec: Spec) -> Any:
     return spec.pick(
-        lambda m, x: x * m.point(F.adaptive_avg_pool2d(x, 1)).sigmoid(), lambda m, x: x + x.amax((2, 3), keepdim=True),
+        lambda m, x: x * m.point(F.adaptive_avg_pool2d(x, 1)).sigmoid(),
+        lambda m, x: x + x.amax((2, 3), keepdim=True),
         lambda m, x: x + torch.einsum("bn,bcn->bc", x[:, 0].flatten(1).softmax(-1), x.flatten(2))[:, :, None, None],
-        lambda m, x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), lambda m, x: F.max_pool2d(x, 3, 1, 1),
+        lambda m, x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+        lambda m, x: F.max_pool2d(x, 3, 1, 1),
         lambda m, x: x + F.interpolate(F.adaptive_avg_pool2d(x, (3, 2)), x.shape[2:], mode="bilinear"),
         lambda m, x: x + x.mean((0, 2, 3), keepdim=True),
-    )  # fmt: skip
+    )
 
 
 @block
 def lines(spec: Spec) -> Any:
     return spec.pick(
         lambda m, x: x + m.line(x.flatten(2)).reshape(x.shape),
-        lambda m, x: x + m.line(x.transpose(2, 3).flatten(2)).reshape(*x.shape[:2], x.shape[3], x.shape[2]).transpose(2, 3),
-        lambda m, x: x + m.line(x.permute(0, 3, 1, 2).flatten(0, 1)).reshape(x.shape[0], x.shape[3], C, -1).permute(0, 2, 3, 1),
-        lambda m, x: x + m.line(x.permute(0, 2, 1, 3).flatten(0, 1)).reshape(x.shape[0], x.shape[2], C, -1).permute(0, 2, 1, 3),
-    )  # fmt: skip
+        lambda m, x: (
+            x + m.line(x.transpose(2, 3).flatten(2)).reshape(*x.shape[:2], x.shape[3], x.shape[2]).transpose(2, 3)
+        ),
+        lambda m, x: (
+            x + m.line(x.permute(0, 3, 1, 2).flatten(0, 1)).reshape(x.shape[0], x.shape[3], C, -1).permute(0, 2, 3, 1)
+        ),
+        lambda m, x: (
+            x + m.line(x.permute(0, 2, 1, 3).flatten(0, 1)).reshape(x.shape[0], x.shape[2], C, -1).permute(0, 2, 1, 3)
+        ),
+    )
 
 
 def down(spec: Spec, m: Any, x: Tensor) -> Tensor:
@@ -317,9 +337,12 @@ def networks(draw: st.DrawFn) -> tuple[Net, Tensor, list[float]]:
 def test_random_networks(chunk: int) -> None:
     @seed(chunk)
     @settings(
-        max_examples=EXAMPLES, deadline=None, database=None, phases=[Phase.generate],
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(networks())
     def check(drawn: tuple[Net, Tensor, list[float]]) -> None:
         net, x, fractions = drawn

@@ -117,18 +117,28 @@ def test_pooling(data: st.DataObject, fractions: tuple[float, ...]) -> None:
 @given(st.data(), places())
 def test_adaptive_pooling(data: st.DataObject, fractions: tuple[float, ...]) -> None:
     n, sizes, at = data.draw(spatial())
-    op = {1: aten.adaptive_avg_pool1d.default, 2: aten.adaptive_avg_pool2d.default, 3: aten.adaptive_avg_pool3d.default}[n]
+    op = {
+        1: aten.adaptive_avg_pool1d.default,
+        2: aten.adaptive_avg_pool2d.default,
+        3: aten.adaptive_avg_pool3d.default,
+    }[n]
     check(op, Sample((randn(2, 3, *sizes), _each(data.draw, n, 1, 12)), (2 + at,)), fractions)
 
 
 _RESIZE = {
-    ("nearest", 1): aten.upsample_nearest1d.vec, ("nearest", 2): aten.upsample_nearest2d.vec,
-    ("nearest", 3): aten.upsample_nearest3d.vec, ("exact", 1): aten._upsample_nearest_exact1d.vec,
-    ("exact", 2): aten._upsample_nearest_exact2d.vec, ("exact", 3): aten._upsample_nearest_exact3d.vec,
-    ("linear", 1): aten.upsample_linear1d.vec, ("linear", 2): aten.upsample_bilinear2d.vec,
-    ("linear", 3): aten.upsample_trilinear3d.vec, ("cubic", 2): aten.upsample_bicubic2d.vec,
-    ("linear_aa", 2): aten._upsample_bilinear2d_aa.vec, ("cubic_aa", 2): aten._upsample_bicubic2d_aa.vec,
-}  # fmt: skip
+    ("nearest", 1): aten.upsample_nearest1d.vec,
+    ("nearest", 2): aten.upsample_nearest2d.vec,
+    ("nearest", 3): aten.upsample_nearest3d.vec,
+    ("exact", 1): aten._upsample_nearest_exact1d.vec,
+    ("exact", 2): aten._upsample_nearest_exact2d.vec,
+    ("exact", 3): aten._upsample_nearest_exact3d.vec,
+    ("linear", 1): aten.upsample_linear1d.vec,
+    ("linear", 2): aten.upsample_bilinear2d.vec,
+    ("linear", 3): aten.upsample_trilinear3d.vec,
+    ("cubic", 2): aten.upsample_bicubic2d.vec,
+    ("linear_aa", 2): aten._upsample_bilinear2d_aa.vec,
+    ("cubic_aa", 2): aten._upsample_bicubic2d_aa.vec,
+}
 
 
 @settings(MANY, max_examples=80)
@@ -229,7 +239,7 @@ def test_reductions(data: st.DataObject, fractions: tuple[float, ...]) -> None:
 @MANY
 @given(st.data(), places())
 def test_norms(data: st.DataObject, fractions: tuple[float, ...]) -> None:
-    n, sizes, at = data.draw(spatial())
+    _, sizes, at = data.draw(spatial())
     x = randn(2, 6, *sizes) * data.draw(st.sampled_from([1.0, 3.0])) + data.draw(st.sampled_from([0.0, 5.0]))
     groups = data.draw(st.sampled_from([1, 2, 3, 6]))
     check(aten.group_norm.default, Sample((x, groups, randn(6), randn(6), 1e-3), (2 + at, None, None)), fractions)
@@ -304,17 +314,30 @@ def _beside(front: int, back: int) -> Callable[[Tensor], Tensor]:
 
 
 _ON_MIXED: dict[str, Callable[[Tensor], Tensor]] = {
-    "pointwise": lambda t: t * 2 + t.sin(), "norm": lambda t: F.layer_norm(t, (t.shape[-1],)),
-    "rms": lambda t: t * t.pow(2).mean(-1, keepdim=True).rsqrt(), "mean": lambda t: t - t.mean(1, keepdim=True),
-    "softmax": lambda t: t.softmax(1), "maximum": lambda t: t - t.amax(1, keepdim=True), "heads": lambda t: F.scaled_dot_product_attention(
-        *(u.unflatten(-1, (2, -1)).transpose(1, 2) for u in (t, t, t))).transpose(1, 2).flatten(2),
-    "scores": lambda t: (t @ t.transpose(1, 2)).softmax(-1) @ t, "linear": lambda t: t.softmax(-1) @ (t.softmax(1).transpose(1, 2) @ t),
+    "pointwise": lambda t: t * 2 + t.sin(),
+    "norm": lambda t: F.layer_norm(t, (t.shape[-1],)),
+    "rms": lambda t: t * t.pow(2).mean(-1, keepdim=True).rsqrt(),
+    "mean": lambda t: t - t.mean(1, keepdim=True),
+    "softmax": lambda t: t.softmax(1),
+    "maximum": lambda t: t - t.amax(1, keepdim=True),
+    "heads": lambda t: (
+        F.scaled_dot_product_attention(*(u.unflatten(-1, (2, -1)).transpose(1, 2) for u in (t, t, t)))
+        .transpose(1, 2)
+        .flatten(2)
+    ),
+    "scores": lambda t: (t @ t.transpose(1, 2)).softmax(-1) @ t,
+    "linear": lambda t: t.softmax(-1) @ (t.softmax(1).transpose(1, 2) @ t),
     "conv": lambda t: F.conv1d(t.transpose(1, 2), torch.ones(4, 4, 3) / 9, padding=1).transpose(1, 2),
-    "roll": lambda t: t.roll(2, 1) + t, "flip": lambda t: t.flip(1) + t, "tail": lambda t: torch.cat([t, t[:, -1:]], 1)[:, :-1],
-    "swap": lambda t: torch.cat([t[:, 3:], t[:, :3]], 1), "var": lambda t: t / (t.var(1, keepdim=True) + 1),
-    "position": lambda t: t + torch.linspace(0, 1, t.shape[1])[None, :, None], "pool": lambda t: t + F.avg_pool1d(t.transpose(1, 2), 3, 1, 1).transpose(1, 2),
-    "norm2": lambda t: F.normalize(t, dim=1), "group": lambda t: F.group_norm(t.transpose(1, 2), 2).transpose(1, 2),
-}  # fmt: skip
+    "roll": lambda t: t.roll(2, 1) + t,
+    "flip": lambda t: t.flip(1) + t,
+    "tail": lambda t: torch.cat([t, t[:, -1:]], 1)[:, :-1],
+    "swap": lambda t: torch.cat([t[:, 3:], t[:, :3]], 1),
+    "var": lambda t: t / (t.var(1, keepdim=True) + 1),
+    "position": lambda t: t + torch.linspace(0, 1, t.shape[1])[None, :, None],
+    "pool": lambda t: t + F.avg_pool1d(t.transpose(1, 2), 3, 1, 1).transpose(1, 2),
+    "norm2": lambda t: F.normalize(t, dim=1),
+    "group": lambda t: F.group_norm(t.transpose(1, 2), 2).transpose(1, 2),
+}
 
 
 @settings(FEW, max_examples=40)

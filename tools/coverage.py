@@ -33,15 +33,16 @@ from tests.families.measure import Measured, load_families, measure  # noqa: E40
 
 HEADER = """# Coverage
 
-Written by `tools/coverage.py`: small configurations of networks that people use, with random parameters, all ranks in one
-process, float32, on a CPU. One line a family and number of ranks.
+Written by `tools/coverage.py`: small configurations of networks that people use, with random parameters, all ranks in
+one process, float32, on a CPU. One line a family and number of ranks.
 
 - **exact**: relative error of the exact phase against the network itself; 1e-5 is the limit.
-- **steady**: relative error of the displaced phase after so many calls on unchanging inputs, having started from others.
-- **cut**: the part of the FLOPs (convolutions, matrix products, attention) that is divided among the ranks. What every rank
-  does counts as not cut: halos that are computed twice, text tokens beside the image's, maps with fewer rows than ranks.
-- **few rows**: operators computed on every rank because their map has fewer rows than there are ranks. These networks are
-  tiny (a deepest map of 4 to 8 rows): a real one has 8 rows or more at that depth for each of up to 8 ranks.
+- **steady**: relative error of the displaced phase after so many calls on unchanging inputs, having
+  started from others.
+- **cut**: the part of the FLOPs (convolutions, matrix products, attention) that is divided among the ranks. What every
+  rank does counts as not cut: rows computed twice, text tokens beside the image's, maps with fewer rows than ranks.
+- **few rows**: operators computed on every rank because their map has fewer rows than there are ranks. These networks
+  are tiny (a deepest map of 4 to 8 rows); most real ones have 8 rows or more there.
 - **fallbacks**: operators computed on gathered inputs, and why.
 """
 
@@ -54,7 +55,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="families, with commas")
     parser.add_argument("--even", action="store_true", help="the size whose rows divide evenly")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--write", type=Path, nargs="+", help="run nothing: write the page of these files of JSON lines")
+    parser.add_argument(
+        "--write", type=Path, nargs="+", help="run nothing: write the page of these files of JSON lines"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md")
     options = parser.parse_args()
     if options.write:
@@ -107,18 +110,27 @@ def page(results: Sequence[Measured], refused: Sequence[tuple[str, str]]) -> str
     lines = [HEADER]
     worst = max((r.exact for r in results), default=0.0)
     names = {r.family for r in results}
-    lines.append(f"{len(names)} families, {len(results)} measurements; the largest error of an exact phase is {worst:.1e}.\n")
+    lines.append(
+        f"{len(names)} families, {len(results)} measurements; the largest error of an exact phase is {worst:.1e}.\n"
+    )
     short = [r for r in results if r.share < r.required]
     if short:
-        lines.append("Where less is cut than it should be (98 % for diffusers' UNets and autoencoders, 95 % for others):\n")
+        lines.append(
+            "Where less is cut than it should be (98 % for diffusers' UNets and autoencoders, 95 % for others):\n"
+        )
         for r in short:
-            why = f"{r.replicated} operators on maps with fewer rows than ranks" if r.replicated else "see its fallbacks"
+            why = (
+                f"{r.replicated} operators on maps with fewer rows than ranks" if r.replicated else "see its fallbacks"
+            )
             lines.append(f"- {r.family} on {r.ranks} ranks: {r.share:.1%} ({why})")
         lines.append("")
     for name, reason in refused:
         lines.append(f"- {name}: refused: {reason}")
     for group, members in itertools.groupby(results, key=lambda r: r.group):
-        lines += [f"\n## {group}\n", "| family | rows x columns | ranks | exact | steady | cut | few rows | fallbacks |"]
+        lines += [
+            f"\n## {group}\n",
+            "| family | rows x columns | ranks | exact | steady | cut | few rows | fallbacks |",
+        ]
         lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for r in members:
             converged = "" if r.steady is None else f"{r.steady:.1e} after {r.steps}"

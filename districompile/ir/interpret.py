@@ -94,6 +94,6 @@ def _call(node: fx.Node, env: dict[fx.Node, Ranked], ranks: int) -> Ranked:
         key = (repr((args, kwargs)), tuple(id(env[n][r]) for n in operands))
         if key not in results:
             a, k = fx.map_arg((args, kwargs), lambda n, r=r: env[n][r])  # type: ignore[misc]
-            results[key] = ANY_STRIDES.get(node.target, node.target)(*a, **k)  # type: ignore[operator]
+            results[key] = ANY_STRIDES.get(node.target, node.target)(*a, **k)
         out.append(results[key])
     return out

@@ -4,8 +4,8 @@ A dim is a product of factors, outermost first, so that ``view``, ``permute`` an
 ``(B, C, H*, W) -> flatten -> (B, C, H* W) -> transpose -> (B, H* W, C)``. At most one factor of a tensor is cut. Its
 ``bounds`` are R+1 offsets: rank r owns ``[bounds[r], bounds[r + 1])`` of it.
 
-A *mixed* factor carries replicated parts beside the cut one: what lies before ``bounds[0]`` and behind ``bounds[-1]`` is on
-every rank. So text tokens stand before or behind an image's: ``(B, 77 + H* W, C)``, and a rank holds
+A *mixed* factor carries replicated parts beside the cut one: what lies before ``bounds[0]`` and behind ``bounds[-1]``
+is on every rank. So text tokens stand before or behind an image's: ``(B, 77 + H* W, C)``, and a rank holds
 ``[text | its own tokens]``.
 """
 

@@ -36,8 +36,7 @@ _LIB.define(
 )
 _LIB.define("window_sums(Tensor x, int dim, int[] starts, int[] stops, int[] counts) -> Tensor")
 _LIB.define(
-    "resample(Tensor x, int dim, int first, int rows, int lo, int size,"
-    " float scale, bool aligned, str kind) -> Tensor"
+    "resample(Tensor x, int dim, int first, int rows, int lo, int size, float scale, bool aligned, str kind) -> Tensor"
 )
 _LIB.define("moments(Tensor x, int groups) -> Tensor")
 _LIB.define("merge_moments(Tensor parts, float[] counts) -> Tensor")
@@ -131,9 +130,9 @@ def resample(
     """Rows [first, first + rows) of ``x`` resized along ``dim``.
 
     ``x`` holds rows lo, lo + 1, ... of a whole of ``size`` rows. Output row y is centred at source row ``scale * y``
-    (``aligned`` at the corners) or ``scale * (y + 1/2) - 1/2``. ``kind`` is "linear" or "cubic", as ``torch.nn.functional.interpolate`` defines them, with
-    "_aa" for ``antialias=True``. Weights are computed by operators, in float32 as torch does: no constant has to be
-    copied to a device.
+    (``aligned`` at the corners) or ``scale * (y + 1/2) - 1/2``. ``kind`` is "linear" or "cubic", as
+    ``torch.nn.functional.interpolate`` defines them, with "_aa" for ``antialias=True``. Weights are computed by
+    operators, in float32 as torch does: no constant has to be copied to a device.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.arange(first, first + rows, dtype=wide, device=x.device)
@@ -247,7 +246,21 @@ _LIB.impl("exchange", lambda x, shape: x.new_empty(shape), "Meta")
 _LIB.impl("exchange", _outside, "CompositeExplicitAutograd")
 _LIB.impl("previous", lambda x: torch.empty_like(x), "Meta")
 _LIB.impl("previous", _outside, "CompositeExplicitAutograd")
-COMPOSITES = {f.__name__: f for f in (place, strips, pick, border_scale, window_sums, resample, moments, merge_moments, correct_moments, normalize)}
+COMPOSITES = {
+    f.__name__: f
+    for f in (
+        place,
+        strips,
+        pick,
+        border_scale,
+        window_sums,
+        resample,
+        moments,
+        merge_moments,
+        correct_moments,
+        normalize,
+    )
+}
 for _name, _function in COMPOSITES.items():
     _LIB.impl(_name, _function, "CompositeImplicitAutograd")
 

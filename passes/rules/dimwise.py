@@ -69,12 +69,13 @@ def _local(cut: Cutter, op: Any, x: Value, dims: set[int], args: Any, kwargs: An
     return tuple(values) if many else values[0]
 
 
+def _truths(*tail: Any) -> Callable[[], Iterable[Sample]]:
+    return lambda: [Sample((torch.randn(2, 3, 9, 4) > 0, *tail), (2,))]
+
+
 for _op, _tail in _ONE_DIM.items():
-    _bool = _op in (aten.any.dim, aten.all.dim)
-    rule(
-        _op, kind="dimwise", mixed=True,
-        samples=(lambda t=_tail: [Sample((torch.randn(2, 3, 9, 4) > 0, *t), (2,))]) if _bool else _sample(*_tail),
-    )(_dimwise)  # fmt: skip
+    _make = _truths if _op in (aten.any.dim, aten.all.dim) else _sample
+    rule(_op, kind="dimwise", mixed=True, samples=_make(*_tail))(_dimwise)
 
 
 _FFT = {
@@ -204,7 +205,8 @@ def cdist(cut: Cutter, a: Value, b: Value, p: float = 2.0, mode: int | None = No
 
 
 @rule(aten.outer.default, aten.ger.default, kind="contraction", mixed=True,
-      samples=lambda: [Sample((torch.randn(9), torch.randn(4)), (0, None)), Sample((torch.randn(3), torch.randn(9)), (None, 0))])  # fmt: skip
+      samples=lambda: [Sample((torch.randn(9), torch.randn(4)), (0, None)),
+                       Sample((torch.randn(3), torch.randn(9)), (None, 0))])  # fmt: skip
 def outer(cut: Cutter, a: Value, b: Value) -> Value:
     b = cut.gather(b) if a.is_cut else b
     return cut.call(aten.outer.default, a, b, layout=Layout((a.layout.dims[0], b.layout.dims[0])))
@@ -220,12 +222,19 @@ def type_as(cut: Cutter, x: Value, other: Value) -> Value:
 @rule(
     aten._native_batch_norm_legit_no_training.default, kind="pass-through",
     samples=lambda: [
-        Sample((torch.randn(2, 6, 9, 4), torch.randn(6), torch.randn(6), torch.randn(6), torch.rand(6) + 0.5, 0.1, 1e-5),
-               (2, None, None, None, None)),
+        Sample((torch.randn(2, 6, 9, 4), torch.randn(6), torch.randn(6), torch.randn(6), torch.rand(6) + 0.5, 0.1,
+                1e-5), (2, None, None, None, None)),
     ],
 )  # fmt: skip
 def batch_norm(
-    cut: Cutter, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, momentum: float, eps: float
+    cut: Cutter,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value,
+    var: Value,
+    momentum: float,
+    eps: float,
 ) -> tuple[Value, Value, Value]:
     """By running statistics: pointwise. What it would save for the backward pass is empty."""
     if x.cut_dim == 1:

@@ -64,7 +64,12 @@ def _matmul_samples() -> Iterable[Sample]:
     aten.bmm.default, kind="contraction", mixed=True,
     samples=lambda: [Sample((torch.randn(2, 9, 6), torch.randn(2, 6, 9)), (1, 2))],
 )  # fmt: skip
-@rule(aten.mm.default, kind="contraction", mixed=True, samples=lambda: [Sample((torch.randn(9, 6), torch.randn(6, 4)), (0, None))])
+@rule(
+    aten.mm.default,
+    kind="contraction",
+    mixed=True,
+    samples=lambda: [Sample((torch.randn(9, 6), torch.randn(6, 4)), (0, None))],
+)
 def matmul(cut: Cutter, a: Value, b: Value) -> Value:
     batch = max(a.ndim, b.ndim, 2) - 2
     names = "ABCDEFG"[:batch]
@@ -77,7 +82,8 @@ def matmul(cut: Cutter, a: Value, b: Value) -> Value:
 
 @rule(
     aten.baddbmm.default,
-    kind="contraction", mixed=True,
+    kind="contraction",
+    mixed=True,
     samples=lambda: [
         Sample(
             (torch.randn(2, 9, 9), torch.randn(2, 9, 6), torch.randn(2, 6, 9)), (None, 1, 2), {"beta": 0, "alpha": 0.3}
@@ -202,7 +208,7 @@ _SUMS = {"aten::softmax", "aten::_softmax", "aten::amax", "aten::sum", "aten::lo
 def _follow(user: torch.fx.Node, at: torch.fx.Node, dims: list[int]) -> list[int] | int | None:
     """What becomes of ``dims`` in ``user``: where they are then; the one that is normalised; or None: lost."""
     name = user.target._schema.name if isinstance(user.target, torch._ops.OpOverload) else ""
-    value = user.meta.get("val")
+    value, args = user.meta.get("val"), list[Any](user.args)
     if name in _SUMS and len(user.args) > 1:
         which: Any = user.args[1]
         which = which[0] if isinstance(which, list | tuple) and which else which
@@ -210,10 +216,10 @@ def _follow(user: torch.fx.Node, at: torch.fx.Node, dims: list[int]) -> list[int
     if name in ("aten::transpose", "aten::permute"):
         order = list(range(len(dims)))
         if name == "aten::transpose":
-            a, b = (int(i) % len(dims) for i in user.args[1:3])  # type: ignore[call-overload]
+            a, b = (int(i) % len(dims) for i in args[1:3])
             order[a], order[b] = order[b], order[a]
         else:
-            order = [int(i) % len(dims) for i in user.args[1]]  # type: ignore[union-attr, call-overload]
+            order = [int(i) % len(dims) for i in args[1]]
         return [order.index(d) for d in dims]
     if isinstance(value, torch.Tensor) and value.shape == at.meta["val"].shape:
         return dims  # pointwise, or as good as

@@ -92,6 +92,6 @@ def flip(cut: Cutter, x: Value, dims: Sequence[int]) -> Value:
     dims = [positive(d, x.ndim) for d in dims]
     if x.cut_dim not in dims:
         return cut.call(aten.flip.default, x, dims, layout=x.layout)
-    dim, bounds, size = rows_of(x)  # a merged dim is flipped as a whole, which turns all its factors round
+    _, bounds, size = rows_of(x)  # a merged dim is flipped as a whole, which turns all its factors round
     node = cut.fetch(x, [(size - b, size - a) for a, b in itertools.pairwise(bounds)])
     return cut.value(cut.emit(aten.flip.default, node, dims), x.layout)

@@ -1,7 +1,7 @@
 """Taking tensors apart and putting them together: slices, splits, concatenation, and writes into a slice.
 
-Along other dims than the rows all is local. Along the rows, whole tensors beside a cut one make a *mixed* dim (text tokens
-beside an image's), and slicing them off again gives the parts back; nothing is sent. What is left is a fetch.
+Along other dims than the rows all is local. Along the rows, whole tensors beside a cut one make a *mixed* dim (text
+tokens beside an image's), and slicing them off again gives the parts back; nothing is sent. What is left is a fetch.
 """
 
 from __future__ import annotations
@@ -155,9 +155,10 @@ def unbind(cut: Cutter, x: Value, dim: int = 0) -> tuple[Value, ...]:
         nodes = [cut.emit(aten.select.int, whole, dim, i) for i in range(x.shape[dim])]
         return tuple(cut.whole_value(n) for n in nodes)
     layout = x.layout.without([dim])
+    assert cut.target is not None
+    name = cut.target.name
     return tuple(
-        cut.value(cut.emit(aten.select.int, x, dim, i, name=f"{cut.target.name}_part"), layout)  # type: ignore[union-attr]
-        for i in range(x.shape[dim])
+        cut.value(cut.emit(aten.select.int, x, dim, i, name=f"{name}_part"), layout) for i in range(x.shape[dim])
     )
 
 
@@ -197,12 +198,13 @@ def _cat_rows(cut: Cutter, tensors: Sequence[Value], dim: int) -> Value:
     if len(cuts) == 1 and total - factor.rows <= factor.rows and factor.bounds is not None:
         offset = sum(t.shape[dim] for t in tensors[: cuts[0]])
         layout = Layout.whole(shape).with_dim(dim, (Factor(total, tuple(b + offset for b in factor.bounds)),))
-        node = cut.emit(aten.cat.default, list(tensors), dim)
+        joined = cut.emit(aten.cat.default, list(tensors), dim)
         wholes = [t.whole if t.is_cut else t.node for t in tensors]
-        return cut.value(node, layout, cut.emit(aten.cat.default, wholes, dim) if all(wholes) else None)
+        return cut.value(joined, layout, cut.emit(aten.cat.default, wholes, dim) if all(wholes) else None)
     bounds = cut.bounds(total)
     layout = Layout.cut_at(shape, dim, bounds)
-    node, offset = None, 0
+    node: torch.fx.Node | None = None
+    offset = 0
     for t in tensors:
         # What a rank has of the others is zero here, so that adding up puts all in their places
         want = [(a - offset, b - offset) for a, b in itertools.pairwise(bounds)]

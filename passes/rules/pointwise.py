@@ -59,7 +59,14 @@ def identity(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
     return x
 
 
-@rule(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default, kind="pointwise", mixed=True)
+@rule(
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+    kind="pointwise",
+    mixed=True,
+)
 def factory(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Takes dtype and device of ``x`` only; the new tensor is whole."""
     assert cut.target is not None

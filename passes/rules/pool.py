@@ -81,7 +81,8 @@ def avg_pool(
 
 
 @rule(aten.max_pool2d.default, kind="window",
-      samples=lambda: [*_pool_samples(), Sample((torch.randn(2, 3, 14, 6), [3, 3], [2, 2], [1, 1], [1, 1], True), (2,))])  # fmt: skip
+      samples=lambda: [*_pool_samples(),
+                       Sample((torch.randn(2, 3, 14, 6), [3, 3], [2, 2], [1, 1], [1, 1], True), (2,))])  # fmt: skip
 @rule(aten.max_pool1d.default, kind="window", samples=lambda: [Sample((torch.randn(2, 3, 14), [3], [2], [1]), (2,))])
 @rule(
     aten.max_pool3d.default, kind="window",
@@ -160,7 +161,8 @@ def col2im(
     cut: Cutter, x: Value, size: Sequence[int], kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int],
     stride: Sequence[int],
 ) -> Value:  # fmt: skip
-    """F.fold: windows added up into an image. Output row y gets token rows i where i*s - p <= y <= i*s - p + (k-1)*d."""
+    """F.fold: windows added up into an image. Output row y gets the token rows i where
+    i*s - p <= y <= i*s - p + (k-1)*d."""
     shape = cut.out_shape
     if x.ndim != 3 or x.cut_dim == 1:
         raise Refused("no batch dim, or channels that are cut")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -151,7 +153,9 @@ def spread_over_rows(
     y = cut.value(cast(cut, x.node, wide(x.dtype)), x.layout)
     centre = _mean(cut, y, dims, True, wide(x.dtype))
     away = cut.emit(aten.sub.Tensor, y, centre)
-    total = cut.reduce(cut.emit(aten.sum.dim_IntList, cut.emit(aten.mul.Tensor, away, away), list(dims), keepdim), "sum")
+    total = cut.reduce(
+        cut.emit(aten.sum.dim_IntList, cut.emit(aten.mul.Tensor, away, away), list(dims), keepdim), "sum"
+    )
     count = math.prod(x.shape[d] for d in dims)
     if not keepdim:
         centre = cut.emit(aten.squeeze.dims, centre, list(dims))
@@ -178,8 +182,6 @@ def var_mean(
 
 
 def _item(cut: Cutter, node: torch.fx.Node, index: int) -> torch.fx.Node:
-    import operator
-
     return cut.emit(operator.getitem, node, index)
 
 
@@ -284,11 +286,11 @@ def adaptive_avg_pool(cut: Cutter, x: Value, size: Sequence[int]) -> Value:
         bounded = x.layout.coarse(dim).bounds
         assert bounded is not None
         spans = [[(max(a, lo) - lo, max(max(a, lo), min(b, hi)) - lo) for a, b in windows]
-                 for lo, hi in zip(bounded, bounded[1:], strict=False)]  # fmt: skip
+                 for lo, hi in itertools.pairwise(bounded)]  # fmt: skip
         source = x.node
         layout = Layout.whole(shape)
     else:
-        want = [(windows[a][0], windows[b - 1][1]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        want = [(windows[a][0], windows[b - 1][1]) for a, b in itertools.pairwise(bounds)]
         source = cut.fetch(x, want, kind="resize")
         spans = [[(a - lo, b - lo) for a, b in windows[first:last]]
                  for first, last, (lo, _) in zip(bounds, bounds[1:], want, strict=False)]  # fmt: skip
@@ -299,6 +301,6 @@ def adaptive_avg_pool(cut: Cutter, x: Value, size: Sequence[int]) -> Value:
     divide: Any = share or per_rank([b - a for a, b in s] for s in spans)
     node = cut.emit(sums, source, dim, starts, stops, divide)
     if any(shape[d] != x.shape[d] for d in range(x.ndim - n, x.ndim) if d != dim):
-        inner[at] = rows_out if bounds is None else per_rank(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        inner[at] = rows_out if bounds is None else per_rank(b - a for a, b in itertools.pairwise(bounds))
         node = cut.emit(op, node, inner)
     return cut.reduce(node, "sum") if bounds is None else cut.value(node, layout)

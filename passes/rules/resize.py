@@ -99,7 +99,9 @@ def _exact_samples() -> Iterable[Sample]:
 
 @rule(aten._upsample_nearest_exact2d.vec, kind="resize", samples=_exact_samples)
 @rule(
-    aten._upsample_nearest_exact1d.vec, kind="resize", samples=lambda: [Sample((torch.randn(2, 3, 9), [13], None), (2,))]
+    aten._upsample_nearest_exact1d.vec,
+    kind="resize",
+    samples=lambda: [Sample((torch.randn(2, 3, 9), [13], None), (2,))],
 )
 @rule(
     aten._upsample_nearest_exact3d.vec, kind="resize",
@@ -154,7 +156,8 @@ def _linear_samples() -> Iterable[Sample]:
 
 
 _KINDS = {
-    aten.upsample_linear1d.vec: "linear", aten.upsample_bilinear2d.vec: "linear", aten.upsample_trilinear3d.vec: "linear",
+    aten.upsample_linear1d.vec: "linear", aten.upsample_bilinear2d.vec: "linear",
+    aten.upsample_trilinear3d.vec: "linear",
     aten.upsample_bicubic2d.vec: "cubic", aten._upsample_bilinear2d_aa.vec: "linear_aa",
     aten._upsample_bicubic2d_aa.vec: "cubic_aa",
 }  # fmt: skip
@@ -167,7 +170,8 @@ _KINDS = {
 @rule(
     aten.upsample_linear1d.vec, kind="resize",
     samples=lambda: [
-        Sample((torch.randn(2, 3, 9), [13], False, None), (2,)), Sample((torch.randn(2, 3, 9), None, False, [2.0]), (2,)),
+        Sample((torch.randn(2, 3, 9), [13], False, None), (2,)),
+        Sample((torch.randn(2, 3, 9), None, False, [2.0]), (2,)),
     ],
 )  # fmt: skip
 @rule(
@@ -209,10 +213,12 @@ def smooth(
     lows: Any = per_rank(lo for lo, _ in want)
     heights: Any = per_rank(b - a for a, b in itertools.pairwise(bounds))
     resample = torch.ops.districompile.resample.default
-    node = cut.emit(resample, window, dim, per_rank(bounds[:-1]), heights, lows, rows_in, scale, align_corners, _KINDS[op])
+    node = cut.emit(
+        resample, window, dim, per_rank(bounds[:-1]), heights, lows, rows_in, scale, align_corners, _KINDS[op]
+    )
     if antialias:  # torch's own is wrong on one column (CPU, 2.13), which a rank may have
         for d in range(2, x.ndim):
-            if d != dim and (shape[d] != x.shape[d] or scales is not None and scales[d - 2] != 1):
+            if d != dim and (shape[d] != x.shape[d] or (scales is not None and scales[d - 2] != 1)):
                 step = _scale(d, x.shape[d], shape[d], scales, align_corners)
                 node = cut.emit(resample, node, d, 0, shape[d], 0, x.shape[d], step, align_corners, _KINDS[op])
         return cut.value(node, Layout.whole(shape).with_dim(dim, (Factor(rows_out, bounds),)))

@@ -24,14 +24,22 @@ def _reshape_samples() -> Iterable[Sample]:
     yield Sample((x, [2, 6, 3, 12]), (2,))
 
 
-@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, kind="shape", mixed=True, samples=_reshape_samples)
+@rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    kind="shape",
+    mixed=True,
+    samples=_reshape_samples,
+)
 @rule(
     aten.flatten.using_ints, kind="shape", mixed=True,
     samples=lambda: [Sample((torch.randn(2, 6, 9, 4), 2), (2,)), Sample((torch.randn(2, 6, 9, 4), 1, 2), (2,))],
 )  # fmt: skip
 @rule(
     aten.unflatten.int,
-    kind="shape", mixed=True,
+    kind="shape",
+    mixed=True,
     samples=lambda: [
         Sample((torch.randn(2, 36, 4), 1, [9, -1]), (1,)),
         Sample((torch.randn(2, 7, 6), 2, [2, 3]), (1,)),
@@ -132,7 +140,8 @@ def expand(cut: Cutter, x: Value, size: Sequence[int], **kwargs: Any) -> Value:
 
 @rule(aten.expand_as.default, kind="shape", mixed=True,
       samples=lambda: [
-          Sample((torch.randn(1, 7), torch.randn(3, 7)), (1, 1)), Sample((torch.randn(1, 7), torch.randn(3, 7)), (None, 1)),
+          Sample((torch.randn(1, 7), torch.randn(3, 7)), (1, 1)),
+          Sample((torch.randn(1, 7), torch.randn(3, 7)), (None, 1)),
           Sample((torch.randn(1), torch.randn(3, 7)), (None, 1)),
       ])  # fmt: skip
 def expand_as(cut: Cutter, x: Value, other: Value) -> Value:
@@ -149,9 +158,13 @@ def expand_as(cut: Cutter, x: Value, other: Value) -> Value:
 @rule(
     aten.repeat.default,
     aten.tile.default,
-    kind="shape", mixed=True,
-    samples=lambda: [Sample((torch.randn(2, 7, 3), [2, 1, 3]), (1,)), Sample((torch.randn(7, 3), [2, 1, 2]), (0,)),
-                     Sample((torch.randn(2, 7, 3), [1, 2, 1]), (1,))],
+    kind="shape",
+    mixed=True,
+    samples=lambda: [
+        Sample((torch.randn(2, 7, 3), [2, 1, 3]), (1,)),
+        Sample((torch.randn(7, 3), [2, 1, 2]), (0,)),
+        Sample((torch.randn(2, 7, 3), [1, 2, 1]), (1,)),
+    ],
 )
 def repeat(cut: Cutter, x: Value, repeats: Sequence[int]) -> Value:
     times = [1] * (x.ndim - len(repeats)) + list(repeats)
@@ -175,7 +188,8 @@ def _repeat_rows(cut: Cutter, x: Value, times: Sequence[int]) -> Value:
 
 @rule(
     aten.repeat_interleave.self_int,
-    kind="shape", mixed=True,
+    kind="shape",
+    mixed=True,
     samples=lambda: [Sample((torch.randn(2, 7, 3), 2, 1), (1,)), Sample((torch.randn(2, 7, 3), 2, 0), (1,))],
 )
 def repeat_interleave(cut: Cutter, x: Value, repeats: int, dim: int | None = None, **kwargs: Any) -> Value:

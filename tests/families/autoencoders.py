@@ -12,9 +12,14 @@ GROUP = "diffusers autoencoders"
 SHARE = 0.98
 SIZES = ((14, 6), (16, 8))
 _KL: dict[str, Any] = {
-    "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4, "sample_size": 32,
-    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-}  # fmt: skip
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "sample_size": 32,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
 
 
 @family(GROUP, share=SHARE, sizes=SIZES)
@@ -41,9 +46,11 @@ def vae_tiny(h: int, w: int) -> Call:
     import diffusers
 
     vae = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
-    )  # fmt: skip
+    )
     return Call(Decoder(randomise(vae)), {"z": randn(1, 4, h, w)})
 
 
@@ -54,11 +61,16 @@ def vae_asymmetric(h: int, w: int) -> Call:
 
     vae = randomise(
         diffusers.AsymmetricAutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, down_block_out_channels=(8, 16), layers_per_down_block=1,
-            up_block_types=("UpDecoderBlock2D",) * 2, up_block_out_channels=(8, 16), layers_per_up_block=1,
-            norm_num_groups=4, sample_size=32,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            down_block_out_channels=(8, 16),
+            layers_per_down_block=1,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            up_block_out_channels=(8, 16),
+            layers_per_up_block=1,
+            norm_num_groups=4,
+            sample_size=32,
         )
-    )  # fmt: skip
+    )
 
     def decode(inner: Any, z: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = inner.decode(z, image=image, mask=mask).sample
@@ -83,9 +95,14 @@ def vq(h: int, w: int) -> Call:
     import diffusers
 
     vae = diffusers.VQModel(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4, layers_per_block=1, latent_channels=3, num_vq_embeddings=16,
-    )  # fmt: skip
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+        latent_channels=3,
+        num_vq_embeddings=16,
+    )
     return Call(Decoder(randomise(vae)), {"z": randn(1, 3, h, w)})
 
 
@@ -95,10 +112,16 @@ def movq(h: int, w: int) -> Call:
     import diffusers
 
     vae = diffusers.VQModel(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), norm_num_groups=4, layers_per_block=1, latent_channels=4,
-        num_vq_embeddings=16, norm_type="spatial", vq_embed_dim=4,
-    )  # fmt: skip
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        norm_num_groups=4,
+        layers_per_block=1,
+        latent_channels=4,
+        num_vq_embeddings=16,
+        norm_type="spatial",
+        vq_embed_dim=4,
+    )
     return Call(Decoder(randomise(vae), force_not_quantize=True), {"z": randn(1, 4, h, w)})
 
 
@@ -108,11 +131,17 @@ def dc_ae(h: int, w: int) -> Call:
     import diffusers
 
     vae = diffusers.AutoencoderDC(
-        latent_channels=8, attention_head_dim=4, encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 16),
-        decoder_block_out_channels=(8, 16), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
-    )  # fmt: skip
+        latent_channels=8,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+    )
     return Call(Decoder(randomise(vae)), {"z": randn(1, 8, h, w)})
 
 
@@ -122,9 +151,12 @@ def oobleck(h: int, w: int) -> Call:
     import diffusers
 
     vae = diffusers.AutoencoderOobleck(
-        encoder_hidden_size=4, downsampling_ratios=[2, 4], channel_multiples=[1, 2], decoder_channels=4,
+        encoder_hidden_size=4,
+        downsampling_ratios=[2, 4],
+        channel_multiples=[1, 2],
+        decoder_channels=4,
         decoder_input_channels=4,
-    )  # fmt: skip
+    )
     return Call(Decoder(randomise(vae)), {"z": randn(1, 4, h)}, {"z": 2})
 
 
@@ -133,9 +165,13 @@ def vae_cogvideox(h: int, w: int) -> Call:
     import diffusers
 
     vae = diffusers.AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=4, sample_height=32,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_height=32,
         sample_width=32,
-    )  # fmt: skip
+    )
     return Call(Decoder(randomise(vae)), {"z": randn(1, 4, 2, h, w)})
 
 
@@ -143,6 +179,13 @@ def vae_cogvideox(h: int, w: int) -> Call:
 def vae_wan(h: int, w: int) -> Call:
     import diffusers
 
-    vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
-                                     latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
     return Call(Decoder(randomise(vae)), {"z": randn(1, 4, 2, h, w)})

@@ -44,7 +44,11 @@ FAMILIES: dict[str, Family] = {}
 
 
 def family(
-    group: str, *, share: float = 0.95, sizes: Sequence[tuple[int, int]] = ((28, 12), (32, 16)), needs: str | None = None
+    group: str,
+    *,
+    share: float = 0.95,
+    sizes: Sequence[tuple[int, int]] = ((28, 12), (32, 16)),
+    needs: str | None = None,
 ) -> Callable[[Callable[[int, int], Call]], Callable[[int, int], Call]]:
     """Register a family. ``sizes`` are (rows, columns) to run it at: uneven for most numbers of ranks, then even."""
 
@@ -133,7 +137,7 @@ class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def import_network(name: str, unused: tuple[str, ...] = ()) -> Any:
     """Import a package whose networks need none of the packages ``unused`` that it imports for training; those are
     replaced by empty ones meanwhile, where they are not installed."""

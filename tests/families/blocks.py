@@ -1,4 +1,4 @@
-"""Networks written here, for constructs that the packages leave out: hand-written attention, filters, windows, tokens."""
+"""Networks written here, for constructs that the packages leave out: attention by hand, filters, windows, tokens."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _image(t: Tensor, like: Tensor) -> Tensor:
 
 @family(GROUP)
 def attention_ldm(h: int, w: int) -> Call:
-    """latent-diffusion's first AttnBlock: 1x1 convolutions, bmm over (b, c, hw), scores transposed before the second."""
+    """latent-diffusion's first AttnBlock: 1x1 convolutions, bmm over (b, c, hw), scores transposed in between."""
 
     def f(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module) -> Tensor:
         b, c, rows, columns = x.shape
@@ -283,7 +283,7 @@ def tokens_mixed(h: int, w: int) -> Call:
 
 @family(GROUP)
 def filters_upfirdn(h: int, w: int) -> Call:
-    """StyleGAN's resampling: zeros interleaved, padded, cropped, convolved with channels in the batch, every other row."""
+    """StyleGAN's resampling: zeros interleaved, padded, cropped, channels in the batch, every other row."""
 
     def up(x: Tensor, kernel: Tensor) -> Tensor:
         b, c, rows, columns = x.shape
@@ -305,7 +305,7 @@ def filters_upfirdn(h: int, w: int) -> Call:
 
 @family(GROUP)
 def filters_depthwise(h: int, w: int) -> Call:
-    """Filters assembled in the graph by new_zeros and index_put, reflected borders, transposed convolution with crop."""
+    """Filters assembled in the graph by new_zeros and index_put, reflected borders, a transposed convolution."""
 
     def kernel(x: Tensor) -> Tensor:
         line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
@@ -327,14 +327,26 @@ def convolutions(h: int, w: int) -> Call:
     """Grouped, depthwise, dilated, large, asymmetric, transposed, growing and shrinking again."""
     return _call(
         nn.Sequential(
-            nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2), nn.SiLU(),
-            nn.Conv2d(8, 8, (5, 1), padding=(2, 0)), nn.Conv2d(8, 8, 3, padding=4, dilation=4), nn.Conv2d(8, 8, 3, padding=2),
-            nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, (1, 3), padding=(0, 1), padding_mode="circular"), nn.Conv2d(8, 8, 3, padding="same"),
-            nn.Conv2d(8, 8, 4, 2, 1), nn.ConvTranspose2d(8, 8, 4, 2, 1), nn.ReflectionPad2d(2), nn.Conv2d(8, 8, 5),
-            nn.ReplicationPad2d((0, 1, 0, 1)), nn.Conv2d(8, 8, 3, 2), nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, groups=2),
+            nn.Conv2d(8, 8, 7, padding=3, groups=8),
+            nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2),
+            nn.SiLU(),
+            nn.Conv2d(8, 8, (5, 1), padding=(2, 0)),
+            nn.Conv2d(8, 8, 3, padding=4, dilation=4),
+            nn.Conv2d(8, 8, 3, padding=2),
+            nn.Conv2d(8, 8, 3),
+            nn.Conv2d(8, 8, (1, 3), padding=(0, 1), padding_mode="circular"),
+            nn.Conv2d(8, 8, 3, padding="same"),
+            nn.Conv2d(8, 8, 4, 2, 1),
+            nn.ConvTranspose2d(8, 8, 4, 2, 1),
+            nn.ReflectionPad2d(2),
+            nn.Conv2d(8, 8, 5),
+            nn.ReplicationPad2d((0, 1, 0, 1)),
+            nn.Conv2d(8, 8, 3, 2),
+            nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, groups=2),
         ),
-        h, w,
-    )  # fmt: skip
+        h,
+        w,
+    )
 
 
 @family(GROUP)
@@ -345,9 +357,14 @@ def resizing(h: int, w: int) -> Call:
         size = x.shape[-2:]
         out = x
         for mode, options in (
-            ("nearest", {}), ("nearest-exact", {}), ("bilinear", {}), ("bilinear", {"align_corners": True}), ("bicubic", {}),
-            ("bilinear", {"antialias": True}), ("bicubic", {"antialias": True}),
-        ):  # fmt: skip
+            ("nearest", {}),
+            ("nearest-exact", {}),
+            ("bilinear", {}),
+            ("bilinear", {"align_corners": True}),
+            ("bicubic", {}),
+            ("bilinear", {"antialias": True}),
+            ("bicubic", {"antialias": True}),
+        ):
             y = F.interpolate(x, scale_factor=0.75, mode=mode, **options)
             out = out + F.interpolate(conv(y), size=size, mode=mode, **options)
         return out
@@ -372,7 +389,9 @@ def pooling(h: int, w: int) -> Call:
         z = out.reshape(b_, c_, rows // 2, 2, columns // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(y.shape)
         return F.pixel_shuffle(c(y) + d(z), 2)
 
-    return _middle(f, h, w, a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 1, 1), c=nn.Conv2d(32, 32, 1), d=nn.Conv2d(32, 32, 3, padding=1))
+    return _middle(
+        f, h, w, a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 1, 1), c=nn.Conv2d(32, 32, 1), d=nn.Conv2d(32, 32, 3, padding=1)
+    )
 
 
 @family(GROUP)
@@ -382,7 +401,11 @@ def norms(h: int, w: int) -> Call:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.instance, self.group, self.batch = nn.InstanceNorm2d(8, affine=True), nn.GroupNorm(2, 8), nn.BatchNorm2d(8)
+            self.instance, self.group, self.batch = (
+                nn.InstanceNorm2d(8, affine=True),
+                nn.GroupNorm(2, 8),
+                nn.BatchNorm2d(8),
+            )
             self.conv = nn.Conv2d(8, 8, 3, padding=1)
             self.scale = nn.Parameter(torch.ones(8, 1, 1))
 
@@ -480,7 +503,9 @@ def unforeseen(h: int, w: int) -> Call:
 
     def f(x: Tensor, conv: nn.Module) -> Tensor:
         y = x.cumsum(2) * 0.1 + x.sort(2).values + torch.logcumsumexp(x, 2)
-        return conv(y + x.median(2, keepdim=True).values + F.interpolate(F.adaptive_max_pool2d(x, (5, 4)), x.shape[-2:]))
+        return conv(
+            y + x.median(2, keepdim=True).values + F.interpolate(F.adaptive_max_pool2d(x, (5, 4)), x.shape[-2:])
+        )
 
     return _middle(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
 

@@ -47,7 +47,9 @@ def load_families() -> dict[str, Family]:
     return {n: f for n, f in FAMILIES.items() if f.needs is None or importlib.util.find_spec(f.needs) is not None}
 
 
-def measure(family: Family, size: tuple[int, int], ranks: Sequence[int], steady: Sequence[int] = ()) -> Iterator[Measured]:
+def measure(
+    family: Family, size: tuple[int, int], ranks: Sequence[int], steady: Sequence[int] = ()
+) -> Iterator[Measured]:
     """Capture once, then cut for each number of ranks. ``steady``: for which of them to run the displaced phase too."""
     started = time.perf_counter()
     call = family.make(*size)
@@ -61,9 +63,16 @@ def measure(family: Family, size: tuple[int, int], ranks: Sequence[int], steady:
         report = program.report()
         reasons = collections.Counter(f"{f['op']}: {f['reason']}" for f in report.fallbacks())
         result = Measured(
-            family.name, family.group, size, r, exact, report.cut_share() or 0.0, family.share, dict(reasons),
+            family.name,
+            family.group,
+            size,
+            r,
+            exact,
+            report.cut_share() or 0.0,
+            family.share,
+            dict(reasons),
             len(program.plan.report["replicated"]),
-        )  # fmt: skip
+        )
         if r in steady:
             result = dataclasses.replace(result, **_converge(program, family, size, want))
         yield dataclasses.replace(result, seconds=time.perf_counter() - started)
@@ -84,9 +93,8 @@ def _converge(program: Any, family: Family, size: tuple[int, int], want: Any) ->
     args, kwargs = pytree.tree_map(other, (call.args, call.kwargs))
     program.reset()
     program.simulate(*args, **kwargs)
-    error = float("inf")
-    for step in range(1, STEPS + 1):
+    error, steps = float("inf"), 0
+    while error > 1e-5 and steps < STEPS:
         error = error_of(_run(program, family.make(*size), "steady"), want)
-        if error <= 1e-5:
-            break
-    return {"steady": error, "steps": step}
+        steps += 1
+    return {"steady": error, "steps": steps}
