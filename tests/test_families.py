@@ -27,7 +27,8 @@ def test_family(name: str) -> None:
     [result] = measure(family, family.sizes[0], [ranks], [ranks])
     assert result.exact <= 1e-5
     assert result.steady is not None and result.steady <= 1e-5
-    assert result.share >= family.share, result
+    # Maps with fewer rows than ranks are named; nothing else may cost more
+    assert result.share >= family.share or result.replicated, result
     assert not any("the rule failed" in reason for reason in result.fallbacks), result.fallbacks
 
 

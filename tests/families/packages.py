@@ -155,7 +155,7 @@ def monai_vqvae(h: int, w: int) -> Call:
     return Call(Decoder(vae), {"z": randn(1, 4, h, w)})
 
 
-@family(MONAI, needs="monai", sizes=((32, 16), (48, 16)))
+@family(MONAI, needs="monai", sizes=((96, 8), (64, 8)))
 def monai_segmentation(h: int, w: int) -> Call:
     """A residual UNet with transposed convolutions and PReLU."""
     module = randomise(
