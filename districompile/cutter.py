@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from districompile.ir.layout import Factor, Layout, PerRank, Refused, at_rank, per_rank, scale_bounds
+from districompile.ir.layout import Cut, Factor, Layout, PerRank, Refused, at_rank, per_rank, scale_bounds
 from districompile.ir.ops import ops
 from districompile.ir.walk import of_type, replace
 
@@ -71,7 +70,9 @@ class Cutter:
         self.fake_mode = fake_mode
         self.target: fx.Node | None = None
         self._memo: dict[Any, Any] = {}
-        self._fakes: dict[Any, Any] = {}  # networks repeat themselves: equal operators on equal shapes are run once
+        # Networks repeat themselves, and one capture is cut several times: equal operators on equal shapes are run
+        # once. The results live as long as their mode does.
+        self._fakes: dict[Any, Any] = vars(fake_mode).setdefault("districompile_results", {})
 
     # -- what is being localised ------------------------------------------------------------------------------------
 
@@ -167,14 +168,59 @@ class Cutter:
     def _slice_whole(self, node: fx.Node, layout: Layout) -> fx.Node:
         cut = layout.cut
         assert cut is not None
-        start, stop = self.own(cut.bounds)
         if cut.index == 0:
-            inner = math.prod(f.size for f in layout.dims[cut.dim][1:])
-            return self.emit(aten.slice.Tensor, node, cut.dim, _times(start, inner), _times(stop, inner))
+            return self._own_rows(node, cut.dim, layout.coarse(cut.dim))
         flat, at = layout.flat()
         split = self.emit(aten.reshape.default, node, [f.size for f in flat])
-        mine = self.emit(aten.slice.Tensor, split, at, start, stop)
-        return self.emit(aten.reshape.default, mine, self.local_sizes(layout))
+        return self.emit(aten.reshape.default, self._own_rows(split, at, cut.factor), self.local_sizes(layout))
+
+    def _own_rows(self, node: fx.Node, dim: int, factor: Factor) -> fx.Node:
+        """Each rank's rows of a whole tensor, between the replicated parts where the factor is mixed."""
+        assert factor.bounds is not None
+        start, stop = self.own(factor.bounds)
+        mine = self.emit(aten.slice.Tensor, node, dim, start, stop)
+        if not factor.mixed:
+            return mine
+        parts = [mine]
+        if factor.bounds[0]:
+            parts.insert(0, self.emit(aten.slice.Tensor, node, dim, 0, factor.bounds[0]))
+        if factor.bounds[-1] < factor.size:
+            parts.append(self.emit(aten.slice.Tensor, node, dim, factor.bounds[-1], factor.size))
+        return self.emit(aten.cat.default, parts, dim)
+
+    def unmixed(self, x: Value) -> Value:
+        """``x`` without replicated parts: what stood before the cut rows is the first rank's, what stood behind them
+        the last one's. Nothing is sent. Any other value is given back as it is."""
+        cut = x.layout.cut
+        if cut is None or not cut.mixed:
+            return x
+        if self.ranks == 1:
+            return self.value(x.node, x.layout.map_cut(lambda f: f.unmixed), x.whole)
+        key = ("unmixed", x.node)
+        if key not in self._memo:
+            self._memo[key] = self._unmixed(x, cut)
+        return self._memo[key]  # type: ignore[no-any-return]
+
+    def _unmixed(self, x: Value, cut: Cut) -> Value:
+        node, dim, factor = x.node, cut.dim, cut.factor
+        layout = x.layout.map_cut(lambda f: f.unmixed)
+        if cut.index:
+            flat, dim = x.layout.flat()
+            node = self.emit(aten.reshape.default, node, self.local_sizes(Layout(tuple((f,) for f in flat))))
+        else:
+            factor = x.layout.coarse(dim)
+        node = self.emit(aten.slice.Tensor, node, dim, *self._owned(factor))
+        if cut.index:
+            node = self.emit(aten.reshape.default, node, self.local_sizes(layout))
+        return self.value(node, layout, x.whole)
+
+    def _owned(self, factor: Factor) -> tuple[int | PerRank[int], int | PerRank[int]]:
+        """(start, stop) of what each rank keeps of a mixed factor's local part when replicas are dropped."""
+        assert factor.bounds is not None
+        last, after = self.ranks - 1, factor.size - factor.bounds[-1]
+        starts = [0 if r == 0 else factor.bounds[0] for r in range(self.ranks)]
+        stops = [factor.local(r) - (0 if r == last else after) for r in range(self.ranks)]
+        return per_rank(starts), per_rank(stops)
 
     def local_sizes(self, layout: Layout) -> list[int | PerRank[int]]:
         """The local shape, with PerRank where ranks differ: for ``reshape`` and ``expand``."""
@@ -190,6 +236,7 @@ class Cutter:
         "zeros", "circular", "reflect" or "replicate". ``any_order`` allows the rank's own rows to come first (attention
         does not care, and all ranks then have the same graph). Returns a node, as the result overlaps between ranks.
         """
+        x = self.unmixed(x)
         cut = x.layout.cut
         assert cut is not None
         bounds = x.layout.coarse(cut.dim).bounds
@@ -223,6 +270,10 @@ class Cutter:
         assert self.target is not None
         return str(self.target.meta.get("site") or self.target.name)
 
+    def window(self, x: Value, dim: int, want: Sequence[tuple[int, int]], fill: float = 0.0) -> fx.Node:
+        """Rows [lo, hi) along ``dim`` of a whole value, for each rank; rows outside hold ``fill``."""
+        return self._window_of_whole(x.node, dim, x.shape[dim], want, fill)
+
     def _window_of_whole(
         self, node: fx.Node, dim: int, n: int, want: Sequence[tuple[int, int]], fill: float
     ) -> fx.Node:
@@ -254,14 +305,31 @@ class Cutter:
             flat, at = x.layout.flat()
             split = Layout(tuple((f,) for f in flat))
             inner = self.call(aten.reshape.default, x, self.local_sizes(split), layout=split)
-            n = flat[at].size
-            node = self.fetch(inner, [(0, n)] * self.ranks, kind=kind)
+            node = self._gather_rows(inner, at, kind, False)
             return self.whole_value(self.emit(aten.reshape.default, node, list(x.shape)))
-        n = x.shape[cut.dim]
-        return self.whole_value(self.fetch(x, [(0, n)] * self.ranks, kind=kind, any_order=any_order))
+        return self.whole_value(self._gather_rows(x, cut.dim, kind, any_order))
+
+    def _gather_rows(self, x: Value, dim: int, kind: str, any_order: bool) -> fx.Node:
+        factor = x.layout.coarse(dim)
+        bounds = factor.bounds
+        assert bounds is not None
+        if not factor.mixed:
+            return self.fetch(x, [(0, factor.size)] * self.ranks, kind=kind, any_order=any_order)
+        before, after, n = bounds[0], factor.size - bounds[-1], factor.rows
+        own = per_rank(before + b - a for a, b in itertools.pairwise(bounds))
+        mine = self.emit(aten.slice.Tensor, x, dim, before, own)
+        layout = x.layout.with_dim(dim, (Factor(n, tuple(b - before for b in bounds)),))
+        rows = self.fetch(self.value(mine, layout), [(0, n)] * self.ranks, kind=kind, any_order=any_order)
+        parts = [rows]
+        if before:
+            parts.insert(0, self.emit(aten.slice.Tensor, x, dim, 0, before))
+        if after:
+            parts.append(self.emit(aten.slice.Tensor, x, dim, own, _plus(own, after)))
+        return self.emit(aten.cat.default, parts, dim)
 
     def rebound(self, x: Value, bounds: Sequence[int], *, kind: str = "other") -> Value:
         """``x`` cut at other bounds along the same dim (which must be one factor)."""
+        x = self.unmixed(x)
         cut = x.layout.cut
         assert cut is not None
         if tuple(cut.bounds) == tuple(bounds) and len(x.layout.dims[cut.dim]) == 1:
@@ -281,12 +349,21 @@ class Cutter:
         if x.layout.dims[dim] == want.dims[dim]:
             return x
         target = want.dims[dim]
-        if cut.dim == dim and cut.index == 0 and target[0].bounds is not None:
+        if cut.dim == dim and cut.index == 0 and target[0].bounds is not None and not target[0].mixed:
             bounds = want.coarse(dim).bounds
             assert bounds is not None
             moved = self.rebound(x, bounds, kind=kind)
             return self.value(moved.node, want, x.whole)
         return self.take(self.gather(x, kind=kind), Layout.whole(x.shape).with_dim(dim, factors))
+
+    def outermost(self, x: Value) -> Value:
+        """``x`` with the rows outermost in their dim: where they are not (pixels column by column), the dim is cut anew
+        as a whole, which takes all of it."""
+        cut = x.layout.cut
+        if cut is None or cut.index == 0:
+            return x
+        size = x.shape[cut.dim]
+        return self.take(self.gather(x), Layout.cut_at(x.shape, cut.dim, self.bounds(size)))
 
     def reduce(self, x: fx.Node, op: str, *, kind: str = "other") -> Value:
         """Sum, max or min over the ranks of partial results that all have one shape."""
@@ -324,8 +401,8 @@ def _signature(x: Any) -> Any:
     return tuple(_signature(v) for v in x) if isinstance(x, list | tuple) else repr(x)
 
 
-def _times(x: int | PerRank[int], k: int) -> int | PerRank[int]:
-    return per_rank(v * k for v in x.values) if isinstance(x, PerRank) else x * k
+def _plus(x: int | PerRank[int], k: int) -> int | PerRank[int]:
+    return per_rank(v + k for v in x.values) if isinstance(x, PerRank) else x + k
 
 
 def values_in(x: Any) -> list[Value]:

@@ -7,20 +7,25 @@ ranks it cuts (*localise*), with the annotation telling where a value that had t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from districompile.cutter import Cutter, Value, values_in
 from districompile.errors import ConvertError
 from districompile.flops import flops_of
-from districompile.ir.layout import Factor, Layout, Refused
+from districompile.ir.layout import Layout, NotOutermost, Refused
+from districompile.ir.ops import ANY_STRIDES
 from districompile.ir.walk import replace
 from districompile.registry import find_rule, is_pointwise
+
+aten = torch.ops.aten
 
 
 @dataclasses.dataclass
@@ -111,6 +116,11 @@ class _Propagation:
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
             return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and find_rule(node.target) is None:
+            raise ConvertError(
+                f"{node.target} ({node.name}, {source_line(node)}) draws random numbers inside the model, so ranks "
+                "would not compute one image: pass the noise as an input"
+            )
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.env[n])
         work = flops_of(node)
         if not any(v.is_cut for v in values_in((args, kwargs))):
@@ -119,34 +129,60 @@ class _Propagation:
                 self.result.flops_whole += work
             return self._settle(node, self._plain(node, args, kwargs))
         try:
-            if self._too_few_rows(node):
+            found = find_rule(node.target)
+            if self._too_few_rows(node) and not (found is not None and found.few):
                 self.result.replicated.append(node.name)
                 self.result.flops_whole += work
                 return self._plain(node, *self._gathered(args, kwargs))
+            before = len(self.local.nodes)
             value = self._apply(node, args, kwargs)
-            self.result.flops_cut += work
+            whole = self._whole_work(work, before)
+            self.result.flops_whole += whole
+            self.result.flops_cut += work - whole
             return self._settle(node, value)
         except Refused as refusal:
             # What the rule emitted before it refused is used by nothing: dead code, dropped later
             self.result.flops_whole += work
             return self._fall_back(node, args, kwargs, str(refusal))
 
+    def _whole_work(self, work: float, before: int) -> float:
+        """How much of an operator's work every rank does: read off what the ranks do together, beyond doing it once."""
+        if not work or self.cut.ranks == 1:
+            return 0.0
+        made = itertools.islice(reversed(self.local.nodes), len(self.local.nodes) - before)
+        done = sum(flops_of(n, r) for n in made for r in range(self.cut.ranks))
+        return min(work, max(0.0, (done - work) / (self.cut.ranks - 1)))
+
     def _apply(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        found = find_rule(node.target)
-        if found is not None:
-            return found.function(self.cut, *args, **kwargs)
-        if is_pointwise(node.target):
-            rule = find_rule("pointwise")
-            assert rule is not None
-            return rule.function(self.cut, *args, **kwargs)
-        raise Refused("the operator has no rule")
+        found = find_rule("pointwise" if find_rule(node.target) is None and is_pointwise(node.target) else node.target)
+        if found is None:
+            raise Refused("the operator has no rule")
+        if not found.mixed:
+            args, kwargs = replace((args, kwargs), Value, self.cut.unmixed)
+        try:
+            try:
+                return found.function(self.cut, *args, **kwargs)
+            except NotOutermost:
+                args, kwargs = replace((args, kwargs), Value, self.cut.outermost)
+                return found.function(self.cut, *args, **kwargs)
+        except (
+            AssertionError,
+            AttributeError,
+            LookupError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as e:
+            # Arguments that the rule's author did not foresee: never a reason to refuse the network
+            raise Refused(f"the rule failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from e
 
     def _too_few_rows(self, node: fx.Node) -> bool:
         for layout in _layouts(self.annotation.get(node.name)):
             cut = layout.cut
             if cut is not None:
                 try:
-                    self.cut.bounds(cut.size)
+                    self.cut.bounds(cut.rows)
                 except Refused:
                     return True
         return False
@@ -167,8 +203,20 @@ class _Propagation:
         return self._settle(node, value)
 
     def _plain(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        local = self.cut.emit(node.target, *args, **kwargs)
+        if node.target is aten.as_strided.default:
+            args = (self._as_it_lay(node, args[0]), *args[1:])
+        local = self.cut.emit(ANY_STRIDES.get(node.target, node.target), *args, **kwargs)
         return self._wrap(local, local.meta["local"])
+
+    def _as_it_lay(self, node: fx.Node, x: Any) -> Any:
+        """The operand of an operator that reads memory by strides, laid out in memory as in the original."""
+        source: Any = node.args[0]
+        if not source.meta["val"].is_contiguous():
+            raise ConvertError(
+                f"{node.target} ({node.name}, {source_line(node)}) reads the memory of a tensor that lies scattered; "
+                "call contiguous() on it first"
+            )
+        return self.cut.emit(aten.clone.default, x, memory_format=torch.contiguous_format)
 
     def _wrap(self, node: fx.Node, local: tuple[Any, ...]) -> Any:
         if isinstance(local[0], FakeTensor):
@@ -192,10 +240,10 @@ class _Propagation:
         if not (isinstance(value, Value) and isinstance(note, Value)) or value.is_cut or note.layout.cut is None:
             return value
         try:
-            bounds = self.cut.bounds(note.layout.cut.size)
+            bounds = self.cut.bounds(note.layout.cut.rows)
         except Refused:
             return value
-        return self.cut.take(value, note.layout.map_cut(lambda f: Factor(f.size, bounds)))
+        return self.cut.take(value, note.layout.map_cut(lambda f: f.recut(bounds)))
 
 
 def _layouts(note: Any) -> list[Layout]:

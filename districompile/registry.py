@@ -32,21 +32,33 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A registered rule: its function, the kind of answer it gives (for the operator table), and its samples."""
+    """A registered rule: its function, the kind of answer it gives (for the operator table), its samples, and whether
+    it takes mixed dims (see :mod:`districompile.ir.layout`) as they are (others are given them unmixed), and results
+    of fewer rows than ranks (others are then computed whole)."""
 
     op: Any
     function: RuleFunction
     kind: str
     samples: Callable[[], Iterable[Sample]] | None
+    mixed: bool = False
+    few: bool = False
 
 
 _RULES: dict[Any, Rule] = {}
 
 
 def rule(
-    *targets: Any, kind: str, samples: Callable[[], Iterable[Sample]] | None = None, override: bool = False
+    *targets: Any,
+    kind: str,
+    samples: Callable[[], Iterable[Sample]] | None = None,
+    mixed: bool = False,
+    few: bool = False,
+    override: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for operator overloads (``aten.conv2d.default``, or an operator of the user's own).
+
+    ``mixed``: the rule may be given dims that carry replicated parts beside the cut rows, and leaves them so.
+    ``few``: it may be asked for results with fewer rows than ranks, and makes them whole.
 
     Raises :class:`ConvertError` if one of them has a rule already, unless ``override``: so a module imported under two
     names, or two extensions that claim one operator, are found out at import.
@@ -57,7 +69,7 @@ def rule(
         for op in targets:
             if op in _RULES and not override:
                 raise ConvertError(f"{op} has a rule already ({_RULES[op].function.__module__}); pass override=True")
-            _RULES[op] = Rule(op, function, kind, samples)
+            _RULES[op] = Rule(op, function, kind, samples, mixed, few)
         return function
 
     return register
@@ -84,7 +96,12 @@ _POINTWISE_EXTRA = {
     "aten::_to_copy", "aten::masked_fill", "aten::where", "aten::zeros_like", "aten::ones_like", "aten::full_like",
     "aten::empty_like", "aten::clamp", "aten::silu", "aten::gelu", "aten::hardtanh", "aten::leaky_relu", "aten::elu",
     "aten::rsub", "aten::lerp", "aten::addcmul", "aten::mish", "aten::softplus", "aten::hardswish", "aten::selu",
-    "aten::prelu",
+    "aten::prelu", "aten::threshold", "aten::log_sigmoid", "aten::rrelu", "aten::celu", "aten::hardsigmoid",
+    "aten::softshrink", "aten::hardshrink", "aten::relu6", "aten::clip", "aten::nan_to_num", "aten::isin",
+    "aten::fake_quantize_per_tensor_affine", "aten::float_power",
+    "aten::logical_and", "aten::logical_or", "aten::logical_not", "aten::logical_xor", "aten::isfinite", "aten::copy",
+    "aten::addcdiv", "aten::fill", "aten::polar", "aten::complex", "aten::real", "aten::imag", "aten::bitwise_and",
+    "aten::relu", "aten::square", "aten::softsign", "aten::special_expm1", "aten::special_expit", "aten::rad2deg",
 }  # fmt: skip
 
 

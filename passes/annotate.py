@@ -33,14 +33,21 @@ class Annotate:
         unit.annotation = found.values
         sizes = {n for value in found.values.values() for n in _row_counts(value)}
         unit.row_counts = tuple(sorted(sizes, reverse=True))
-        heights = [_height(unit, name) for name in unit.rows]
         ranks = unit.options.ranks
-        if heights and max(heights) < ranks:
+        if unit.rows and max(sizes, default=0) < ranks:
+            most = max(sizes, default=1)
             raise ConvertError(
-                f"{' and '.join(unit.rows)}: {max(heights)} rows are too few for {ranks} ranks; "
-                f"use at most {max(heights)} ranks, or a taller image"
+                f"{' and '.join(unit.rows)}: {most} rows are too few for {ranks} ranks; "
+                f"use at most {most} ranks, or a taller image"
             )
-        unit.fractions = choose_fractions(heights[0], ranks, sizes) if heights else (0.0, 1.0)
+        unit.fractions = choose_fractions(_rows(unit, ranks), ranks, sizes) if unit.rows else (0.0, 1.0)
+
+
+def _rows(unit: Unit, ranks: int) -> int:
+    """The height that the cut points are chosen for: the tallest input's, or, where that has fewer rows than ranks (a
+    decoder's latents), the first height that has enough."""
+    tallest = max(_height(unit, name) for name in unit.rows)
+    return tallest if tallest >= ranks else min(n for n in unit.row_counts if n >= ranks)
 
 
 def _height(unit: Unit, placeholder: str) -> int:
@@ -50,5 +57,5 @@ def _height(unit: Unit, placeholder: str) -> int:
 
 def _row_counts(value: Any) -> list[int]:
     if isinstance(value, Value):
-        return [value.layout.cut.size] if value.layout.cut is not None else []
+        return [value.layout.cut.rows] if value.layout.cut is not None else []
     return [n for v in value for n in _row_counts(v)] if isinstance(value, tuple) else []

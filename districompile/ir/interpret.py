@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from districompile.ir.layout import Layout, at_rank
-from districompile.ir.ops import ops
+from districompile.ir.ops import ANY_STRIDES, ops
 from districompile.ir.rows import wanted_rows
 
 Ranked = list[Any]
@@ -25,7 +25,12 @@ def join(parts: Sequence[Tensor], layout: Layout) -> Tensor:
     if cut is None:
         return parts[0]
     flat, at = layout.flat()
-    pieces = [p.reshape([f.local(r) for f in flat]) for r, p in enumerate(parts)]
+    pieces = []
+    for r, part in enumerate(parts):
+        piece = part.reshape([f.local(r) for f in flat])
+        start = 0 if r == 0 else cut.bounds[0]  # replicated parts of a mixed dim: the first and the last rank's
+        stop = piece.shape[at] - (0 if r == len(parts) - 1 else cut.size - cut.bounds[-1])
+        pieces.append(piece.narrow(at, start, stop - start))
     return torch.cat(pieces, at).reshape(layout.shape)
 
 
@@ -89,6 +94,6 @@ def _call(node: fx.Node, env: dict[fx.Node, Ranked], ranks: int) -> Ranked:
         key = (repr((args, kwargs)), tuple(id(env[n][r]) for n in operands))
         if key not in results:
             a, k = fx.map_arg((args, kwargs), lambda n, r=r: env[n][r])  # type: ignore[misc]
-            results[key] = node.target(*a, **k)  # type: ignore[operator]
+            results[key] = ANY_STRIDES.get(node.target, node.target)(*a, **k)
         out.append(results[key])
     return out

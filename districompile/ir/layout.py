@@ -3,6 +3,10 @@
 A dim is a product of factors, outermost first, so that ``view``, ``permute`` and friends carry the cut along:
 ``(B, C, H*, W) -> flatten -> (B, C, H* W) -> transpose -> (B, H* W, C)``. At most one factor of a tensor is cut. Its
 ``bounds`` are R+1 offsets: rank r owns ``[bounds[r], bounds[r + 1])`` of it.
+
+A *mixed* factor carries replicated parts beside the cut one: what lies before ``bounds[0]`` and behind ``bounds[-1]``
+is on every rank. So text tokens stand before or behind an image's: ``(B, 77 + H* W, C)``, and a rank holds
+``[text | its own tokens]``.
 """
 
 from __future__ import annotations
@@ -18,6 +22,10 @@ T = TypeVar("T")
 
 class Refused(Exception):
     """A rule or a layout operation cannot be done on cut tensors; the message is the reason shown in the report."""
+
+
+class NotOutermost(Refused):
+    """The cut rows are not the outermost factor of their dim, where an operator needs them to be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +61,37 @@ def at_rank(x: Any, rank: int) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """``size`` elements, cut at ``bounds`` or (None) whole on every rank."""
+    """``size`` elements, cut at ``bounds`` or (None) whole on every rank. Mixed where the bounds do not reach from 0 to
+    ``size``."""
 
     size: int
     bounds: tuple[int, ...] | None = None
 
     def local(self, rank: int) -> int:
-        return self.size if self.bounds is None else self.bounds[rank + 1] - self.bounds[rank]
+        if self.bounds is None:
+            return self.size
+        return self.bounds[0] + self.bounds[rank + 1] - self.bounds[rank] + self.size - self.bounds[-1]
+
+    @property
+    def mixed(self) -> bool:
+        return self.bounds is not None and (self.bounds[0] > 0 or self.bounds[-1] < self.size)
+
+    @property
+    def unmixed(self) -> Factor:
+        """The same elements, those before the cut part given to the first rank, those behind it to the last."""
+        if self.bounds is None or not self.mixed:
+            return self
+        return Factor(self.size, (0, *self.bounds[1:-1], self.size))
+
+    @property
+    def rows(self) -> int:
+        """How many elements are divided among the ranks."""
+        return 0 if self.bounds is None else self.bounds[-1] - self.bounds[0]
+
+    def recut(self, bounds: Sequence[int]) -> Factor:
+        """The factor with its cut part divided at ``bounds``, which count from the cut part's start."""
+        assert self.bounds is not None
+        return Factor(self.size, tuple(self.bounds[0] + b for b in bounds))
 
     def scaled(self, k: int) -> Factor:
         """The factor of ``size * k`` that this one becomes when ``k`` inner elements are merged into each of its
@@ -67,7 +99,12 @@ class Factor:
         return Factor(self.size * k, None if self.bounds is None else tuple(b * k for b in self.bounds))
 
     def __repr__(self) -> str:
-        return f"{self.size}*" if self.bounds else str(self.size)
+        if self.bounds is None:
+            return str(self.size)
+        if not self.mixed:
+            return f"{self.size}*"
+        before, after = self.bounds[0], self.size - self.bounds[-1]
+        return "+".join([*([str(before)] if before else []), f"{self.rows}*", *([str(after)] if after else [])])
 
 
 Dim = tuple[Factor, ...]
@@ -81,6 +118,18 @@ class Cut:
     index: int
     bounds: tuple[int, ...]
     size: int
+
+    @property
+    def factor(self) -> Factor:
+        return Factor(self.size, self.bounds)
+
+    @property
+    def mixed(self) -> bool:
+        return self.factor.mixed
+
+    @property
+    def rows(self) -> int:
+        return self.factor.rows
 
 
 def _tidy(dim: Iterable[Factor]) -> Dim:
@@ -152,7 +201,7 @@ class Layout:
             return Factor(1)
         inner = math.prod(f.size for f in factors[1:])
         if any(f.bounds is not None for f in factors[1:]):
-            raise Refused("the cut rows are not the outermost part of the dim")
+            raise NotOutermost("the cut rows are not the outermost part of the dim")
         return factors[0].scaled(inner)
 
     def flat(self) -> tuple[list[Factor], int]:

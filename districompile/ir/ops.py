@@ -12,6 +12,7 @@ arithmetic takes ten, and so that a backend may match them whole. Any backend ca
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,6 +30,14 @@ _LIB.define("previous(Tensor x) -> Tensor")
 _LIB.define("place(Tensor foreign, Tensor x, int dim, int before, int after, int start, int stop) -> Tensor")
 _LIB.define("strips(Tensor x, int dim, int top, int bottom) -> Tensor")
 _LIB.define("pick(Tensor x, int dim, int[] rows) -> Tensor")
+_LIB.define(
+    "border_scale(Tensor x, int dim, int first, int rows, int stride, int padding, int kernel, int low, int high)"
+    " -> Tensor"
+)
+_LIB.define("window_sums(Tensor x, int dim, int[] starts, int[] stops, int[] counts) -> Tensor")
+_LIB.define(
+    "resample(Tensor x, int dim, int first, int rows, int lo, int size, float scale, bool aligned, str kind) -> Tensor"
+)
 _LIB.define("moments(Tensor x, int groups) -> Tensor")
 _LIB.define("merge_moments(Tensor parts, float[] counts) -> Tensor")
 _LIB.define("correct_moments(Tensor merged, Tensor stale, Tensor fresh) -> Tensor")
@@ -83,6 +92,83 @@ def pick(x: Tensor, dim: int, rows: list[int]) -> Tensor:
             parts.append(x.narrow(dim, rows[start], i - start))
             start = i
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
+
+
+def window_sums(x: Tensor, dim: int, starts: list[int], stops: list[int], counts: list[int]) -> Tensor:
+    """Row i of the result is the sum of rows [starts[i], stops[i]) of ``x`` along ``dim``, over counts[i]; zero for an
+    empty window."""
+    parts = []
+    for start, stop, count in zip(starts, stops, counts, strict=True):
+        rows = x.narrow(dim, start, stop - start) if stop > start else torch.zeros_like(x.narrow(dim, 0, 1))
+        parts.append(rows.sum(dim, keepdim=True) / count)
+    return torch.cat(parts, dim)
+
+
+def border_scale(
+    x: Tensor, dim: int, first: int, rows: int, stride: int, padding: int, kernel: int, low: int, high: int
+) -> Tensor:
+    """Rows [first, first + rows) of an average over windows of ``kernel`` rows, made an average over those of them
+    that lie in [low, high)."""
+    start = torch.arange(first, first + rows, device=x.device) * stride - padding
+    count = (start + kernel).clamp(max=high) - start.clamp(min=low)
+    return x * (kernel / count).to(x.dtype).reshape([-1 if d == dim else 1 for d in range(x.ndim)])
+
+
+# Filters of torch's resizing: support on either side in source rows (times the scale when shrinking with antialias)
+_FILTERS = {"linear": 1, "cubic": 2, "linear_aa": 1, "cubic_aa": 2}
+
+
+def _cubic(x: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution kernel for |x| < 2."""
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def resample(
+    x: Tensor, dim: int, first: int, rows: int, lo: int, size: int, scale: float, aligned: bool, kind: str
+) -> Tensor:
+    """Rows [first, first + rows) of ``x`` resized along ``dim``.
+
+    ``x`` holds rows lo, lo + 1, ... of a whole of ``size`` rows. Output row y is centred at source row ``scale * y``
+    (``aligned`` at the corners) or ``scale * (y + 1/2) - 1/2``. ``kind`` is "linear" or "cubic", as
+    ``torch.nn.functional.interpolate`` defines them, with "_aa" for ``antialias=True``. Weights are computed by
+    operators, in float32 as torch does: no constant has to be copied to a device.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = torch.arange(first, first + rows, dtype=wide, device=x.device)
+    out: Tensor | None = None
+    total: Tensor | None = None
+    shape = [-1 if d == dim else 1 for d in range(x.ndim)]
+    cubic, smooth = kind.startswith("cubic"), kind.endswith("_aa")
+    if smooth:
+        reach = _FILTERS[kind] * max(scale, 1.0)
+        centre = scale * (y + 0.5)
+        begin = torch.trunc(centre - reach + 0.5).clamp(min=0)
+        end = torch.trunc(centre + reach + 0.5).clamp(max=size)
+        taps = 2 * math.ceil(reach) + 1
+    else:
+        centre = scale * y if aligned else scale * (y + 0.5) - 0.5
+        centre = centre if cubic else centre.clamp(min=0)
+        begin = torch.floor(centre) - (1 if cubic else 0)
+        taps = 4 if cubic else 2
+    for t in range(taps):
+        at = begin + t
+        if smooth:
+            distance = ((at - centre + 0.5) * (1.0 / max(scale, 1.0))).abs()
+            weight = _cubic(distance, -0.5) if cubic else (1 - distance).clamp(min=0)
+            weight = torch.where(at < end, weight, torch.zeros_like(weight))
+            total = weight if total is None else total + weight
+        else:
+            distance = (centre - at).abs()
+            weight = _cubic(distance, -0.75) if cubic else 1 - distance
+        index = (at.clamp(min=0, max=size - 1) - lo).clamp(min=0, max=x.shape[dim] - 1).to(torch.int64)
+        part = x.index_select(dim, index).to(wide) * weight.reshape(shape)
+        out = part if out is None else out + part
+    assert out is not None
+    if total is not None:
+        out = out / total.reshape(shape)
+    return out.to(x.dtype)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -161,8 +247,28 @@ _LIB.impl("exchange", lambda x, shape: x.new_empty(shape), "Meta")
 _LIB.impl("exchange", _outside, "CompositeExplicitAutograd")
 _LIB.impl("previous", lambda x: torch.empty_like(x), "Meta")
 _LIB.impl("previous", _outside, "CompositeExplicitAutograd")
-COMPOSITES = {f.__name__: f for f in (place, strips, pick, moments, merge_moments, correct_moments, normalize)}
+COMPOSITES = {
+    f.__name__: f
+    for f in (
+        place,
+        strips,
+        pick,
+        border_scale,
+        window_sums,
+        resample,
+        moments,
+        merge_moments,
+        correct_moments,
+        normalize,
+    )
+}
 for _name, _function in COMPOSITES.items():
     _LIB.impl(_name, _function, "CompositeImplicitAutograd")
 
 ops = torch.ops.districompile
+
+# Gathered values need not have the strides that the original had, nor do those whose copies were dropped
+ANY_STRIDES: dict[Any, Any] = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}

@@ -76,7 +76,7 @@ def _layouts_hold(unit: Unit) -> Iterator[str]:
             continue
         cut = layout.cut
         if cut is not None and (
-            cut.bounds[0] != 0 or cut.bounds[-1] != cut.size or list(cut.bounds) != sorted(cut.bounds)
+            cut.bounds[0] < 0 or cut.bounds[-1] > cut.size or list(cut.bounds) != sorted(cut.bounds)
         ):
             yield f"{node.name}: bounds {cut.bounds} do not divide {cut.size} rows"
         for r, t in enumerate(node.meta["local"]):

@@ -27,7 +27,7 @@ def _samples() -> Iterable[Sample]:
     yield Sample((q, k, v), (2, 2, 2), {"scale": 0.7})
 
 
-@rule(_SDPA, kind="everything", samples=_samples)
+@rule(_SDPA, kind="everything", samples=_samples, mixed=True)
 def attention(
     cut: Cutter, q: Value, k: Value, v: Value, mask: Value | None = None, dropout: float = 0.0,
     is_causal: bool = False, **kwargs: Any,

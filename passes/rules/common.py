@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from districompile.cutter import Cutter, Value
 from districompile.ir.layout import Layout
@@ -31,3 +32,13 @@ def along(cut: Cutter, x: Value, op: Callable[..., Any] | Any, *args: Any, **kwa
     assert position is not None
     layout = Layout.whole(cut.out_shape).with_dim(position.dim, x.layout.dims[position.dim])
     return cut.call(op, x, *args, layout=layout, **kwargs)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that partial results are kept in: half precision is not enough for a sum over the ranks."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def cast(cut: Cutter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """``node`` in ``dtype``; nothing where it is so already."""
+    return node if node.meta["local"][0].dtype == dtype else cut.emit(aten._to_copy.default, node, dtype=dtype)

@@ -1,9 +1,8 @@
-"""Operators that move rows to other places: slices, padding, roll and flip. All are fetches."""
+"""Operators that move rows to other places: padding, roll and flip. All are fetches."""
 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,38 +10,10 @@ import torch
 
 from districompile.cutter import Cutter, Value, rows_of
 from districompile.ir.layout import Factor, Refused
-from districompile.passes.rules.common import along, positive
+from districompile.passes.rules.common import positive
 from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
-
-
-def _slice_samples() -> Iterable[Sample]:
-    x = torch.randn(2, 3, 12, 4)
-    yield Sample((x, 2, 1, 11), (2,))
-    yield Sample((x, 2, 0, sys.maxsize, 2), (2,))
-    yield Sample((x, 2, 1, sys.maxsize, 2), (2,))
-    yield Sample((x, 3, 1, 3), (2,))
-    yield Sample((x, 2, -9, -1), (2,))
-
-
-@rule(aten.slice.Tensor, kind="window", samples=_slice_samples)
-def slice_(
-    cut: Cutter, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Value:
-    dim = positive(dim, x.ndim)
-    first, last, step = slice(start, end, step).indices(x.shape[dim])
-    size = cut.out_shape[dim]
-    if x.cut_dim != dim:
-        return along(cut, x, aten.slice.Tensor, dim, first, last, step)
-    if size == x.shape[dim]:
-        return x
-    bounds = cut.bounds(size)
-    want = [(first + a * step, first + (b - 1) * step + 1) for a, b in itertools.pairwise(bounds)]
-    node = cut.fetch(x, want)
-    if step > 1:
-        node = cut.emit(aten.slice.Tensor, node, dim, 0, sys.maxsize, step)
-    return cut.value(node, x.layout.with_dim(dim, (Factor(size, bounds),)))
 
 
 def _pad_samples() -> Iterable[Sample]:
@@ -121,8 +92,6 @@ def flip(cut: Cutter, x: Value, dims: Sequence[int]) -> Value:
     dims = [positive(d, x.ndim) for d in dims]
     if x.cut_dim not in dims:
         return cut.call(aten.flip.default, x, dims, layout=x.layout)
-    dim, bounds, size = rows_of(x)
-    if len(x.layout.dims[dim]) > 1:
-        raise Refused("a merged dim is flipped")
+    _, bounds, size = rows_of(x)  # a merged dim is flipped as a whole, which turns all its factors round
     node = cut.fetch(x, [(size - b, size - a) for a, b in itertools.pairwise(bounds)])
     return cut.value(cut.emit(aten.flip.default, node, dims), x.layout)

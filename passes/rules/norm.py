@@ -97,7 +97,7 @@ def batch_norm(
 
 
 @rule(
-    aten.layer_norm.default, aten.rms_norm.default, kind="pass-through",
+    aten.layer_norm.default, aten.rms_norm.default, kind="pass-through", mixed=True,
     samples=lambda: [Sample((torch.randn(2, 9, 6), [6]), (1,))],
 )  # fmt: skip
 def layer_norm(cut: Cutter, x: Value, shape: Sequence[int], *args: Any) -> Value:

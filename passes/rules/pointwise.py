@@ -15,11 +15,16 @@ from districompile.registry import Sample, rule
 aten = torch.ops.aten
 
 
-@rule("pointwise", kind="pointwise")
+@rule("pointwise", kind="pointwise", mixed=True)
 def pointwise(cut: Cutter, *args: Any, **kwargs: Any) -> Value:
     """Broadcasting follows the largest cut operand; the others are sliced or re-cut to match it."""
     shape = cut.out_shape
     operands = list(values_in((args, kwargs)))
+    cuts = [v for v in operands if v.is_cut]
+    if any(not v.layout.cut.mixed for v in cuts):  # type: ignore[union-attr]
+        # To drop replicated parts costs nothing, to spread them does
+        args, kwargs = replace((args, kwargs), Value, cut.unmixed)
+        operands = list(values_in((args, kwargs)))
     leader = max((v for v in operands if v.is_cut), key=lambda v: (v.ndim, v.node.meta["local"][0].numel()))
     where = leader.layout.cut
     assert where is not None
@@ -34,21 +39,34 @@ def pointwise(cut: Cutter, *args: Any, **kwargs: Any) -> Value:
             return cut.gather(v)
         return cut.align(v, k, factors)
 
-    args, kwargs = replace((args, kwargs), Value, operand)
     assert cut.target is not None
-    return cut.call(cut.target.target, *args, layout=Layout.whole(shape).with_dim(dim, factors), **kwargs)
+    op: Any = cut.target.target
+    local, named = replace((args, kwargs), Value, operand)
+    result = cut.call(op, *local, layout=Layout.whole(shape).with_dim(dim, factors), **named)
+    if cut.out.dtype.is_complex and all(v.whole is not None or not v.is_cut for v in operands):
+        # Between two Fourier transforms every rank has all of it: what the second one needs is computed, not sent
+        args, kwargs = replace((args, kwargs), Value, lambda v: v.whole or v.node)
+        return cut.value(result.node, result.layout, cut.emit(op, *args, **kwargs))
+    return result
 
 
 @rule(
     aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default,
     aten.dropout.default, aten.feature_dropout.default, aten.native_dropout.default,
-    kind="pointwise",
+    kind="pointwise", mixed=True,
 )  # fmt: skip
 def identity(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
     return x
 
 
-@rule(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default, kind="pointwise")
+@rule(
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+    kind="pointwise",
+    mixed=True,
+)
 def factory(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Takes dtype and device of ``x`` only; the new tensor is whole."""
     assert cut.target is not None
@@ -59,7 +77,7 @@ def _embedding_samples() -> Iterable[Sample]:
     yield Sample((torch.randn(11, 6), torch.randint(0, 11, (2, 9))), (None, 1))
 
 
-@rule(aten.embedding.default, kind="pointwise", samples=_embedding_samples)
+@rule(aten.embedding.default, kind="pointwise", samples=_embedding_samples, mixed=True)
 def embedding(cut: Cutter, weight: Value, indices: Value, *args: Any, **kwargs: Any) -> Value:
     layout = indices.layout.insert(indices.ndim, Layout.whole(weight.shape).dims[1])
     return cut.call(aten.embedding.default, cut.gather(weight), indices, *args, layout=layout, **kwargs)

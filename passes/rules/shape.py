@@ -24,29 +24,39 @@ def _reshape_samples() -> Iterable[Sample]:
     yield Sample((x, [2, 6, 3, 12]), (2,))
 
 
-@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, kind="shape", samples=_reshape_samples)
 @rule(
-    aten.flatten.using_ints, kind="shape",
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    kind="shape",
+    mixed=True,
+    samples=_reshape_samples,
+)
+@rule(
+    aten.flatten.using_ints, kind="shape", mixed=True,
     samples=lambda: [Sample((torch.randn(2, 6, 9, 4), 2), (2,)), Sample((torch.randn(2, 6, 9, 4), 1, 2), (2,))],
 )  # fmt: skip
 @rule(
     aten.unflatten.int,
     kind="shape",
+    mixed=True,
     samples=lambda: [
         Sample((torch.randn(2, 36, 4), 1, [9, -1]), (1,)),
         Sample((torch.randn(2, 7, 6), 2, [2, 3]), (1,)),
     ],
 )
-@rule(aten.squeeze.dim, kind="shape", samples=lambda: [Sample((torch.randn(2, 1, 9), 1), (2,))])
-@rule(aten.squeeze.dims, kind="shape", samples=lambda: [Sample((torch.randn(1, 1, 9), [0, 1]), (2,))])
-@rule(aten.squeeze.default, kind="shape", samples=lambda: [Sample((torch.randn(2, 1, 9),), (2,))])
+@rule(aten.view_as.default, aten.reshape_as.default, kind="shape", mixed=True,
+      samples=lambda: [Sample((torch.randn(2, 9, 4), torch.randn(2, 36)), (1, None))])  # fmt: skip
+@rule(aten.squeeze.dim, kind="shape", mixed=True, samples=lambda: [Sample((torch.randn(2, 1, 9), 1), (2,))])
+@rule(aten.squeeze.dims, kind="shape", mixed=True, samples=lambda: [Sample((torch.randn(1, 1, 9), [0, 1]), (2,))])
+@rule(aten.squeeze.default, kind="shape", mixed=True, samples=lambda: [Sample((torch.randn(2, 1, 9),), (2,))])
 def reshape(cut: Cutter, x: Value, *args: Any) -> Value:
     """Any reshape. Where it splits the rows at a place that is no rank's border, the rows are re-cut so that it is."""
     shape = cut.out_shape
     try:
         layout = x.layout.regrouped(shape)
     except Refused:
-        x = _recut_for(cut, x, shape)
+        x = _recut_for(cut, cut.unmixed(x), shape)
         layout = x.layout.regrouped(shape)
     return cut.call(aten.reshape.default, x, cut.local_sizes(layout), layout=layout)
 
@@ -73,7 +83,7 @@ def _permute(cut: Cutter, x: Value, order: Sequence[int]) -> Value:
 
 
 @rule(
-    aten.permute.default, kind="shape",
+    aten.permute.default, kind="shape", mixed=True,
     samples=lambda: [Sample((torch.randn(2, 3, 7, 4), [0, 2, 3, 1]), (2,))],
 )  # fmt: skip
 def permute(cut: Cutter, x: Value, order: Sequence[int]) -> Value:
@@ -81,7 +91,7 @@ def permute(cut: Cutter, x: Value, order: Sequence[int]) -> Value:
 
 
 @rule(
-    aten.transpose.int, aten.swapaxes.default, kind="shape",
+    aten.transpose.int, aten.swapaxes.default, kind="shape", mixed=True,
     samples=lambda: [Sample((torch.randn(2, 3, 7, 4), 1, -2), (2,))],
 )  # fmt: skip
 def transpose(cut: Cutter, x: Value, a: int, b: int) -> Value:
@@ -91,7 +101,7 @@ def transpose(cut: Cutter, x: Value, a: int, b: int) -> Value:
     return _permute(cut, x, order)
 
 
-@rule(aten.t.default, aten.mT.default, aten.numpy_T.default, kind="shape",
+@rule(aten.t.default, aten.mT.default, aten.numpy_T.default, kind="shape", mixed=True,
       samples=lambda: [Sample((torch.randn(7, 4),), (0,))])  # fmt: skip
 def matrix_transpose(cut: Cutter, x: Value) -> Value:
     order = list(range(x.ndim))
@@ -100,14 +110,14 @@ def matrix_transpose(cut: Cutter, x: Value) -> Value:
     return _permute(cut, x, order)
 
 
-@rule(aten.movedim.int, kind="shape", samples=lambda: [Sample((torch.randn(2, 3, 7), 1, -1), (2,))])
+@rule(aten.movedim.int, kind="shape", mixed=True, samples=lambda: [Sample((torch.randn(2, 3, 7), 1, -1), (2,))])
 def movedim(cut: Cutter, x: Value, source: int, target: int) -> Value:
     order = list(range(x.ndim))
     order.insert(positive(target, x.ndim), order.pop(positive(source, x.ndim)))
     return _permute(cut, x, order)
 
 
-@rule(aten.unsqueeze.default, kind="shape", samples=lambda: [Sample((torch.randn(2, 7), -1), (1,))])
+@rule(aten.unsqueeze.default, kind="shape", mixed=True, samples=lambda: [Sample((torch.randn(2, 7), -1), (1,))])
 def unsqueeze(cut: Cutter, x: Value, dim: int) -> Value:
     dim = positive(dim, x.ndim + 1)
     return cut.call(aten.unsqueeze.default, x, dim, layout=x.layout.insert(dim))
@@ -118,7 +128,7 @@ def _expand_samples() -> Iterable[Sample]:
     yield Sample((torch.randn(7, 1), [2, 3, -1, 4]), (0,))
 
 
-@rule(aten.expand.default, aten.broadcast_to.default, kind="shape", samples=_expand_samples)
+@rule(aten.expand.default, aten.broadcast_to.default, kind="shape", mixed=True, samples=_expand_samples)
 def expand(cut: Cutter, x: Value, size: Sequence[int], **kwargs: Any) -> Value:
     shape = cut.out_shape
     extra = len(shape) - x.ndim
@@ -128,19 +138,33 @@ def expand(cut: Cutter, x: Value, size: Sequence[int], **kwargs: Any) -> Value:
     return cut.call(aten.expand.default, x, cut.local_sizes(layout), layout=layout)
 
 
-@rule(aten.expand_as.default, kind="shape",
-      samples=lambda: [Sample((torch.randn(1, 7), torch.randn(3, 7)), (1, 1))])  # fmt: skip
+@rule(aten.expand_as.default, kind="shape", mixed=True,
+      samples=lambda: [
+          Sample((torch.randn(1, 7), torch.randn(3, 7)), (1, 1)),
+          Sample((torch.randn(1, 7), torch.randn(3, 7)), (None, 1)),
+          Sample((torch.randn(1), torch.randn(3, 7)), (None, 1)),
+      ])  # fmt: skip
 def expand_as(cut: Cutter, x: Value, other: Value) -> Value:
-    if not x.is_cut:
-        raise Refused("a whole tensor is expanded to a cut one")
-    return expand(cut, x, other.shape)  # type: ignore[no-any-return]
+    where = other.layout.cut
+    if x.is_cut or where is None:
+        return expand(cut, x, other.shape)  # type: ignore[no-any-return]
+    dim = where.dim - (other.ndim - x.ndim)
+    layout = Layout.whole(cut.out_shape).with_dim(where.dim, other.layout.dims[where.dim])
+    if dim >= 0 and x.shape[dim] == other.shape[where.dim] != 1:
+        x = cut.align(x, dim, other.layout.dims[where.dim])
+    return cut.call(aten.expand.default, x, cut.local_sizes(layout), layout=layout)
 
 
 @rule(
     aten.repeat.default,
     aten.tile.default,
     kind="shape",
-    samples=lambda: [Sample((torch.randn(2, 7, 3), [2, 1, 3]), (1,)), Sample((torch.randn(7, 3), [2, 1, 2]), (0,))],
+    mixed=True,
+    samples=lambda: [
+        Sample((torch.randn(2, 7, 3), [2, 1, 3]), (1,)),
+        Sample((torch.randn(7, 3), [2, 1, 2]), (0,)),
+        Sample((torch.randn(2, 7, 3), [1, 2, 1]), (1,)),
+    ],
 )
 def repeat(cut: Cutter, x: Value, repeats: Sequence[int]) -> Value:
     times = [1] * (x.ndim - len(repeats)) + list(repeats)
@@ -148,100 +172,33 @@ def repeat(cut: Cutter, x: Value, repeats: Sequence[int]) -> Value:
     where = x.layout.cut
     assert where is not None
     if times[where.dim + extra] != 1:
-        raise Refused("the rows themselves are repeated")
+        return _repeat_rows(cut, x, times)
     layout = Layout.whole(cut.out_shape).with_dim(where.dim + extra, x.layout.dims[where.dim])
     return cut.call(aten.repeat.default, x, times, layout=layout)
+
+
+def _repeat_rows(cut: Cutter, x: Value, times: Sequence[int]) -> Value:
+    """The rows themselves repeated: copies stand one after the other, so each rank's part may come from anywhere."""
+    whole = cut.gather(x)
+    node = cut.emit(aten.repeat.default, whole, list(times))
+    dim = len(times) - x.ndim + (x.cut_dim or 0)
+    size = cut.out_shape[dim]
+    return cut.take(cut.whole_value(node), Layout.cut_at(cut.out_shape, dim, cut.bounds(size)))
 
 
 @rule(
     aten.repeat_interleave.self_int,
     kind="shape",
+    mixed=True,
     samples=lambda: [Sample((torch.randn(2, 7, 3), 2, 1), (1,)), Sample((torch.randn(2, 7, 3), 2, 0), (1,))],
 )
 def repeat_interleave(cut: Cutter, x: Value, repeats: int, dim: int | None = None, **kwargs: Any) -> Value:
     if dim is None:
-        raise Refused("repeat_interleave over the flattened tensor")
+        raise Refused("repeat_interleave over the flattened tensor")  # a flat tensor holds no rows
     dim = positive(dim, x.ndim)
+    x = cut.unmixed(x) if x.cut_dim == dim else x
     where = x.layout.cut
     assert where is not None
     factors = (x.layout.coarse(dim).scaled(repeats),) if dim == where.dim else Layout.whole(cut.out_shape).dims[dim]
     layout = x.layout.with_dim(dim, factors)
     return cut.call(aten.repeat_interleave.self_int, x, repeats, dim, layout=layout)
-
-
-@rule(aten.select.int, kind="shape", samples=lambda: [Sample((torch.randn(3, 7, 2), 0, 1), (1,))])
-def select(cut: Cutter, x: Value, dim: int, index: int) -> Value:
-    dim = positive(dim, x.ndim)
-    if x.cut_dim == dim:
-        raise Refused("one row is selected")
-    return cut.call(aten.select.int, x, dim, index, layout=x.layout.without([dim]))
-
-
-def _pieces(cut: Cutter, x: Value, dim: int, sizes: Sequence[int]) -> tuple[Value, ...]:
-    if x.cut_dim == dim:
-        raise Refused("the rows are split into pieces")
-    out, start = [], 0
-    for size in sizes:
-        layout = x.layout.with_dim(dim, Layout.whole((size,)).dims[0])
-        assert cut.target is not None
-        node = cut.emit(aten.slice.Tensor, x, dim, start, start + size, name=f"{cut.target.name}_part")
-        out.append(cut.value(node, layout))
-        start += size
-    return tuple(out)
-
-
-@rule(aten.split_with_sizes.default, kind="shape",
-      samples=lambda: [Sample((torch.randn(2, 7, 9), [4, 5], -1), (1,))])  # fmt: skip
-@rule(
-    aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections, kind="shape",
-    samples=lambda: [Sample((torch.randn(2, 7, 9), 4, -1), (1,))],
-)  # fmt: skip
-def split(cut: Cutter, x: Value, how: Any, dim: int = 0) -> tuple[Value, ...]:
-    dim = positive(dim, x.ndim)
-    results: Any = cut.out
-    return _pieces(cut, x, dim, [int(t.shape[dim]) for t in results])
-
-
-@rule(aten.unbind.int, kind="shape", samples=lambda: [Sample((torch.randn(3, 7, 2), 0), (1,))])
-def unbind(cut: Cutter, x: Value, dim: int = 0) -> tuple[Value, ...]:
-    dim = positive(dim, x.ndim)
-    if x.cut_dim == dim:
-        raise Refused("the rows are unbound")
-    layout = x.layout.without([dim])
-    return tuple(
-        cut.value(cut.emit(aten.select.int, x, dim, i, name=f"{cut.target.name}_part"), layout)  # type: ignore[union-attr]
-        for i in range(x.shape[dim])
-    )
-
-
-def _cat_samples() -> Iterable[Sample]:
-    yield Sample(([torch.randn(2, 3, 7), torch.randn(2, 1, 7)], 1), (2, 2))
-    yield Sample(([torch.randn(2, 3, 7), torch.randn(2, 1, 7)], 1), (2, None))
-
-
-@rule(aten.cat.default, aten.concat.default, kind="shape", samples=_cat_samples)
-def cat(cut: Cutter, tensors: Sequence[Value], dim: int = 0) -> Value:
-    tensors = [t for t in tensors if t.shape != (0,)]
-    leader = next(t for t in tensors if t.is_cut)
-    where = leader.layout.cut
-    assert where is not None
-    dim = positive(dim, leader.ndim)
-    if where.dim == dim:
-        raise Refused("tensors are concatenated along their rows")
-    factors = leader.layout.dims[where.dim]
-    parts = [cut.align(t, where.dim, factors) for t in tensors]
-    layout = Layout.whole(cut.out_shape).with_dim(where.dim, factors)
-    return cut.call(aten.cat.default, parts, dim, layout=layout)
-
-
-@rule(aten.stack.default, kind="shape",
-      samples=lambda: [Sample(([torch.randn(2, 7), torch.randn(2, 7)], 1), (1, 1))])  # fmt: skip
-def stack(cut: Cutter, tensors: Sequence[Value], dim: int = 0) -> Value:
-    leader = next(t for t in tensors if t.is_cut)
-    where = leader.layout.cut
-    assert where is not None
-    dim = positive(dim, leader.ndim + 1)
-    factors = leader.layout.dims[where.dim]
-    parts = [cut.align(t, where.dim, factors) for t in tensors]
-    layout = parts[0].layout.insert(dim, Layout.whole((len(parts),)).dims[0])
-    return cut.call(aten.stack.default, parts, dim, layout=layout)

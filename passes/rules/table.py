@@ -1,5 +1,18 @@
 """All rules that ship with the package: importing this module registers them."""
 
-from districompile.passes.rules import attention, linear, movement, norm, pointwise, reduction, resize, shape, window
+from districompile.passes.rules import (
+    attention,
+    dimwise,
+    linear,
+    movement,
+    norm,
+    pieces,
+    pointwise,
+    pool,
+    reduction,
+    resize,
+    shape,
+    window,
+)
 
-FAMILIES = (attention, linear, movement, norm, pointwise, reduction, resize, shape, window)
+FAMILIES = (attention, dimwise, linear, movement, norm, pieces, pointwise, pool, reduction, resize, shape, window)

@@ -1,4 +1,4 @@
-"""Convolution and pooling: each output row reads a window of input rows, so ranks fetch a halo.
+"""Convolution: each output row reads a window of input rows, so ranks fetch a halo.
 
 For output rows [a, b), stride s, padding p, dilation d and kernel k, the input rows are
 [a*s - p, (b-1)*s - p + (k-1)*d + 1). Rows outside the image are the padding itself, so the local operator pads nothing
@@ -8,7 +8,6 @@ along the rows and has the same shape on every rank, border or not.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from districompile.registry import Sample, rule
 aten = torch.ops.aten
 
 
-def _window(
+def window(
     cut: Cutter, x: Value, spatial: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], local: Callable[[Any, list[int]], Any], fill: float = 0.0,
 ) -> Value:  # fmt: skip
@@ -93,8 +92,9 @@ def conv(
         raise Refused("the weight is cut")
     if x.ndim == n + 1:
         raise Refused("no batch dim")
+    bias = None if bias is None else cut.gather(bias)
     weight = cut.gather(weight)
-    return _window(cut, x, n, kernel, s, p, d, lambda v, q: cut.emit(op, v, weight, bias, s, q, d, groups))
+    return window(cut, x, n, kernel, s, p, d, lambda v, q: cut.emit(op, v, weight, bias, s, q, d, groups))
 
 
 @rule(
@@ -134,7 +134,7 @@ def conv_padding(
             v = cut.emit(aten.constant_pad_nd.default, v, flat, 0.0)
         return cut.emit(op, v, cut.gather(weight), bias, s, q, d, groups)
 
-    return _window(cut, x, n, kernel, s, [t // 2 for t in total], d, local)
+    return window(cut, x, n, kernel, s, [t // 2 for t in total], d, local)
 
 
 def _transposed_samples() -> Iterable[Sample]:
@@ -179,7 +179,11 @@ def conv_transpose(
     i, dim = where.dim - first, where.dim
     bounds = cut.bounds(shape[dim])
     reach = (weight.shape[2 + i] - 1) * d[i]
-    want = [(-((reach - a - p[i]) // s[i]), (b - 1 + p[i]) // s[i] + 1) for a, b in itertools.pairwise(bounds)]
+    # From the first input row that reaches row a, or, where strides leave gaps, the one that stands before it
+    want = [
+        (min(-((reach - a - p[i]) // s[i]), (a + p[i]) // s[i]), (b - 1 + p[i]) // s[i] + 1)
+        for a, b in itertools.pairwise(bounds)
+    ]
     window = cut.fetch(x, want, kind="conv")
     rest, spare = list(p), list(extra)
     rest[i], spare[i] = 0, s[i] - 1  # room for rows that no input row reaches: the crop below takes what is due
@@ -204,66 +208,6 @@ def _crop(cut: Cutter, node: torch.fx.Node, dim: int, starts: Sequence[int], sto
     if all(a == 0 and b == n for a, b, n in zip(starts, stops, sizes, strict=True)):
         return node
     return cut.emit(aten.slice.Tensor, node, dim, per_rank(starts), per_rank(stops))
-
-
-def _pool_samples() -> Iterable[Sample]:
-    x = torch.randn(2, 3, 14, 6)
-    yield Sample((x, [2, 2], [2, 2]), (2,))
-    yield Sample((x, [3, 3], [2, 2], [1, 1]), (2,))
-    yield Sample((x, [2, 2]), (2,))
-    yield Sample((x, [3, 3], [1, 1], [1, 1]), (2,))
-
-
-@rule(aten.avg_pool2d.default, kind="window", samples=_pool_samples)
-def avg_pool2d(
-    cut: Cutter, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
-    count_include_pad: bool = True, divisor: int | None = None,
-) -> Value:  # fmt: skip
-    k = spread(kernel, 2)
-    s, p = spread(stride, 2) if stride else k, spread(padding, 2)
-    if ceil_mode:
-        raise Refused("ceil_mode counts fewer elements at the border")
-    if not count_include_pad and any(p):
-        raise Refused("count_include_pad=False divides by another count at the border")
-
-    def local(v: Any, q: list[int]) -> Any:
-        return cut.emit(aten.avg_pool2d.default, v, k, s, q, False, True, divisor)
-
-    return _window(cut, x, 2, k, s, p, [1, 1], local)
-
-
-@rule(
-    aten.avg_pool1d.default,
-    kind="window",
-    samples=lambda: [
-        Sample((torch.randn(2, 3, 14), [2], [2]), (2,)),
-        Sample((torch.randn(2, 3, 14), [3], [1], [1]), (2,)),
-    ],
-)
-def avg_pool1d(
-    cut: Cutter, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
-    count_include_pad: bool = True,
-) -> Value:  # fmt: skip
-    k = spread(kernel, 1)
-    s, p = spread(stride, 1) if stride else k, spread(padding, 1)
-    if ceil_mode or (not count_include_pad and any(p)):
-        raise Refused("the border is divided by another count")
-    return _window(cut, x, 1, k, s, p, [1], lambda v, q: cut.emit(aten.avg_pool1d.default, v, k, s, q))
-
-
-@rule(aten.max_pool2d.default, kind="window", samples=_pool_samples)
-def max_pool2d(
-    cut: Cutter, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
-) -> Value:
-    k = spread(kernel, 2)
-    s, p, d = spread(stride, 2) if stride else k, spread(padding, 2), spread(dilation, 2)
-    if ceil_mode:
-        raise Refused("ceil_mode")
-
-    def local(v: Any, q: list[int]) -> Any:
-        return cut.emit(aten.max_pool2d.default, v, k, s, q, d)
-
-    return _window(cut, x, 2, k, s, p, d, local, fill=-math.inf)
 
 
 @rule(

@@ -1,0 +1,1 @@
+"""Small configurations of the networks that people use, by family: what tests and ``tools/coverage.py`` run."""

@@ -1,0 +1,100 @@
+"""One family on N ranks: how exact it is, what is cut, what falls back, and how the steady phase converges."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib
+import importlib.util
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import districompile as dc
+from tests.families.base import FAMILIES, Call, Family, error_of
+
+MODULES = ("condition", "video", "autoencoders", "dit", "packages", "blocks")
+STEPS = 40  # steady calls on unchanging inputs, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Errors are relative: the norm of the difference over the norm. ``replicated`` operators work on maps with fewer
+    rows than ranks; ``fallbacks`` are operators on gathered inputs, with reason and number."""
+
+    family: str
+    group: str
+    size: tuple[int, int]
+    ranks: int
+    exact: float
+    share: float
+    required: float
+    fallbacks: dict[str, int]
+    replicated: int
+    steady: float | None = None
+    steps: int | None = None
+    seconds: float = 0.0
+
+
+def load_families() -> dict[str, Family]:
+    """All families whose packages are installed."""
+    for name in MODULES:
+        importlib.import_module(f"tests.families.{name}")
+    return {n: f for n, f in FAMILIES.items() if f.needs is None or importlib.util.find_spec(f.needs) is not None}
+
+
+def measure(
+    family: Family, size: tuple[int, int], ranks: Sequence[int], steady: Sequence[int] = ()
+) -> Iterator[Measured]:
+    """Capture once, then cut for each number of ranks. ``steady``: for which of them to run the displaced phase too."""
+    started = time.perf_counter()
+    call = family.make(*size)
+    with torch.no_grad():
+        want = call.module(*call.args, **call.kwargs)
+    call = family.make(*size)  # a forward may pop from a list that it was given
+    captured = dc.capture(call.module, call.args, call.kwargs)
+    for r in ranks:
+        program = dc.convert(captured, ranks=r, rows=call.rows)
+        exact = error_of(_run(program, family.make(*size)), want)
+        report = program.report()
+        reasons = collections.Counter(f"{f['op']}: {f['reason']}" for f in report.fallbacks())
+        result = Measured(
+            family.name,
+            family.group,
+            size,
+            r,
+            exact,
+            report.cut_share() or 0.0,
+            family.share,
+            dict(reasons),
+            len(program.plan.report["replicated"]),
+        )
+        if r in steady:
+            result = dataclasses.replace(result, **_converge(program, family, size, want))
+        yield dataclasses.replace(result, seconds=time.perf_counter() - started)
+        started = time.perf_counter()
+
+
+def _run(program: Any, call: Call, phase: Any = "warmup") -> Any:
+    return program.simulate(*call.args, phase=phase, **call.kwargs)
+
+
+def _converge(program: Any, family: Family, size: tuple[int, int], want: Any) -> dict[str, Any]:
+    """Start from other inputs, then call the steady phase with the right ones until it is where it stays."""
+    call = family.make(*size)
+
+    def other(x: Any) -> Any:
+        return x * 0.9 if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 2 else x
+
+    args, kwargs = pytree.tree_map(other, (call.args, call.kwargs))
+    program.reset()
+    program.simulate(*args, **kwargs)
+    error, steps = float("inf"), 0
+    while error > 1e-5 and steps < STEPS:
+        error = error_of(_run(program, family.make(*size), "steady"), want)
+        steps += 1
+    return {"steady": error, "steps": steps}

@@ -1,0 +1,41 @@
+"""Every family, small: the exact phase equals one device, the steady one converges to it, and what is cut is enough."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+from tests.families.measure import load_families, measure
+
+FAMILIES = load_families()
+RANKS = (2, 3, 4, 3)
+
+
+def _ranks(name: str) -> int:
+    """One number of ranks a family, spread over them; ``tools/coverage.py`` runs them all."""
+    return RANKS[zlib.crc32(name.encode()) % len(RANKS)]
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_family(name: str) -> None:
+    family = FAMILIES[name]
+    ranks = _ranks(name)
+    [result] = measure(family, family.sizes[0], [ranks], [ranks])
+    assert result.exact <= 1e-5
+    assert result.steady is not None and result.steady <= 1e-5
+    # Maps with fewer rows than ranks are named; nothing else may cost more
+    assert result.share >= family.share or result.replicated, result
+    assert not any("the rule failed" in reason for reason in result.fallbacks), result.fallbacks
+
+
+def test_an_operator_nobody_foresaw_is_named() -> None:
+    family = FAMILIES["unforeseen"]
+    [result] = measure(family, family.sizes[0], [3])
+    named: Any = " ".join(result.fallbacks)
+    assert "aten.cumsum.default: cumsum over the rows" in named
+    assert "aten.adaptive_max_pool2d.default: the operator has no rule" in named
+    assert result.exact <= 1e-5

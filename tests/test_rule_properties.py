@@ -1,0 +1,361 @@
+"""Rules at random sizes, strides, paddings, dilations and uneven rows: cut -> local operator -> join equals the
+operator."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from districompile.registry import Sample
+from tests.helpers_cut import Cutting, Function, layouts_of
+from tests.test_rules import assert_close, run_cut
+
+aten = torch.ops.aten
+MANY = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@st.composite
+def places(draw: st.DrawFn) -> tuple[float, ...]:
+    """Cut points, even or not, of 1 to 5 ranks."""
+    ranks = draw(st.integers(1, 5))
+    shares = draw(st.lists(st.integers(1, 4), min_size=ranks, max_size=ranks))
+    return (0.0, *(s / sum(shares) for s in itertools.accumulate(shares)))
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def check(op: Any, sample: Sample, fractions: tuple[float, ...], may_fall_back: tuple[str, ...] = ()) -> None:
+    """The rule's result equals the operator's; it may refuse only for the reasons given, or for too few rows."""
+    found, got, want = run_cut(op, sample, fractions)
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w)
+    for f in found.fallbacks:
+        assert any(reason in f.reason for reason in ("too few", *may_fall_back)), f
+
+
+@st.composite
+def spatial(draw: st.DrawFn) -> tuple[int, list[int], int]:
+    """Number of spatial dims, their sizes, and which of them is cut."""
+    n = draw(st.integers(1, 3))
+    at = draw(st.integers(0, n - 1))
+    sizes = [draw(st.integers(8, 19)) if i == at else draw(st.integers(4, 6)) for i in range(n)]
+    return n, sizes, at
+
+
+def _each(draw: st.DrawFn, n: int, low: int, high: int) -> list[int]:
+    return [draw(st.integers(low, high)) for _ in range(n)]
+
+
+@MANY
+@given(st.data(), places())
+def test_convolutions(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    n, sizes, at = data.draw(spatial())
+    k, s = _each(data.draw, n, 1, 5), _each(data.draw, n, 1, 3)
+    p, d = _each(data.draw, n, 0, 4), _each(data.draw, n, 1, 3)
+    groups = data.draw(st.sampled_from([1, 2, 4]))
+    assume(all(v + 2 * q >= (kk - 1) * dd + 1 for v, q, kk, dd in zip(sizes, p, k, d, strict=True)))
+    op = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[n]
+    bias = data.draw(st.sampled_from([None, randn(8)]))
+    args = (randn(2, 4, *sizes), randn(8, 4 // groups, *k), bias, s, p, d, groups)
+    check(op, Sample(args, (2 + at, None, *([None] if bias is not None else []))), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_convolutions_padded_by_name(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    n, sizes, at = data.draw(spatial())
+    k, d = _each(data.draw, n, 1, 4), _each(data.draw, n, 1, 2)
+    mode = data.draw(st.sampled_from(["same", "valid"]))
+    assume(mode == "same" or all(v >= (kk - 1) * dd + 1 for v, kk, dd in zip(sizes, k, d, strict=True)))
+    op = {1: aten.conv1d.padding, 2: aten.conv2d.padding, 3: aten.conv3d.padding}[n]
+    check(op, Sample((randn(2, 4, *sizes), randn(4, 4, *k), None, [1] * n, mode, d), (2 + at, None)), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_transposed_convolutions(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    n, sizes, at = data.draw(spatial())
+    k, s = _each(data.draw, n, 1, 5), _each(data.draw, n, 1, 3)
+    p, d = _each(data.draw, n, 0, 2), _each(data.draw, n, 1, 2)
+    extra = [data.draw(st.integers(0, max(s[i], d[i]) - 1)) for i in range(n)]
+    out = [(sizes[i] - 1) * s[i] - 2 * p[i] + (k[i] - 1) * d[i] + extra[i] + 1 for i in range(n)]
+    assume(all(v > 0 for v in out))
+    groups = data.draw(st.sampled_from([1, 2]))
+    op = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}[n]
+    args = (randn(2, 4, *sizes), randn(4, 6 // groups, *k), None, s, p, extra, groups, d)
+    check(op, Sample(args, (2 + at, None)), fractions, ("reaches past what the rank's rows make",))
+
+
+@MANY
+@given(st.data(), places())
+def test_pooling(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    n, sizes, at = data.draw(spatial())
+    k, s = _each(data.draw, n, 1, 4), _each(data.draw, n, 1, 3)
+    p = [data.draw(st.integers(0, kk // 2)) for kk in k]
+    ceil = data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        op = {1: aten.max_pool1d.default, 2: aten.max_pool2d.default, 3: aten.max_pool3d.default}[n]
+        args: tuple[Any, ...] = (k, s, p, [1] * n, ceil)
+    else:
+        op = {1: aten.avg_pool1d.default, 2: aten.avg_pool2d.default, 3: aten.avg_pool3d.default}[n]
+        args = (k, s, p, ceil, data.draw(st.booleans()))
+    check(op, Sample((randn(2, 3, *sizes), *args), (2 + at,)), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_adaptive_pooling(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    n, sizes, at = data.draw(spatial())
+    op = {
+        1: aten.adaptive_avg_pool1d.default,
+        2: aten.adaptive_avg_pool2d.default,
+        3: aten.adaptive_avg_pool3d.default,
+    }[n]
+    check(op, Sample((randn(2, 3, *sizes), _each(data.draw, n, 1, 12)), (2 + at,)), fractions)
+
+
+_RESIZE = {
+    ("nearest", 1): aten.upsample_nearest1d.vec,
+    ("nearest", 2): aten.upsample_nearest2d.vec,
+    ("nearest", 3): aten.upsample_nearest3d.vec,
+    ("exact", 1): aten._upsample_nearest_exact1d.vec,
+    ("exact", 2): aten._upsample_nearest_exact2d.vec,
+    ("exact", 3): aten._upsample_nearest_exact3d.vec,
+    ("linear", 1): aten.upsample_linear1d.vec,
+    ("linear", 2): aten.upsample_bilinear2d.vec,
+    ("linear", 3): aten.upsample_trilinear3d.vec,
+    ("cubic", 2): aten.upsample_bicubic2d.vec,
+    ("linear_aa", 2): aten._upsample_bilinear2d_aa.vec,
+    ("cubic_aa", 2): aten._upsample_bicubic2d_aa.vec,
+}
+
+
+@settings(MANY, max_examples=80)
+@given(st.data(), places())
+def test_resizing(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    n, sizes, at = data.draw(spatial())
+    kind = data.draw(st.sampled_from([k for k, m in _RESIZE if m == n]))
+    op = _RESIZE[kind, n]
+    x = randn(2, 3, *sizes)
+    if data.draw(st.booleans()):
+        size: Any = [data.draw(st.integers(max(1, v // 3), v * 3)) for v in sizes]
+        scales = None
+    else:
+        size, scales = None, [data.draw(st.sampled_from([0.5, 0.75, 1.0, 1.3, 2.0, 3.0])) for _ in sizes]
+    corners = () if kind in ("nearest", "exact") else (data.draw(st.booleans()),)
+    check(op, Sample((x, size, *corners, scales), (2 + at,)), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_padding(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    n, sizes, at = data.draw(spatial())
+    mode = data.draw(st.sampled_from(["constant", "reflect", "replicate", "circular"]))
+    least = -2 if mode == "constant" else 0
+    sides = [data.draw(st.integers(least, 3)) for _ in range(2 * n)]
+    check(aten.pad.default, Sample((randn(2, 3, *sizes), sides, mode), (2 + at,)), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_slices_rolls_flips(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    h = data.draw(st.integers(8, 17))
+    x, dim = randn(2, h, 5), data.draw(st.sampled_from([1, 2]))
+    start = data.draw(st.integers(-h, h - 1))
+    stop = data.draw(st.integers(-h, h + 3))
+    step = data.draw(st.integers(1, 3))
+    size = len(range(*slice(start, stop, step).indices(x.shape[dim])))
+    if size:
+        check(aten.slice.Tensor, Sample((x, dim, start, stop, step), (1,)), fractions)
+    check(aten.roll.default, Sample((x, [start, 1], [1, 2]), (1,)), fractions)
+    check(aten.flip.default, Sample((x, [dim]), (1,)), fractions)
+    check(aten.select.int, Sample((x, 1, start), (1,)), fractions)
+    pieces = data.draw(st.integers(1, 5))
+    check(aten.chunk.default, Sample((x, pieces, 1), (1,)), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_joins_and_writes(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 12), min_size=2, max_size=4))
+    parts = [randn(2, n, 3) + i for i, n in enumerate(sizes)]
+    rows = [1 if n >= 7 and data.draw(st.booleans()) else None for n in sizes]
+    assume(any(r is not None for r in rows))
+    check(aten.cat.default, Sample((parts, 1), tuple(rows)), fractions)
+    h = data.draw(st.integers(8, 14))
+    first = data.draw(st.integers(0, h - 1))
+    count = data.draw(st.integers(1, h - first))
+    source = data.draw(st.sampled_from([None, 1])) if count >= 7 else None
+    sample = Sample((randn(2, h, 3), randn(2, count, 3), 1, first, first + count), (1, source))
+    check(aten.slice_scatter.default, sample, fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_windows_taken_out_and_added_up(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    h, w = data.draw(st.integers(9, 16)), data.draw(st.integers(5, 7))
+    k, d = _each(data.draw, 2, 1, 3), _each(data.draw, 2, 1, 2)
+    p, s = _each(data.draw, 2, 0, 2), _each(data.draw, 2, 1, 2)
+    out = [(v + 2 * p[i] - d[i] * (k[i] - 1) - 1) // s[i] + 1 for i, v in enumerate((h, w))]
+    assume(min(out) > 0)
+    check(aten.im2col.default, Sample((randn(2, 3, h, w), k, d, p, s), (2,)), fractions)
+    columns = randn(2, 3 * k[0] * k[1], out[0] * out[1])
+    check(aten.col2im.default, Sample((columns, [h, w], k, d, p, s), (2,)), fractions, ("no window reaches",))
+    check(aten.unfold.default, Sample((randn(2, h, w), 1, k[0], s[0]), (1,)), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_reductions(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    x = randn(2, 3, data.draw(st.integers(7, 13)), 4) + data.draw(st.integers(-3, 3))
+    at = 2
+    dims = sorted(data.draw(st.sets(st.integers(0, 3), min_size=1)))
+    keep = data.draw(st.booleans())
+    for op in (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default):
+        check(op, Sample((x, dims, keep), (at,)), fractions)
+    correction = data.draw(st.sampled_from([0, 1]))
+    if math.prod(x.shape[d] for d in dims) > correction:
+        more = {"correction": correction, "keepdim": keep}
+        for op in (aten.var.correction, aten.std.correction, aten.var_mean.correction):
+            check(op, Sample((x, dims), (at,), more), fractions)
+    order = data.draw(st.sampled_from([1, 2, math.inf]))
+    check(aten.linalg_vector_norm.default, Sample((x, order, dims, keep), (at,)), fractions)
+    dim = data.draw(st.integers(-4, 3))
+    check(aten.softmax.int, Sample((x, dim), (at,)), fractions)
+    check(aten.log_softmax.int, Sample((x, dim), (at,)), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_norms(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    _, sizes, at = data.draw(spatial())
+    x = randn(2, 6, *sizes) * data.draw(st.sampled_from([1.0, 3.0])) + data.draw(st.sampled_from([0.0, 5.0]))
+    groups = data.draw(st.sampled_from([1, 2, 3, 6]))
+    check(aten.group_norm.default, Sample((x, groups, randn(6), randn(6), 1e-3), (2 + at, None, None)), fractions)
+    y = randn(2, data.draw(st.integers(7, 12)), 3, 6)
+    check(aten.layer_norm.default, Sample((y, [6], randn(6), randn(6)), (1, None, None)), fractions)
+    check(aten.layer_norm.default, Sample((y, [3, 6]), (1,)), fractions)
+
+
+@st.composite
+def equations(draw: st.DrawFn) -> tuple[str, list[Tensor], list[int | None]]:
+    """A contraction of two or three operands; ``r`` and ``s`` are long enough to be cut."""
+    size = {"a": 2, "b": 3, "c": 4, "r": draw(st.integers(7, 11)), "s": draw(st.integers(7, 11))}
+    terms, rows = [], []
+    for _ in range(draw(st.integers(2, 3))):
+        term = draw(st.permutations(sorted(size)).map(lambda p: p[: draw(st.integers(1, 4))]))
+        terms.append("".join(term))
+        long = [term.index(c) for c in "rs" if c in term]
+        rows.append(draw(st.sampled_from([None, *long])))
+    letters = sorted(set("".join(terms)))
+    out = draw(st.permutations(letters).map(lambda p: p[: draw(st.integers(1, len(letters)))]))
+    tensors = [randn(*(size[c] for c in term)) for term in terms]
+    return ",".join(terms) + "->" + "".join(out), tensors, rows
+
+
+@settings(MANY, max_examples=80)
+@given(equations(), places())
+def test_contractions(drawn: tuple[str, list[Tensor], list[int | None]], fractions: tuple[float, ...]) -> None:
+    equation, tensors, rows = drawn
+    assume(any(r is not None for r in rows))
+    check(aten.einsum.default, Sample((equation, tensors), tuple(rows)), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_products(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    batch_a = data.draw(st.sampled_from([(), (2,), (1,), (2, 3), (2, 1)]))
+    batch_b = data.draw(st.sampled_from([(), (2,), (1,), (2, 3), (1, 3)]))
+    try:
+        torch.broadcast_shapes(batch_a, batch_b)
+    except RuntimeError:
+        assume(False)
+    n, m = data.draw(st.integers(7, 11)), data.draw(st.integers(7, 11))
+    a, b = randn(*batch_a, n, m), randn(*batch_b, m, n)
+    rows = (data.draw(st.sampled_from([None, -1, -2])), data.draw(st.sampled_from([None, -1, -2])))
+    assume(rows != (None, None))
+    at = tuple(None if r is None else t.ndim + r for r, t in zip(rows, (a, b), strict=True))
+    check(aten.matmul.default, Sample((a, b), at), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_attention(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    n, m = data.draw(st.integers(7, 12)), data.draw(st.integers(7, 12))
+    q, k, v = randn(2, 2, n, 4), randn(2, 2, m, 4), randn(2, 2, m, 3)
+    rows: list[int | None] = [data.draw(st.sampled_from([None, 2])) for _ in range(3)]
+    assume(any(rows))
+    mask = data.draw(st.sampled_from([None, (n, m), (1, m), (2, 1, n, m), (2, 1, 1, m), (n, 1)]))
+    if mask is None:
+        check(aten.scaled_dot_product_attention.default, Sample((q, k, v), tuple(rows)), fractions)
+    else:
+        at = data.draw(st.sampled_from([None, *([len(mask) - 2] if mask[-2] == n else [])]))
+        sample = Sample((q, k, v, randn(*mask)), (*rows, at))
+        check(aten.scaled_dot_product_attention.default, sample, fractions)
+
+
+def _beside(front: int, back: int) -> Callable[[Tensor], Tensor]:
+    def join(x: Tensor) -> Tensor:
+        t = x.flatten(2).transpose(1, 2)
+        return torch.cat([t[:, :1].expand(-1, front, -1) * 0 + 1, t, t[:, :1].expand(-1, back, -1) * 0 - 1], 1)
+
+    return join
+
+
+_ON_MIXED: dict[str, Callable[[Tensor], Tensor]] = {
+    "pointwise": lambda t: t * 2 + t.sin(),
+    "norm": lambda t: F.layer_norm(t, (t.shape[-1],)),
+    "rms": lambda t: t * t.pow(2).mean(-1, keepdim=True).rsqrt(),
+    "mean": lambda t: t - t.mean(1, keepdim=True),
+    "softmax": lambda t: t.softmax(1),
+    "maximum": lambda t: t - t.amax(1, keepdim=True),
+    "heads": lambda t: (
+        F.scaled_dot_product_attention(*(u.unflatten(-1, (2, -1)).transpose(1, 2) for u in (t, t, t)))
+        .transpose(1, 2)
+        .flatten(2)
+    ),
+    "scores": lambda t: (t @ t.transpose(1, 2)).softmax(-1) @ t,
+    "linear": lambda t: t.softmax(-1) @ (t.softmax(1).transpose(1, 2) @ t),
+    "conv": lambda t: F.conv1d(t.transpose(1, 2), torch.ones(4, 4, 3) / 9, padding=1).transpose(1, 2),
+    "roll": lambda t: t.roll(2, 1) + t,
+    "flip": lambda t: t.flip(1) + t,
+    "tail": lambda t: torch.cat([t, t[:, -1:]], 1)[:, :-1],
+    "swap": lambda t: torch.cat([t[:, 3:], t[:, :3]], 1),
+    "var": lambda t: t / (t.var(1, keepdim=True) + 1),
+    "position": lambda t: t + torch.linspace(0, 1, t.shape[1])[None, :, None],
+    "pool": lambda t: t + F.avg_pool1d(t.transpose(1, 2), 3, 1, 1).transpose(1, 2),
+    "norm2": lambda t: F.normalize(t, dim=1),
+    "group": lambda t: F.group_norm(t.transpose(1, 2), 2).transpose(1, 2),
+}
+
+
+@settings(FEW, max_examples=40)
+@given(st.data(), places())
+def test_mixed_dims(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    """Tokens beside an image's, through random operators, and off again."""
+    h, w = data.draw(st.integers(6, 11)), data.draw(st.integers(3, 4))
+    front, back = data.draw(st.sampled_from([(2, 0), (0, 3), (1, 2), (3, 1)]))
+    names = data.draw(st.lists(st.sampled_from(sorted(_ON_MIXED)), min_size=1, max_size=3))
+
+    def run(x: Tensor) -> Tensor:
+        t = _beside(front, back)(x)
+        for name in names:
+            t = _ON_MIXED[name](t)
+        rest = t[:, :front].sum(1, keepdim=True) + t[:, front + h * w :].sum(1, keepdim=True)
+        return (t[:, front : front + h * w] + rest).transpose(1, 2).reshape(x.shape)
+
+    error, found = Cutting(Function(run), {"x": randn(2, 4, h, w)}, {"x": 2}).at(fractions)
+    assert error <= 1e-5, (names, front, back)
+    assert not [f for f in found.fallbacks if "too few" not in f.reason], found.fallbacks
+    assert any(layout.cut is not None and layout.cut.mixed for layout in layouts_of(found)) or len(fractions) == 2
