@@ -62,8 +62,8 @@ def convert(
     (guidance) to half of the ranks. ``groupnorm``, ``displace`` and ``warmup_steps`` say how the steady phase differs
     from the exact one; ``displace="none"`` makes it exact too. ``segments``: into how many engines the steady phase
     is cut at most. ``passes`` run on the local graph, before collectives are lowered; ``rules`` are modules that
-    register operator rules. ``strict`` refuses a module with an operator that has to be computed whole. ``optimise`` names
-    optimisations of the graph (exact; "all", or of :data:`~districompile.unit.OPTIMISATIONS`). ``dump`` is a
+    register operator rules. ``strict`` refuses a module with an operator that has to be computed whole. ``optimise``
+    names exact optimisations of the graph ("all", or of :data:`~districompile.unit.OPTIMISATIONS`). ``dump`` is a
     folder for the graph after each pass.
 
     Raises :class:`districompile.Error` for everything a caller can get wrong, saying what to do.

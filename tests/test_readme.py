@@ -40,7 +40,7 @@ def test_command_lines_parse(words: list[str]) -> None:
 
 
 def test_commands_are_all_shown() -> None:
-    assert {words[0] for words in commands()} == {"convert", "inspect", "verify", "run", "doctor"}
+    assert {words[0] for words in commands()} == {"convert", "inspect", "verify", "run", "refit", "bench", "doctor"}
 
 
 @pytest.mark.parametrize("text", blocks("python"))

@@ -19,7 +19,7 @@ def busy(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     y = F.pad(F.conv2d(x, w, padding=1), (1, 1, 1, 1), mode="circular")
     a, b = y.chunk(2, 1)
     c = torch.full((2,), -math.inf) + torch.arange(2, dtype=torch.float32)
-    d = ops.place(a, b, 2, 1, 0, 0, 2).to(torch.float16).contiguous(memory_format=torch.channels_last)
+    d = ops.place(a.movedim(2, 0), b, 2, 1, 0, 0, 2).to(torch.float16).contiguous(memory_format=torch.channels_last)
     return d, torch.cat([a, b], 3).float(), c, ops.moments(x, 2).clamp(min=-1e30)
 
 

@@ -20,7 +20,8 @@ PACKAGES = ("districompile", "torch", "numpy", "safetensors", "onnx", "onnxscrip
             "tensorrt_rtx", "diffusers", "transformers", "accelerate")  # fmt: skip
 # Backends, and where they were executed by the tests: nothing else is claimed.
 BACKENDS = {
-    "eager": "CPU",
+    "eager": "CPU, H100",
+    "inductor": "CPU, operator by operator; experimental: no run on a GPU has succeeded so far",
     "onnxruntime": "CPU",
     "tensorrt": "engines built without a GPU (tensorrt_rtx 1.7); executed on no GPU so far",
 }
