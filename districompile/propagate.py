@@ -161,10 +161,12 @@ class _Propagation:
             args, kwargs = replace((args, kwargs), Value, self.cut.unmixed)
         try:
             try:
-                return found.function(self.cut, *args, **kwargs)
+                value = found.function(self.cut, *args, **kwargs)
             except NotOutermost:
                 args, kwargs = replace((args, kwargs), Value, self.cut.outermost)
-                return found.function(self.cut, *args, **kwargs)
+                value = found.function(self.cut, *args, **kwargs)
+            self._check_shape(node, value)
+            return value
         except (
             AssertionError,
             AttributeError,
@@ -176,6 +178,13 @@ class _Propagation:
         ) as e:
             # Arguments that the rule's author did not foresee: never a reason to refuse the network
             raise Refused(f"the rule failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from e
+
+    def _check_shape(self, node: fx.Node, value: Any) -> None:
+        """A result whose whole has another shape than the operator's is a mistake of its rule."""
+        out = node.meta["val"]
+        for part, fake in zip(value, out, strict=True) if isinstance(value, tuple) else [(value, out)]:
+            if isinstance(part, Value) and isinstance(fake, torch.Tensor) and part.shape != tuple(fake.shape):
+                raise ValueError(f"its result is {part.shape}, the operator's {tuple(fake.shape)}")
 
     def _too_few_rows(self, node: fx.Node) -> bool:
         for layout in _layouts(self.annotation.get(node.name)):

@@ -63,7 +63,7 @@ def place(foreign: Tensor, x: Tensor, dim: int, before: int, after: int, start: 
     parts = []
     if before:
         parts.append(foreign.narrow(0, 0, before).movedim(0, dim))
-    if stop > start:
+    if stop > start or not (before or after):
         parts.append(x.narrow(dim, start, stop - start))
     if after:
         parts.append(foreign.narrow(0, before, after).movedim(0, dim))
@@ -78,7 +78,7 @@ def strips(x: Tensor, dim: int, top: int, bottom: int) -> Tensor:
         parts = [x]
     else:
         parts = [x.narrow(dim, 0, top)] if top else []
-        parts += [x.narrow(dim, n - bottom, bottom)] if bottom else []
+        parts += [x.narrow(dim, n - bottom, bottom)] if bottom or not top else []  # nothing wanted: no rows
     rows = [p.movedim(dim, 0) for p in parts]
     return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
 

@@ -19,7 +19,18 @@ aten = torch.ops.aten
 def pointwise(cut: Cutter, *args: Any, **kwargs: Any) -> Value:
     """Broadcasting follows the largest cut operand; the others are sliced or re-cut to match it."""
     shape = cut.out_shape
+
+    def unbroadcast(v: Value) -> Value:
+        """One row, which only one rank can have "cut", stands beside many as whole."""
+        at = v.cut_dim
+        return v if at is None or v.shape[at] == shape[at + len(shape) - v.ndim] else cut.gather(v)
+
+    args, kwargs = replace((args, kwargs), Value, unbroadcast)
     operands = list(values_in((args, kwargs)))
+    assert cut.target is not None
+    op: Any = cut.target.target
+    if not any(v.is_cut for v in operands):
+        return cut.whole_value(cut.emit(op, *args, **kwargs))
     cuts = [v for v in operands if v.is_cut]
     if any(not v.layout.cut.mixed for v in cuts):  # type: ignore[union-attr]
         # To drop replicated parts costs nothing, to spread them does
@@ -30,8 +41,6 @@ def pointwise(cut: Cutter, *args: Any, **kwargs: Any) -> Value:
     assert where is not None
     dim = where.dim + len(shape) - leader.ndim
     factors = leader.layout.dims[where.dim]
-    if shape[dim] != leader.shape[where.dim]:
-        raise AssertionError("a cut dim is never broadcast: it has at least one row on each rank")
 
     def operand(v: Value) -> Value:
         k = dim - (len(shape) - v.ndim)
@@ -39,8 +48,6 @@ def pointwise(cut: Cutter, *args: Any, **kwargs: Any) -> Value:
             return cut.gather(v)
         return cut.align(v, k, factors)
 
-    assert cut.target is not None
-    op: Any = cut.target.target
     local, named = replace((args, kwargs), Value, operand)
     result = cut.call(op, *local, layout=Layout.whole(shape).with_dim(dim, factors), **named)
     if cut.out.dtype.is_complex and all(v.whole is not None or not v.is_cut for v in operands):

@@ -134,6 +134,8 @@ def expand(cut: Cutter, x: Value, size: Sequence[int], **kwargs: Any) -> Value:
     extra = len(shape) - x.ndim
     where = x.layout.cut
     assert where is not None
+    if shape[where.dim + extra] != x.shape[where.dim]:  # one row, which only one rank can have "cut", becomes many
+        return cut.whole_value(cut.emit(aten.expand.default, cut.gather(x), list(shape)))
     layout = Layout.whole(shape).with_dim(where.dim + extra, x.layout.dims[where.dim])
     return cut.call(aten.expand.default, x, cut.local_sizes(layout), layout=layout)
 
