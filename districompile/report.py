@@ -206,7 +206,9 @@ def _spread(counts: list[int]) -> str:
 
 
 def _plain(value: Any) -> str:
-    return " ".join(str(v) for v in value) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return " ".join(str(v) for v in value) or "none"
+    return str(value)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -241,6 +241,18 @@ def test_run_needs_what_it_needs(made: Path, folder: Path, capsys: pytest.Captur
     assert not list(folder.glob("image*"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_bundle_for_a_gpu_starts_nothing_without_one(
+    made: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made, folder / "gpu")
+    manifest = folder / "gpu" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "device": "cuda: sm89"}))
+    for command in ("run", "bench"):
+        line = failing(capsys, command, "gpu")
+        assert line.startswith("gpu was made for a GPU, and there is none here"), line
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

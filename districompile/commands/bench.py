@@ -19,7 +19,7 @@ from districompile.ir.plan import Phase, Plan, TensorSpec
 from districompile.runtime.choose import check_transport
 from districompile.runtime.inputs import timestep_path
 from districompile.runtime.launcher import launch
-from districompile.runtime.module import DistributedModule, load
+from districompile.runtime.module import DistributedModule, check_device, load
 from districompile.runtime.runner import called_spec, world_size
 from districompile.runtime.trace import Trace, write_chrome_trace
 
@@ -44,6 +44,7 @@ def main(settings: Settings) -> int:
     check_transport(settings.transport)
     quiet_libraries()
     bundle = Bundle.open(settings.bundle)
+    check_device(bundle)
     if settings.trace is not None:
         check_writable(settings.trace.absolute().parent)
     job = dataclasses.replace(settings, bundle=settings.bundle.resolve())

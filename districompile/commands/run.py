@@ -27,7 +27,7 @@ from districompile.models.sources import DEMO, load_pipeline, pipeline_location
 from districompile.progress import Silent, terminal_progress
 from districompile.runtime.choose import check_transport
 from districompile.runtime.launcher import launch
-from districompile.runtime.module import load
+from districompile.runtime.module import check_device, load
 from districompile.runtime.runner import world_size
 
 
@@ -72,6 +72,7 @@ def main(settings: Settings, as_json: bool) -> int:
     quiet_libraries()
     folder = _bundle_folder(settings)
     bundle = Bundle.open(folder)
+    check_device(bundle)
     plan = bundle.plan
     model = settings.model or bundle.manifest.get("source")
     if not model:

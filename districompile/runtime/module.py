@@ -246,13 +246,19 @@ def _running(ranks: int | None) -> int:
     return ranks if ranks is not None else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def check_device(bundle: Bundle) -> str:
+    """The kind of device that ``bundle`` runs on ("cuda", "cpu"); :class:`BundleError` where there is none here."""
+    kind = str(bundle.manifest.get("device") or "cpu").partition(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BundleError(f"{bundle.path} was made for a GPU, and there is none here: convert again for the CPU")
+    return kind
+
+
 def _device(bundle: Bundle, device: str | torch.device | None, local_rank: int) -> torch.device:
     if device is not None:
         return torch.device(device)
-    kind = str(bundle.manifest.get("device") or "cpu").partition(":")[0]
+    kind = check_device(bundle)
     if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise BundleError(f"{bundle.path} was made for a GPU, and there is none here: convert again for the CPU")
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device(kind)
 
