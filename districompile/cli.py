@@ -267,11 +267,16 @@ def bench(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> int:
+def doctor(
+    as_json: Json = False,
+    trying: Annotated[
+        bool, typer.Option("--try", help="Put a small network through each backend that is usable here.")
+    ] = False,
+) -> int:
     """Show versions, devices, and which backends can be used here, and why not."""
     from districompile.commands import doctor as command
 
-    return command.main(as_json)
+    return command.main(as_json, trying)
 
 
 def _version(value: bool) -> None:

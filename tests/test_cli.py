@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from districompile import cli
+from districompile.commands import trial
 from districompile.errors import BackendError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,6 +262,19 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["backends"]["onnxruntime"]["tested_on"] == "CPU"
     assert cli.main(["doctor"]) == 0
     assert "backend" in capsys.readouterr().out
+
+
+def test_trials_tell_how_far_a_backend_came(tmp_path: Path) -> None:
+    assert re.match(r"ran on .*, exact to .*, displaced to .*", trial.try_backend("eager"))
+    assert trial.try_backend("nonsense").startswith("failed while building engines: no backend named 'nonsense'")
+    say = "import json, os, signal, time; print(json.dumps({'stage': 'loading engines'}), flush=True); "
+    python = [sys.executable, "-X", "faulthandler", "-c"]
+    crashed = trial.follow([*python, say + "os.kill(os.getpid(), signal.SIGSEGV)"], tmp_path / "log", 60)
+    assert crashed.startswith("crashed (SIGSEGV) while loading engines, in "), crashed
+    stuck = trial.follow([*python, say + "time.sleep(60)"], tmp_path / "log", 2)
+    assert stuck == "stopped after 2 s while loading engines"
+    failed = trial.follow([*python, say + "raise ValueError('no such thing')"], tmp_path / "log", 60)
+    assert failed == "failed while loading engines: ValueError: no such thing"
 
 
 def test_images_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

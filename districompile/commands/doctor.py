@@ -13,8 +13,10 @@ from rich.table import Table
 from districompile.backends import base
 from districompile.backends.tensorrt.library import installed, present_gpu
 from districompile.commands.common import console, print_json
+from districompile.commands.trial import run_trials
 from districompile.errors import BackendError
 from districompile.models.sources import DEMO
+from districompile.progress import terminal_progress
 
 PACKAGES = ("districompile", "torch", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime", "tensorrt",
             "tensorrt_rtx", "diffusers", "transformers", "accelerate")  # fmt: skip
@@ -27,9 +29,12 @@ BACKENDS = {
 }
 
 
-def main(as_json: bool) -> int:
-    """Print what is installed, and what it can be used for."""
+def main(as_json: bool, trying: bool = False) -> int:
+    """Print what is installed, and what it can be used for; with ``trying``, what each backend computes here."""
     facts = gather()
+    if trying:
+        usable = [name for name, entry in facts["backends"].items() if entry["usable"]]
+        facts["tried"] = run_trials(usable, terminal_progress())
     if as_json:
         print_json(facts)
         return 0
@@ -49,6 +54,8 @@ def main(as_json: bool) -> int:
     terminal.print(table)
     for line in facts["tensorrt"]:
         terminal.print(line, markup=False, highlight=False)
+    for name, line in facts.get("tried", {}).items():
+        terminal.print(f"{name} {line}", markup=False, highlight=False)
     return 0
 
 
