@@ -1,6 +1,6 @@
 """``districompile doctor --try``: a small network through each usable backend, from conversion to numbers.
 
-Each backend runs in a process of its own, as what is tried may end it: compiled code, drivers, other people's libraries.
+Each backend runs in a process of its own, as what is tried may end it: compiled code, drivers, libraries.
 """
 
 from __future__ import annotations
