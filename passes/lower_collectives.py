@@ -14,9 +14,12 @@ All ranks send strips of one shape and receive results of one shape where they c
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import fx
 
 from districompile.cutter import Cutter
@@ -75,6 +78,17 @@ def _split(bounds: Sequence[int], rank: int, rows: Sequence[int], first: int) ->
 
 
 @dataclasses.dataclass(frozen=True)
+class _Run:
+    """``rows`` rows of ``src`` from its ``row`` on, that stand in the result of ``dst`` from ``at`` on."""
+
+    src: int
+    dst: int
+    row: int
+    at: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
 class _Fetch:
     """A fetch node's arguments, and what follows from them."""
 
@@ -101,9 +115,38 @@ class _Fetch:
             splits.append(_split(bounds, r, rows, first))
         return _Fetch(node, x, dim, tuple(bounds), tuple(splits), fill, site, kind)
 
-    @property
+    @functools.cached_property
     def heights(self) -> list[int]:
-        return [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(self.bounds)]
+
+    @functools.cached_property
+    def runs(self) -> list[_Run]:
+        """What travels, in the order of the results."""
+        runs: list[_Run] = []
+        for dst, s in enumerate(self.splits):
+            rows = np.array((*s.before, *s.after), dtype=np.int64)
+            seams = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1
+            for at, end in itertools.pairwise((0, *seams.tolist(), len(rows))):
+                row = int(rows[at]) if at < end else -1
+                while row >= 0 and at < end:
+                    src = owner(self.bounds, row)
+                    n = min(end - at, self.bounds[src + 1] - row)
+                    runs.append(_Run(src, dst, row - self.bounds[src], at, n))
+                    row, at = row + n, at + n
+        return runs
+
+    @functools.cached_property
+    def strips(self) -> tuple[int, int]:
+        """Rows from the top and from the bottom that cover what is wanted of every rank."""
+        top = bottom = 0
+        for run in self.runs:
+            height = self.heights[run.src]
+            middle, end = (height + 1) // 2, run.row + run.rows
+            if run.row < middle:
+                top = max(top, min(end, middle))
+            if end > middle:
+                bottom = max(bottom, height - max(run.row, middle))
+        return top, bottom
 
 
 def _lower_fetch(graph: fx.Graph, emitter: Cutter, node: fx.Node, sources: dict[tuple[Any, ...], fx.Node]) -> None:
@@ -131,30 +174,8 @@ def _own(splits: Sequence[_Split]) -> tuple[Any, Any]:
     return per_rank(s.start for s in splits), per_rank(s.stop for s in splits)
 
 
-def _needed(splits: Sequence[_Split], bounds: Sequence[int]) -> list[set[int]]:
-    """The local rows of each rank that somebody's result takes from its source."""
-    needed: list[set[int]] = [set() for _ in splits]
-    for s in splits:
-        for row in (*s.before, *s.after):
-            if row >= 0:
-                src = owner(bounds, row)
-                needed[src].add(row - bounds[src])
-    return needed
-
-
-def _strip_sizes(needed: Sequence[set[int]], heights: Sequence[int]) -> tuple[int, int]:
-    """Rows from the top and from the bottom that cover what is wanted of every rank."""
-    top = bottom = 0
-    for rows, height in zip(needed, heights, strict=True):
-        upper = [row for row in rows if row < height / 2]
-        lower = [row for row in rows if row >= height / 2]
-        top = max(top, max(upper, default=-1) + 1)
-        bottom = max(bottom, height - min(lower, default=height))
-    return top, bottom
-
-
 def _exchange(emitter: Cutter, f: _Fetch, sources: dict[tuple[Any, ...], fx.Node]) -> tuple[fx.Node, fx.Node]:
-    top, bottom = _strip_sizes(_needed(f.splits, f.bounds), f.heights)
+    top, bottom = f.strips
     source = f.x
     if f.dim != _rows_dim(f) or any(top + bottom < h for h in f.heights):
         key = (f.x, f.dim, top, bottom)
@@ -173,26 +194,17 @@ def _rows_dim(f: _Fetch) -> int:
 
 
 def _plan(exchange: fx.Node, source: fx.Node, f: _Fetch) -> Exchange:
-    top, bottom = _strip_sizes(_needed(f.splits, f.bounds), f.heights)
-    strips = source is not f.x
-
-    def position(src: int, row: int) -> int:
-        """Where a local row stands in what its rank sends."""
-        height = f.heights[src]
-        return row if not strips or top + bottom >= height or row < top else top + row - (height - bottom)
-
+    top, bottom = f.strips
     pieces: list[Piece] = []
-    for dst, s in enumerate(f.splits):
-        for at, row in enumerate((*s.before, *s.after)):
-            if row < 0:
-                continue
-            src = owner(f.bounds, row)
-            start = position(src, row - f.bounds[src])
-            p = pieces[-1] if pieces else None
-            if p and p.dst == dst and p.src == src and p.start + p.rows == start and p.at + p.rows == at:
-                pieces[-1] = dataclasses.replace(p, rows=p.rows + 1)
-            else:
-                pieces.append(Piece(src, dst, start, at, 1))
+    for run in f.runs:
+        height, start = f.heights[run.src], run.row
+        if source is not f.x and start >= top and top + bottom < height:  # where it stands in what its rank sends
+            start += top - (height - bottom)
+        p = pieces[-1] if pieces else None
+        if p and p.dst == run.dst and p.src == run.src and p.start + p.rows == start and p.at + p.rows == run.at:
+            pieces[-1] = dataclasses.replace(p, rows=p.rows + run.rows)
+        else:
+            pieces.append(Piece(run.src, run.dst, start, run.at, run.rows))
     return Exchange(
         name=exchange.name, site=f.site, kind=f.kind, source=source.name, dim=_rows_dim(f), specs=_specs(source),
         results=_specs(exchange), pieces=tuple(pieces), fill=f.fill, pattern=_pattern(pieces, len(f.splits)),
