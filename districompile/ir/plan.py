@@ -21,6 +21,7 @@ call received.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -198,6 +199,18 @@ class PhasePlan:
     segments: dict[str, SegmentPlan]
     outputs: tuple[str, ...]
     values: dict[str, tuple[TensorSpec, ...]] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def waited_before_posted(self) -> frozenset[str]:
+        """Collectives whose ``Wait`` in this phase may read what an earlier call received."""
+        posted: set[str] = set()
+        early: set[str] = set()
+        for step in self.steps:
+            if isinstance(step, Post):
+                posted.update(step.collectives)
+            elif isinstance(step, Wait):
+                early.update(n for n in step.collectives if n not in posted)
+        return frozenset(early)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Executor:
         self.plan, self.rank, self.transport, self.device = plan, rank, transport, device
         self._engines = engines
         self._freed = {name: _freed_after(plan, phase) for name, phase in plan.phases.items()}
-        self._remembered = frozenset().union(*(_waited_before_posted(p) for p in plan.phases.values()))
+        self._remembered = frozenset().union(*(p.waited_before_posted for p in plan.phases.values()))
 
     def new_state(self) -> StreamState:
         """The state of a new stream of calls."""
@@ -63,13 +63,7 @@ class Executor:
 
     def run(self, phase: str, inputs: Mapping[str, torch.Tensor], state: StreamState) -> list[torch.Tensor]:
         """One call: ``inputs`` by value name (on ``device``); returns the output leaves of the plan, in order."""
-        steps = self.iterate(phase, inputs, state)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                leaves: list[torch.Tensor] = end.value
-                return leaves
+        return result_of(self.iterate(phase, inputs, state))
 
     def iterate(
         self, phase: str, inputs: Mapping[str, torch.Tensor], state: StreamState
@@ -186,13 +180,11 @@ def _freed_after(plan: Plan, phase: PhasePlan) -> list[tuple[str, ...]]:
     return [tuple(names) for names in freed]
 
 
-def _waited_before_posted(plan: PhasePlan) -> frozenset[str]:
-    """Collectives whose ``Wait`` in this phase may read what an earlier call received."""
-    posted: set[str] = set()
-    early: set[str] = set()
-    for step in plan.steps:
-        if isinstance(step, Post):
-            posted.update(step.collectives)
-        elif isinstance(step, Wait):
-            early.update(n for n in step.collectives if n not in posted)
-    return frozenset(early)
+def result_of(steps: Generator[None, None, list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Run all steps of a call at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: list[torch.Tensor] = end.value
+            return result

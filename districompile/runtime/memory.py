@@ -63,7 +63,7 @@ class MemoryPlan:
 
 def plan_memory(plan: Plan, rank: int) -> MemoryPlan:
     """Raises :class:`BundleError` for a plan that does not say how large its values are."""
-    remembered = frozenset().union(*(waited_before_posted(p) for p in plan.phases.values()))
+    remembered = frozenset().union(*(p.waited_before_posted for p in plan.phases.values()))
     specs = {name: _specs(plan, phase, rank) for name, phase in plan.phases.items()}
     kept: dict[str, TensorSpec] = {}
     for name, phase in plan.phases.items():
@@ -92,18 +92,6 @@ def plan_memory(plan: Plan, rank: int) -> MemoryPlan:
         offsets[state] = end
         end += aligned(kept[state].nbytes)
     return MemoryPlan(phases, remembered, layouts[0], layouts[1], kept, offsets, end, messages)
-
-
-def waited_before_posted(plan: PhasePlan) -> frozenset[str]:
-    """Collectives whose ``Wait`` in this phase may read what an earlier call received."""
-    posted: set[str] = set()
-    early: set[str] = set()
-    for step in plan.steps:
-        if isinstance(step, Post):
-            posted.update(step.collectives)
-        elif isinstance(step, Wait):
-            early.update(n for n in step.collectives if n not in posted)
-    return frozenset(early)
 
 
 def _kept_value(plan: Plan, state: str) -> str:

@@ -19,9 +19,9 @@ from districompile.backends.base import Engine
 from districompile.errors import InputError
 from districompile.ir.plan import Collective, Deliver, Keep, Plan, Post, Reduction, Run, Take, Wait
 from districompile.runtime.arena import allocate
-from districompile.runtime.executor import Engines
+from districompile.runtime.executor import Engines, result_of
 from districompile.runtime.links import Link, ReceiveLayout, Region, Route, build_route, recorded, view
-from districompile.runtime.memory import MemoryPlan, plan_memory, waited_before_posted
+from districompile.runtime.memory import MemoryPlan, plan_memory
 from districompile.runtime.trace import Spans, Trace
 from districompile.runtime.transport import combine
 
@@ -89,7 +89,7 @@ class StaticExecutor:
             if engine.scratch_bytes:
                 engine.use_scratch(self._scratch)
         self._inputs = {i.value: view(allocate(i.spec.nbytes, device), 0, i.spec) for i in plan.inputs}
-        self._needs = {name: tuple(sorted(waited_before_posted(p))) for name, p in plan.phases.items()}
+        self._needs = {name: tuple(sorted(p.waited_before_posted)) for name, p in plan.phases.items()}
         states = {s.state for p in plan.phases.values() for s in p.steps if isinstance(s, Keep)}
         self._reads = {
             name: tuple(sorted({v for s in p.segments.values() for v in s.inputs} & states))
@@ -156,7 +156,7 @@ class StaticExecutor:
         else:
             spans = self._new_spans()
             with self._recording(spans):
-                outputs = _result(self._steps(phase, state, spans))
+                outputs = result_of(self._steps(phase, state, spans))
                 self._warm.add(phase)
                 self._finish_trace(phase, spans)
         outputs = [t.clone() for t in outputs]
@@ -364,7 +364,7 @@ class StaticExecutor:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             spans = self._new_spans()
             with self._recording(spans):
-                outputs = _result(self._steps(phase, state, spans))
+                outputs = result_of(self._steps(phase, state, spans))
         after, state.book = state.book, book
         return _Captured(graph, after, outputs, spans)
 
@@ -382,12 +382,3 @@ class StaticExecutor:
     def _finish_trace(self, phase: str, spans: Spans | None) -> None:
         if self._trace is not None and spans is not None:
             self._trace.calls.append((phase, spans.read()))
-
-
-def _result(steps: Generator[None, None, list[torch.Tensor]]) -> list[torch.Tensor]:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: list[torch.Tensor] = end.value
-            return result
