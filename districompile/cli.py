@@ -72,6 +72,10 @@ CollectivesOption = Annotated[
     Literal["between", "inside"] | None,
     typer.Option(help="Exact steps: cut at every exchange [between], or one engine that holds them (tensorrt only)."),
 ]
+DeviceOption = Annotated[
+    Literal["cpu", "cuda"] | None,
+    typer.Option(help="Where an eager bundle runs [cpu]; others run where they were made for."),
+]
 Segments = Annotated[int | None, typer.Option(min=1, help="Engines per steady step, at most [4].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by convert.")]
@@ -155,6 +159,7 @@ def verify(
     ] = None,
     nodes: Annotated[bool, typer.Option("--nodes", help="Compare every operator too: finds a wrong rule.")] = False,
     model: ModelOverride = None,
+    device: DeviceOption = None,
     as_json: Json = False,
 ) -> int:
     """Compare a bundle with the original model: the exact phase's error, and the displaced phase's drift."""
@@ -170,6 +175,7 @@ def verify(
         nodes=nodes,
         backend=backend,
         model=model,
+        device=device,
     )
     return command.main(settings, as_json)
 
@@ -210,6 +216,7 @@ def run(
         str, typer.Option(help="What moves bytes between the processes: auto, peer, nccl or gloo.")
     ] = "auto",
     cuda_graph: Annotated[bool, typer.Option(help="On GPUs, replay each call as one CUDA graph.")] = True,
+    device: DeviceOption = None,
     as_json: Json = False,
 ) -> int:
     """Draw one image on all processes of a bundle. A MODEL is converted first, and kept in a cache for the next
@@ -218,7 +225,7 @@ def run(
 
     settings = command.Settings(
         bundle=bundle, prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, seed=seed,
-        out=out, log_dir=log_dir, model=model, gpus=gpus, transport=transport, cuda_graph=cuda_graph,
+        out=out, log_dir=log_dir, model=model, gpus=gpus, transport=transport, cuda_graph=cuda_graph, device=device,
         conversion={
             "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
             "displace": displace, "backend": backend, "dtype": dtype, "segments": segments, "target": target,
@@ -259,11 +266,12 @@ def bench(
     ] = None,
     transport: Annotated[str, typer.Option(help="What moves rows between ranks: auto, peer, nccl, gloo.")] = "auto",
     cuda_graph: Annotated[bool, typer.Option(help="Replay calls as CUDA graphs.")] = True,
+    device: DeviceOption = None,
 ) -> int:
     """Time a bundle's exact and displaced steps on this machine with random inputs: one JSON line a figure."""
     from districompile.commands import bench as command
 
-    return command.main(command.Settings(bundle, calls, steps, trace, transport, cuda_graph))
+    return command.main(command.Settings(bundle, calls, steps, trace, transport, cuda_graph, device))
 
 
 @app.command()

@@ -253,6 +253,11 @@ def test_a_bundle_for_a_gpu_starts_nothing_without_one(
     for command in ("run", "bench"):
         line = failing(capsys, command, "gpu")
         assert line.startswith("gpu was made for a GPU, and there is none here"), line
+    for command in ("run", "bench", "verify"):
+        line = failing(capsys, command, str(made), "--device", "cuda")
+        assert re.search(
+            "(cannot run on a GPU: there is none here|only bundles of the eager backend run on cuda)", line
+        )
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

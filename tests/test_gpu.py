@@ -7,11 +7,13 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers_net import images, make_bundle
 
 import districompile as dc
+from districompile import cli
 from districompile.errors import LaunchError
 from districompile.runtime.launcher import launch
 from districompile.runtime.trace import write_chrome_trace
@@ -63,6 +65,20 @@ def test_ranks_share_one_gpu(tmp_path: Path) -> None:
     results = launch(worker, (str(bundle), "auto", True), GPUS + 1)
     want = in_lockstep(bundle)
     assert all(r == ("gloo", want) for r in results.values())
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", "demo", "--gpus", "2", "--backend", "eager", "--out", "b"]) == 0
+    assert cli.main(["verify", "b", "--device", "cuda", "--steps", "6"]) == 0
+    for device in ("cuda", "cpu"):
+        words = ["run", "b", "--device", device, "--prompt", "a red circle", "--steps", "6", "--out", f"{device}.png"]
+        assert cli.main(words) == 0
+    pictures = [np.asarray(Image.open(f"{d}.png"), dtype=np.float64) for d in ("cuda", "cpu")]
+    assert np.abs(pictures[0] - pictures[1]).mean() < 2  # of 255; matrix products on a GPU may round to TF32
 
 
 @two_gpus

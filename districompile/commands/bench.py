@@ -37,6 +37,7 @@ class Settings:
     trace: Path | None
     transport: str
     cuda_graph: bool
+    device: str | None = None
 
 
 def main(settings: Settings) -> int:
@@ -44,7 +45,7 @@ def main(settings: Settings) -> int:
     check_transport(settings.transport)
     quiet_libraries()
     bundle = Bundle.open(settings.bundle)
-    check_device(bundle)
+    check_device(bundle, settings.device)
     if settings.trace is not None:
         check_writable(settings.trace.absolute().parent)
     job = dataclasses.replace(settings, bundle=settings.bundle.resolve())
@@ -63,7 +64,7 @@ def worker(job: Settings) -> dict[str, Any]:
     """One rank: what it measured."""
     quiet_libraries()
     began = time.perf_counter()
-    module = load(job.bundle, verify="quick", transport=job.transport, cuda_graph=job.cuda_graph)
+    module = load(job.bundle, verify="quick", transport=job.transport, cuda_graph=job.cuda_graph, device=job.device)
     loaded = time.perf_counter()
     figures: dict[str, list[float]] = {}
     rank, world = int(os.environ.get("RANK", "0")), world_size(module.plan)

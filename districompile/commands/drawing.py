@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from districompile.commands.common import UsageError
 from districompile.progress import Progress, tasks
@@ -54,6 +54,13 @@ def check_guidance(options: Mapping[str, Any], guidance: float | None) -> None:
         raise UsageError(
             "the bundle was made with --cfg none: --guidance above 1 needs --cfg batch or split at convert"
         )
+
+
+def place(pipe: Any, device: torch.device) -> None:
+    """Move what computes around the UNet, text encoders and the like, to where the UNet is."""
+    for name, part in pipe.components.items():
+        if name != "unet" and isinstance(part, nn.Module):
+            part.to(device)
 
 
 def draw(pipe: Any, request: Request, progress: Progress | None = None, decode: bool = True) -> Picture:

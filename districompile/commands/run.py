@@ -21,7 +21,7 @@ from districompile.commands.common import (
     print_json,
     quiet_libraries,
 )
-from districompile.commands.drawing import Request, check_guidance, draw, image_format, save_images
+from districompile.commands.drawing import Request, check_guidance, draw, image_format, place, save_images
 from districompile.ir.plan import dtype_of
 from districompile.models.sources import DEMO, load_pipeline, pipeline_location
 from districompile.progress import Silent, terminal_progress
@@ -48,6 +48,7 @@ class Settings:
     gpus: int | None
     transport: str
     cuda_graph: bool
+    device: str | None
     conversion: dict[str, Any]
 
 
@@ -62,6 +63,7 @@ class Job:
     out: Path
     transport: str
     cuda_graph: bool
+    device: str | None
 
 
 def main(settings: Settings, as_json: bool) -> int:
@@ -72,7 +74,7 @@ def main(settings: Settings, as_json: bool) -> int:
     quiet_libraries()
     folder = _bundle_folder(settings)
     bundle = Bundle.open(folder)
-    check_device(bundle)
+    check_device(bundle, settings.device)
     plan = bundle.plan
     model = settings.model or bundle.manifest.get("source")
     if not model:
@@ -88,7 +90,7 @@ def main(settings: Settings, as_json: bool) -> int:
     world = world_size(plan)
     job = Job(
         folder.resolve(), str(model), str(plan.options.get("dtype", "float32")), request, settings.out.absolute(),
-        settings.transport, settings.cuda_graph,
+        settings.transport, settings.cuda_graph, settings.device,
     )  # fmt: skip
     figures = launch(worker, (job,), world, log_dir=settings.log_dir).get(0)
     if figures is None:  # another rank under an outer launcher
@@ -113,8 +115,9 @@ def worker(job: Job) -> dict[str, Any] | None:
     what there is to tell."""
     quiet_libraries()
     first = int(os.environ.get("RANK", "0")) == 0
-    compiled = load(job.bundle, transport=job.transport, cuda_graph=job.cuda_graph)
+    compiled = load(job.bundle, transport=job.transport, cuda_graph=job.cuda_graph, device=job.device)
     pipe = load_pipeline(job.model, dtype_of(job.dtype))
+    place(pipe, compiled.device)
     pipe.unet = compiled
     progress = terminal_progress() if first else Silent()
     picture = draw(pipe, job.request, progress, decode=first)

@@ -7,6 +7,7 @@ UNet. All ranks run in this process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -20,11 +21,13 @@ from districompile.api import convert
 from districompile.backends.base import get_backend
 from districompile.bundle import Bundle
 from districompile.commands.common import UsageError, console, print_json, quiet_libraries
-from districompile.commands.drawing import Request, draw
+from districompile.commands.drawing import Request, draw, place
 from districompile.ir.plan import Plan, dtype_name, dtype_of
+from districompile.ir.walk import replace
+from districompile.models.inputs import Example
 from districompile.models.sources import LoadedModel, import_diffusers, load_source
 from districompile.progress import Progress, terminal_progress
-from districompile.runtime.module import DistributedModule, load
+from districompile.runtime.module import DistributedModule, check_device, load
 
 PROMPT = "a red circle above a blue square at sunset"
 # Largest |difference| / largest |value| of the exact phase; other backends than eager reorder sums.
@@ -46,6 +49,7 @@ class Settings:
     nodes: bool = False
     backend: str | None = None
     model: str | None = None
+    device: str | None = None
 
 
 def main(settings: Settings, as_json: bool) -> int:
@@ -53,6 +57,8 @@ def main(settings: Settings, as_json: bool) -> int:
     if settings.tolerance is not None and settings.tolerance < 0:
         raise UsageError("--tolerance must be 0 or more")
     bundle = Bundle.open(settings.bundle)
+    if settings.backend is None:
+        check_device(bundle, settings.device)
     quiet_libraries()
     progress = terminal_progress()
     found = compare(settings, bundle.plan, bundle.manifest, progress)
@@ -96,8 +102,10 @@ def compare(settings: Settings, plan: Plan, manifest: Mapping[str, Any], progres
     if tolerance is None:
         table = EAGER_TOLERANCES if manifest.get("backend") == "eager" else TOLERANCES
         tolerance = table.get(dtype, 1e-4)
-    error = exact_error(loaded, compiled, plan.options, settings.seed, progress)
     nodes = node_errors(loaded, plan, settings.seed, progress) if settings.nodes else None
+    loaded.module.to(compiled.device)
+    with _full_precision():
+        error = exact_error(loaded, compiled, plan.options, settings.seed, progress)
     drift = None
     if settings.drift and loaded.kind in ("UNet2DConditionModel", "UNet2DModel"):
         drift = measure_drift(loaded, compiled, plan.options, settings, progress)
@@ -119,7 +127,7 @@ def compare(settings: Settings, plan: Plan, manifest: Mapping[str, Any], progres
 def _load(settings: Settings, manifest: Mapping[str, Any]) -> DistributedModule:
     """All ranks in this process, by the bundle's own backend or by ONNX Runtime from the files it was built from."""
     if settings.backend is None:
-        return load(settings.bundle, lockstep=True)
+        return load(settings.bundle, lockstep=True, device=settings.device)
     own = str(manifest.get("backend"))
     if own not in (settings.backend, "tensorrt"):
         raise UsageError(f"--backend {settings.backend}: only what tensorrt engines are built from can be run by it")
@@ -146,7 +154,7 @@ def exact_error(
     worst = 0.0
     with progress.task("exact phase", 2 * CHECKED_CALLS) as task, torch.inference_mode():
         for i in range(CHECKED_CALLS):
-            example = _example(loaded, options, seed + i)
+            example = _example(loaded, options, seed + i, compiled.device)
             expected = list(_leaves(loaded.module(*example.args, **example.kwargs)))
             task.advance()
             with compiled.exact():
@@ -180,6 +188,7 @@ def measure_drift(
     compiled.reset()
     if loaded.pipeline_loader is not None:
         pipe = loaded.pipeline_loader()
+        place(pipe, compiled.device)
         request = Request(settings.prompt or PROMPT, None, settings.steps, None, settings.seed, options)
         pictures = []
         for module in (loaded.module, compiled):
@@ -189,7 +198,9 @@ def measure_drift(
         before, after = (p.latents if p.latents is not None else p.pixels for p in pictures)
         of, peak = "image", 1.0
     else:
-        expected, actual = (sample(loaded, m, options, settings, progress) for m in (loaded.module, compiled))
+        expected, actual = (
+            sample(loaded, m, options, settings, compiled.device, progress) for m in (loaded.module, compiled)
+        )
         before, after = expected, actual
         of, peak = "sample", float(expected.max() - expected.min())
     assert expected is not None and actual is not None and before is not None and after is not None
@@ -210,13 +221,14 @@ def psnr(actual: Tensor, expected: Tensor, peak: float) -> float | None:
 
 
 def sample(
-    loaded: LoadedModel, module: nn.Module, options: Mapping[str, Any], settings: Settings, progress: Progress
-) -> Tensor:
+    loaded: LoadedModel, module: nn.Module, options: Mapping[str, Any], settings: Settings, device: torch.device,
+    progress: Progress,
+) -> Tensor:  # fmt: skip
     """A DDIM run around a bare UNet, from the example's inputs; guidance halves are computed, and the first is
     followed."""
     scheduler = import_diffusers().DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     scheduler.set_timesteps(settings.steps)
-    example = _example(loaded, options, settings.seed)
+    example = _example(loaded, options, settings.seed, device)
     first: Tensor = example.args[0]
     images = int(options.get("images", 1))
     x = first[:images].clone()
@@ -231,11 +243,32 @@ def sample(
     return x
 
 
-def _example(loaded: LoadedModel, options: Mapping[str, Any], seed: int) -> Any:
+def _example(loaded: LoadedModel, options: Mapping[str, Any], seed: int, device: torch.device | None = None) -> Example:
+    """Inputs as the bundle was made for, drawn on the CPU whatever ``device`` they are moved to."""
     if loaded.kind == "factory":
-        return loaded.example(seed=seed)
-    cfg = options.get("guidance", loaded.cfg)
-    return loaded.example(options.get("height"), options.get("width"), int(options.get("images", 1)), cfg, seed)
+        example = loaded.example(seed=seed)
+    else:
+        cfg = options.get("guidance", loaded.cfg)
+        images = int(options.get("images", 1))
+        example = loaded.example(options.get("height"), options.get("width"), images, cfg, seed)
+    if device is None or device.type == "cpu":
+        return example
+    args, kwargs = replace((example.args, example.kwargs), Tensor, lambda t: t.to(device))
+    return dataclasses.replace(example, args=args, kwargs=kwargs)
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32: the tolerances are those of float32."""
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    earlier = [s.allow_tf32 for s in switches]
+    try:
+        for s in switches:
+            s.allow_tf32 = False
+        yield
+    finally:
+        for s, before in zip(switches, earlier, strict=True):
+            s.allow_tf32 = before
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:

@@ -246,21 +246,28 @@ def _running(ranks: int | None) -> int:
     return ranks if ranks is not None else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_device(bundle: Bundle) -> str:
-    """The kind of device that ``bundle`` runs on ("cuda", "cpu"); :class:`BundleError` where there is none here."""
+def check_device(bundle: Bundle, device: str | None = None) -> str:
+    """The kind of device that ``bundle`` runs on ("cuda", "cpu"): ``device`` if that is given and its engines can.
+
+    Raises :class:`BundleError` where they cannot, or there is no such device here."""
     kind = str(bundle.manifest.get("device") or "cpu").partition(":")[0]
+    if device not in (None, kind):
+        if bundle.manifest["backend"] != "eager":
+            made = "a GPU" if kind == "cuda" else "the CPU"
+            raise BundleError(f"{bundle.path} was made for {made}: only bundles of the eager backend run on {device}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise BundleError(f"{bundle.path} cannot run on a GPU: there is none here")
+        return str(device)
     if kind == "cuda" and not torch.cuda.is_available():
         raise BundleError(f"{bundle.path} was made for a GPU, and there is none here: convert again for the CPU")
     return kind
 
 
 def _device(bundle: Bundle, device: str | torch.device | None, local_rank: int) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    kind = check_device(bundle)
-    if kind == "cuda":
+    where = torch.device(device if device is not None else check_device(bundle))
+    if where == torch.device("cuda"):  # without a number
         return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device(kind)
+    return where
 
 
 def _config(config: Mapping[str, Any]) -> Any:
