@@ -69,6 +69,7 @@ class _Propagation:
         self.local = fx.Graph()
         self.cut = Cutter(self.local, fractions, fake_mode)
         self.env: dict[fx.Node, Any] = {}
+        self.lost: set[fx.Node] = set()  # whole values whose rows an operator on gathered inputs has lost
         self.result = Propagated(self.local, {}, [], [], 0.0, 0.0)
 
     def run(self) -> Propagated:
@@ -125,9 +126,13 @@ class _Propagation:
         work = flops_of(node)
         if not any(v.is_cut for v in values_in((args, kwargs))):
             # Whole operands make whole results; only work that *could* be cut counts as lost
-            if _has_rows(self.annotation.get(node.name)):
+            value = self._settle(node, self._plain(node, args, kwargs))
+            lost = any(n in self.lost for n in node.all_input_nodes)
+            if lost or _has_rows(self.annotation.get(node.name)):
                 self.result.flops_whole += work
-            return self._settle(node, self._plain(node, args, kwargs))
+            if lost and not any(v.is_cut for v in values_in(value)):
+                self.lost.add(node)
+            return value
         try:
             found = find_rule(node.target)
             if self._too_few_rows(node) and not (found is not None and found.few):
@@ -205,11 +210,32 @@ class _Propagation:
         size = sum(v.dtype.itemsize * math.prod(v.shape) for v in cut_values)
         self.result.fallbacks.append(Fallback(node.name, str(node.target), reason, size, source_line(node)))
         value = self._plain(node, *self._gathered(args, kwargs, "fallback"))
-        if isinstance(value, Value) and node.name not in self.annotation:
-            for v in cut_values:
-                if v.shape == value.shape:
-                    return self.cut.take(value, v.layout)
-        return self._settle(node, value)
+        if node.name in self.annotation:
+            value = self._settle(node, value)
+        else:
+            value = (
+                tuple(self._guess(v, cut_values) for v in value)
+                if isinstance(value, tuple)
+                else (self._guess(value, cut_values))
+            )
+        if not any(v.is_cut for v in values_in(value)):
+            self.lost.add(node)
+        return value
+
+    def _guess(self, value: Any, cut_values: list[Value]) -> Any:
+        """A whole result of an operator that no rule follows, cut again where its rows seem to be: where an operand has
+        them, counted from the front or from the back, or else in any dim as long. A wrong guess is slow, never
+        wrong."""
+        if not isinstance(value, Value):
+            return value
+        for v in sorted(cut_values, key=lambda v: v.shape != value.shape):
+            dim = v.cut_dim
+            assert dim is not None
+            size = v.shape[dim]
+            for d in (dim, dim + value.ndim - v.ndim, *range(value.ndim)):
+                if 0 <= d < value.ndim and value.shape[d] == size > 1:
+                    return self.cut.take(value, Layout.whole(value.shape).with_dim(d, v.layout.dims[dim]))
+        return value
 
     def _plain(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.target is aten.as_strided.default:
