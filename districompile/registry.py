@@ -23,11 +23,13 @@ RuleFunction = Callable[..., Any]
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """Arguments to try a rule with: ``args`` and ``kwargs`` of the operator; ``rows`` names the dim that is cut in
-    each tensor argument, by position among the tensors (None: the tensor is given whole)."""
+    each tensor argument, by position among the tensors (None: the tensor is given whole). ``used``: which of several
+    results something reads (None: all)."""
 
     args: tuple[Any, ...]
     rows: tuple[int | None, ...]
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    used: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,3 +95,21 @@ def flip(cut: Cutter, x: Value, dims: Sequence[int]) -> Value:
     _, bounds, size = rows_of(x)  # a merged dim is flipped as a whole, which turns all its factors round
     node = cut.fetch(x, [(size - b, size - a) for a, b in itertools.pairwise(bounds)])
     return cut.value(cut.emit(aten.flip.default, node, dims), x.layout)
+
+
+@rule(
+    aten.rot90.default, kind="window",
+    samples=lambda: [Sample((torch.randn(2, 9, 4), k, [1, 2]), (1,)) for k in (1, 2, 3)],
+)  # fmt: skip
+def rot90(cut: Cutter, x: Value, times: int = 1, dims: Sequence[int] = (0, 1)) -> Value:
+    """Flips, and for a quarter turn the two dims exchanged."""
+    a, b = (positive(d, x.ndim) for d in dims)
+    turns = times % 4
+    turned = {0: [], 1: [b], 2: [a, b], 3: [a]}[turns]
+    if turned:
+        x = flip(cut, x, turned)
+    if turns % 2 == 0:
+        return x
+    order = list(range(x.ndim))
+    order[a], order[b] = b, a
+    return cut.call(aten.permute.default, x, order, layout=x.layout.permuted(order))
