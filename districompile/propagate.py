@@ -22,7 +22,7 @@ from districompile.errors import ConvertError
 from districompile.flops import flops_of
 from districompile.ir.layout import Layout, NotOutermost, Refused
 from districompile.ir.ops import ANY_STRIDES
-from districompile.ir.walk import replace
+from districompile.ir.walk import replace, source_line
 from districompile.registry import find_rule, is_pointwise
 
 aten = torch.ops.aten
@@ -291,12 +291,3 @@ def _layouts(note: Any) -> list[Layout]:
 
 def _has_rows(note: Any) -> bool:
     return any(layout.cut is not None for layout in _layouts(note))
-
-
-def source_line(node: fx.Node) -> str:
-    """The innermost line of the model's own code that made the node: ``file.py:12, in forward``; empty if unknown."""
-    lines = [
-        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
-    ]
-    own = [line for line in lines if "/torch/nn/" not in line] or lines
-    return own[-1].removeprefix("File ") if own else ""
