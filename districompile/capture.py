@@ -20,8 +20,10 @@ from torch.utils import _pytree as pytree
 from districompile.errors import CaptureError, InputError
 from districompile.ir.plan import InputSpec, TensorSpec
 from districompile.ir.walk import source_line
+from districompile.registry import find_rule, is_pointwise
 from districompile.structure import describe_output, flatten_call
 
+aten = torch.ops.aten
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 
@@ -137,10 +139,42 @@ def _export(module: torch.nn.Module, args: Any, kwargs: Any) -> torch.export.Exp
             warnings.simplefilter("ignore")
             program = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
             # Functionalise, but keep convolutions, norms, linears and attention whole
-            functional: torch.export.ExportedProgram = program.run_decompositions({})
-            return functional
+            return _spelled_out(program.run_decompositions({}))
     except Exception as e:
         raise CaptureError(f"{type(module).__name__} cannot be exported: {_reason(e)}") from e
+
+
+# Loops over a sequence, frames read by strides, factorisations that check their result: better computed whole
+_KEPT_WHOLE = {
+    "aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "aten::stft", "aten::istft", "aten::linalg_inv",
+    "aten::linalg_cholesky", "aten::linalg_solve", "aten::linalg_lstsq", "aten::linalg_pinv", "aten::linalg_eigh",
+    "aten::linalg_eig", "aten::linalg_det", "aten::linalg_slogdet", "aten::linalg_svd", "aten::linalg_svdvals",
+}  # fmt: skip
+
+
+def _spelled_out(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with operators that no rule knows written as those they are made of, where torch says which: an
+    ``hstack`` is a ``cat``, an ``addmm`` a product and a sum."""
+    known = dict(torch._decomp.core_aten_decompositions())
+    known.update({op: torch._decomp.decomposition_table[op] for op in (aten.addmm.default, aten.addmv.default)})
+    for _ in range(4):  # what operators are made of may be made of others
+        table = {}
+        for node in program.graph.nodes:
+            op = node.target
+            if not isinstance(op, torch._ops.OpOverload) or op._schema.name in _KEPT_WHOLE:
+                continue
+            if op in known and find_rule(op) is None and not is_pointwise(op):
+                table[op] = known[op]
+        if not table:
+            break
+        try:
+            spelled = program.run_decompositions(table)
+        except Exception:  # then they are computed on gathered inputs
+            break
+        if any(s.kind == OutputKind.TOKEN for s in spelled.graph_signature.output_specs):
+            break  # a check of values as a side effect, which a compiled program has no place for
+        program = spelled
+    return program
 
 
 def _reason(error: BaseException) -> str:

@@ -117,7 +117,7 @@ class _Propagation:
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
             return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and find_rule(node.target) is None:
+        if _draws_numbers(node) and find_rule(node.target) is None:
             raise ConvertError(
                 f"{node.target} ({node.name}, {source_line(node)}) draws random numbers inside the model, so ranks "
                 "would not compute one image: pass the noise as an input"
@@ -279,6 +279,17 @@ class _Propagation:
         except Refused:
             return value
         return self.cut.take(value, note.layout.map_cut(lambda f: f.recut(bounds)))
+
+
+def _draws_numbers(node: fx.Node) -> bool:
+    """Whether the operator draws random numbers: those that only do so in training mode say whether they are in it."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema if a.has_default_value()}
+    given.update(zip((a.name for a in schema), node.args, strict=False))
+    given.update(node.kwargs)
+    return given.get("train", given.get("training", True)) is not False
 
 
 def _layouts(note: Any) -> list[Layout]:

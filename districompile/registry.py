@@ -99,7 +99,7 @@ _POINTWISE_EXTRA = {
     "aten::empty_like", "aten::clamp", "aten::silu", "aten::gelu", "aten::hardtanh", "aten::leaky_relu", "aten::elu",
     "aten::rsub", "aten::lerp", "aten::addcmul", "aten::mish", "aten::softplus", "aten::hardswish", "aten::selu",
     "aten::threshold", "aten::log_sigmoid", "aten::rrelu", "aten::celu", "aten::hardsigmoid",
-    "aten::softshrink", "aten::hardshrink", "aten::relu6", "aten::clip", "aten::nan_to_num",
+    "aten::softshrink", "aten::hardshrink", "aten::relu6", "aten::clip", "aten::nan_to_num", "aten::floor_divide",
     "aten::fake_quantize_per_tensor_affine", "aten::float_power",
     "aten::logical_and", "aten::logical_or", "aten::logical_not", "aten::logical_xor", "aten::isfinite", "aten::copy",
     "aten::addcdiv", "aten::fill", "aten::polar", "aten::complex", "aten::real", "aten::imag", "aten::bitwise_and",

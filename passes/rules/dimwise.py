@@ -39,8 +39,8 @@ def _sample(*tail: Any) -> Callable[[], Iterable[Sample]]:
 _ONE_DIM: dict[Any, tuple[Any, ...]] = {
     aten.cummax.default: (1,), aten.cummin.default: (1,), aten.sort.default: (1, True), aten.argsort.default: (-1,),
     aten.topk.default: (2, -1), aten.kthvalue.default: (2, 1), aten.mode.default: (1,),
-    aten.logsumexp.default: ([1, 3],), aten.prod.dim_int: (1,), aten.median.dim: (1,), aten.nanmedian.dim: (1,),
-    aten.glu.default: (3,), aten.any.dim: (1,), aten.all.dim: (1,), aten.diff.default: (1, 1),
+    aten.prod.dim_int: (1,), aten.median.dim: (1,), aten.nanmedian.dim: (1,),
+    aten.glu.default: (3,), aten.any.dim: (1,), aten.all.dim: (1,),
 }  # fmt: skip
 
 
