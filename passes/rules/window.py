@@ -15,7 +15,7 @@ import torch
 
 from districompile.cutter import Cutter, Value
 from districompile.ir.layout import Factor, Layout, Refused, per_rank
-from districompile.passes.rules.common import positive, spread
+from districompile.passes.rules.common import along, positive, spread
 from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
@@ -212,19 +212,25 @@ def _crop(cut: Cutter, node: torch.fx.Node, dim: int, starts: Sequence[int], sto
 
 @rule(
     aten.pixel_shuffle.default, kind="window",
-    samples=lambda: [Sample((torch.randn(2, 8, 7, 5), 2), (2,)), Sample((torch.randn(2, 8, 7, 5), 2), (3,))],
+    samples=lambda: [Sample((torch.randn(2, 8, 7, 5), 2), (2,)), Sample((torch.randn(2, 8, 7, 5), 2), (3,)),
+                     Sample((torch.randn(9, 8, 3, 5), 2), (0,))],
 )  # fmt: skip
 def pixel_shuffle(cut: Cutter, x: Value, factor: int) -> Value:
     """Each row becomes ``factor`` rows on the same rank."""
+    if (x.cut_dim or 0) < x.ndim - 3:
+        return along(cut, x, aten.pixel_shuffle.default, factor)
     return _scaled(cut, x, aten.pixel_shuffle.default, factor, x.layout.coarse(_row_dim(x)).scaled(factor))
 
 
 @rule(
     aten.pixel_unshuffle.default, kind="window",
-    samples=lambda: [Sample((torch.randn(2, 3, 14, 6), 2), (2,)), Sample((torch.randn(2, 3, 6, 14), 2), (3,))],
+    samples=lambda: [Sample((torch.randn(2, 3, 14, 6), 2), (2,)), Sample((torch.randn(2, 3, 6, 14), 2), (3,)),
+                     Sample((torch.randn(9, 3, 6, 4), 2), (0,))],
 )  # fmt: skip
 def pixel_unshuffle(cut: Cutter, x: Value, factor: int) -> Value:
     """``factor`` rows become one: the rows are re-cut at multiples of it first."""
+    if (x.cut_dim or 0) < x.ndim - 3:
+        return along(cut, x, aten.pixel_unshuffle.default, factor)
     dim = _row_dim(x)
     bounds = cut.bounds(cut.out_shape[dim])
     x = cut.rebound(x, [b * factor for b in bounds])
@@ -235,7 +241,7 @@ def _row_dim(x: Value) -> int:
     where = x.layout.cut
     assert where is not None
     if where.dim < positive(-2, x.ndim):
-        raise Refused("batch or channels are cut")
+        raise Refused("the channels are cut")
     return where.dim
 
 
