@@ -19,8 +19,11 @@ from torch.utils import _pytree as pytree
 
 from districompile.errors import CaptureError, InputError
 from districompile.ir.plan import InputSpec, TensorSpec
+from districompile.ir.walk import source_line
+from districompile.registry import find_rule, is_pointwise
 from districompile.structure import describe_output, flatten_call
 
+aten = torch.ops.aten
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 
@@ -61,6 +64,7 @@ def capture(module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     signature, args, kwargs = bind_call(module, args, dict(kwargs or {}))
     program = _export(module, args, kwargs)
     graph, names = _graph_of(program)
+    _refuse_unknown_sizes(graph)
     inputs, constants = _inputs_of(program, names, flatten_call(signature, args, kwargs))
     weights = _weights_of(program, module)
     fake_mode = next(n.meta["val"].fake_mode for n in graph.nodes if isinstance(n.meta.get("val"), Tensor))
@@ -103,18 +107,74 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
             m.training = True
 
 
+@contextlib.contextmanager
+def _known_outputs(module: torch.nn.Module) -> Iterator[None]:
+    """Dataclasses that the module returns are made known to torch.export, which takes no others."""
+
+    def register(_: torch.nn.Module, args: Any, output: Any) -> None:
+        waiting = [output]
+        while waiting:
+            x = waiting.pop()
+            if isinstance(x, Mapping):
+                waiting += x.values()
+            elif isinstance(x, list | tuple):
+                waiting += x
+            elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+                waiting += [getattr(x, f.name) for f in dataclasses.fields(x)]
+                if type(x) not in pytree.SUPPORTED_NODES:
+                    torch.export.register_dataclass(type(x))
+
+    hook = module.register_forward_hook(register)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _export(module: torch.nn.Module, args: Any, kwargs: Any) -> torch.export.ExportedProgram:
     try:
         # torch.export prints the graph so far to stderr where it fails: our error says where and why
         quiet = contextlib.redirect_stderr(io.StringIO())
-        with _evaluating(module), torch.no_grad(), warnings.catch_warnings(), quiet:
+        with _evaluating(module), _known_outputs(module), torch.no_grad(), warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")
             program = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
             # Functionalise, but keep convolutions, norms, linears and attention whole
-            functional: torch.export.ExportedProgram = program.run_decompositions({})
-            return functional
+            return _spelled_out(program.run_decompositions({}))
     except Exception as e:
         raise CaptureError(f"{type(module).__name__} cannot be exported: {_reason(e)}") from e
+
+
+# Loops over a sequence, frames read by strides, factorisations that check their result: better computed whole
+_KEPT_WHOLE = {
+    "aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "aten::stft", "aten::istft", "aten::linalg_inv",
+    "aten::linalg_cholesky", "aten::linalg_solve", "aten::linalg_lstsq", "aten::linalg_pinv", "aten::linalg_eigh",
+    "aten::linalg_eig", "aten::linalg_det", "aten::linalg_slogdet", "aten::linalg_svd", "aten::linalg_svdvals",
+}  # fmt: skip
+
+
+def _spelled_out(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with operators that no rule knows written as those they are made of, where torch says which: an
+    ``hstack`` is a ``cat``, an ``addmm`` a product and a sum."""
+    known = dict(torch._decomp.core_aten_decompositions())
+    known.update({op: torch._decomp.decomposition_table[op] for op in (aten.addmm.default, aten.addmv.default)})
+    for _ in range(4):  # what operators are made of may be made of others
+        table = {}
+        for node in program.graph.nodes:
+            op = node.target
+            if not isinstance(op, torch._ops.OpOverload) or op._schema.name in _KEPT_WHOLE:
+                continue
+            if op in known and find_rule(op) is None and not is_pointwise(op):
+                table[op] = known[op]
+        if not table:
+            break
+        try:
+            spelled = program.run_decompositions(table)
+        except Exception:  # then they are computed on gathered inputs
+            break
+        if any(s.kind == OutputKind.TOKEN for s in spelled.graph_signature.output_specs):
+            break  # a check of values as a side effect, which a compiled program has no place for
+        program = spelled
+    return program
 
 
 def _reason(error: BaseException) -> str:
@@ -169,6 +229,18 @@ def _output(
             )
         values.append(env[value] if isinstance(value, fx.Node) else value)
     return graph.output(tuple(values))  # type: ignore[no-any-return]
+
+
+def _refuse_unknown_sizes(graph: fx.Graph) -> None:
+    """Engines have fixed shapes: no tensor may be as long as its input's values say."""
+    for node in graph.nodes:
+        leaves = pytree.tree_leaves(node.meta.get("val"))
+        if any(isinstance(s, torch.SymInt) for x in leaves for s in (x.shape if isinstance(x, Tensor) else [x])):
+            where = source_line(node)
+            raise CaptureError(
+                f"{node.target} ({node.name}{', ' + where if where else ''}) makes a tensor whose size depends on the "
+                "values of its input: use a mask of fixed size instead, as torch.where does"
+            )
 
 
 def _flatten_outputs(graph: fx.Graph) -> None:

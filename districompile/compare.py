@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from districompile.cutter import Value
 from districompile.ir.interpret import interpret, join
-from districompile.propagate import propagate, source_line
+from districompile.ir.walk import source_line
+from districompile.propagate import propagate
 from districompile.unit import Unit
 
 

@@ -126,7 +126,8 @@ class Cutter:
             if key not in self._fakes:
                 mine = at_rank((args, kwargs), r)
                 a, k = fx.map_arg(mine, lambda n, r=r: n.meta["local"][r])  # type: ignore[misc]
-                with self.fake_mode:
+                # Some operators refuse what would need a gradient (complex writes); weights may ask for one
+                with self.fake_mode, torch.no_grad():
                     self._fakes[key] = op(*a, **k)
             out.append(self._fakes[key])
         return tuple(out)

@@ -42,14 +42,14 @@ def flops_of(node: fx.Node, rank: int | None = None) -> float:
 
 def _einsum_flops(node: fx.Node, rank: int | None) -> float:
     equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
-    if "..." in equation:
-        out = _tensor(node, rank)
-        return 0.0 if out is None else 2.0 * out.numel()
-    sizes: dict[str, int] = {}
+    sizes: dict[str | int, int] = {}
     for term, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
-        shape = _tensor(operand, rank)
-        if shape is not None:
-            sizes.update(zip(term, shape.shape, strict=True))
+        tensor = _tensor(operand, rank)
+        if tensor is not None:
+            before, dots, after = term.partition("...")
+            hidden = range(len(before) + len(after) - tensor.ndim, 0) if dots else ()  # counted from the last
+            for letter, size in zip((*before, *hidden, *after), tensor.shape, strict=True):
+                sizes[letter] = max(size, sizes.get(letter, 1))
     return 2.0 * math.prod(sizes.values())
 
 

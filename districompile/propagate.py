@@ -22,7 +22,7 @@ from districompile.errors import ConvertError
 from districompile.flops import flops_of
 from districompile.ir.layout import Layout, NotOutermost, Refused
 from districompile.ir.ops import ANY_STRIDES
-from districompile.ir.walk import replace
+from districompile.ir.walk import replace, source_line
 from districompile.registry import find_rule, is_pointwise
 
 aten = torch.ops.aten
@@ -69,6 +69,7 @@ class _Propagation:
         self.local = fx.Graph()
         self.cut = Cutter(self.local, fractions, fake_mode)
         self.env: dict[fx.Node, Any] = {}
+        self.lost: set[fx.Node] = set()  # whole values whose rows an operator on gathered inputs has lost
         self.result = Propagated(self.local, {}, [], [], 0.0, 0.0)
 
     def run(self) -> Propagated:
@@ -116,7 +117,7 @@ class _Propagation:
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
             return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and find_rule(node.target) is None:
+        if _draws_numbers(node) and find_rule(node.target) is None:
             raise ConvertError(
                 f"{node.target} ({node.name}, {source_line(node)}) draws random numbers inside the model, so ranks "
                 "would not compute one image: pass the noise as an input"
@@ -125,9 +126,13 @@ class _Propagation:
         work = flops_of(node)
         if not any(v.is_cut for v in values_in((args, kwargs))):
             # Whole operands make whole results; only work that *could* be cut counts as lost
-            if _has_rows(self.annotation.get(node.name)):
+            value = self._settle(node, self._plain(node, args, kwargs))
+            lost = any(n in self.lost for n in node.all_input_nodes)
+            if lost or _has_rows(self.annotation.get(node.name)):
                 self.result.flops_whole += work
-            return self._settle(node, self._plain(node, args, kwargs))
+            if lost and not any(v.is_cut for v in values_in(value)):
+                self.lost.add(node)
+            return value
         try:
             found = find_rule(node.target)
             if self._too_few_rows(node) and not (found is not None and found.few):
@@ -205,11 +210,32 @@ class _Propagation:
         size = sum(v.dtype.itemsize * math.prod(v.shape) for v in cut_values)
         self.result.fallbacks.append(Fallback(node.name, str(node.target), reason, size, source_line(node)))
         value = self._plain(node, *self._gathered(args, kwargs, "fallback"))
-        if isinstance(value, Value) and node.name not in self.annotation:
-            for v in cut_values:
-                if v.shape == value.shape:
-                    return self.cut.take(value, v.layout)
-        return self._settle(node, value)
+        if node.name in self.annotation:
+            value = self._settle(node, value)
+        else:
+            value = (
+                tuple(self._guess(v, cut_values) for v in value)
+                if isinstance(value, tuple)
+                else (self._guess(value, cut_values))
+            )
+        if not any(v.is_cut for v in values_in(value)):
+            self.lost.add(node)
+        return value
+
+    def _guess(self, value: Any, cut_values: list[Value]) -> Any:
+        """A whole result of an operator that no rule follows, cut again where its rows seem to be: where an operand has
+        them, counted from the front or from the back, or else in any dim as long. A wrong guess is slow, never
+        wrong."""
+        if not isinstance(value, Value):
+            return value
+        for v in sorted(cut_values, key=lambda v: v.shape != value.shape):
+            dim = v.cut_dim
+            assert dim is not None
+            size = v.shape[dim]
+            for d in (dim, dim + value.ndim - v.ndim, *range(value.ndim)):
+                if 0 <= d < value.ndim and value.shape[d] == size > 1:
+                    return self.cut.take(value, Layout.whole(value.shape).with_dim(d, v.layout.dims[dim]))
+        return value
 
     def _plain(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.target is aten.as_strided.default:
@@ -255,6 +281,17 @@ class _Propagation:
         return self.cut.take(value, note.layout.map_cut(lambda f: f.recut(bounds)))
 
 
+def _draws_numbers(node: fx.Node) -> bool:
+    """Whether the operator draws random numbers: those that only do so in training mode say whether they are in it."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema if a.has_default_value()}
+    given.update(zip((a.name for a in schema), node.args, strict=False))
+    given.update(node.kwargs)
+    return given.get("train", given.get("training", True)) is not False
+
+
 def _layouts(note: Any) -> list[Layout]:
     if isinstance(note, Value):
         return [note.layout]
@@ -265,12 +302,3 @@ def _layouts(note: Any) -> list[Layout]:
 
 def _has_rows(note: Any) -> bool:
     return any(layout.cut is not None for layout in _layouts(note))
-
-
-def source_line(node: fx.Node) -> str:
-    """The innermost line of the model's own code that made the node: ``file.py:12, in forward``; empty if unknown."""
-    lines = [
-        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
-    ]
-    own = [line for line in lines if "/torch/nn/" not in line] or lines
-    return own[-1].removeprefix("File ") if own else ""

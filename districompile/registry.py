@@ -23,11 +23,13 @@ RuleFunction = Callable[..., Any]
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """Arguments to try a rule with: ``args`` and ``kwargs`` of the operator; ``rows`` names the dim that is cut in
-    each tensor argument, by position among the tensors (None: the tensor is given whole)."""
+    each tensor argument, by position among the tensors (None: the tensor is given whole). ``used``: which of several
+    results something reads (None: all)."""
 
     args: tuple[Any, ...]
     rows: tuple[int | None, ...]
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    used: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +98,8 @@ _POINTWISE_EXTRA = {
     "aten::_to_copy", "aten::masked_fill", "aten::where", "aten::zeros_like", "aten::ones_like", "aten::full_like",
     "aten::empty_like", "aten::clamp", "aten::silu", "aten::gelu", "aten::hardtanh", "aten::leaky_relu", "aten::elu",
     "aten::rsub", "aten::lerp", "aten::addcmul", "aten::mish", "aten::softplus", "aten::hardswish", "aten::selu",
-    "aten::prelu", "aten::threshold", "aten::log_sigmoid", "aten::rrelu", "aten::celu", "aten::hardsigmoid",
-    "aten::softshrink", "aten::hardshrink", "aten::relu6", "aten::clip", "aten::nan_to_num", "aten::isin",
+    "aten::threshold", "aten::log_sigmoid", "aten::rrelu", "aten::celu", "aten::hardsigmoid",
+    "aten::softshrink", "aten::hardshrink", "aten::relu6", "aten::clip", "aten::nan_to_num", "aten::floor_divide",
     "aten::fake_quantize_per_tensor_affine", "aten::float_power",
     "aten::logical_and", "aten::logical_or", "aten::logical_not", "aten::logical_xor", "aten::isfinite", "aten::copy",
     "aten::addcdiv", "aten::fill", "aten::polar", "aten::complex", "aten::real", "aten::imag", "aten::bitwise_and",

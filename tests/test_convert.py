@@ -68,6 +68,33 @@ def test_rows_are_asked_for_where_they_cannot_be_told() -> None:
         dc.convert(nn.Linear(4, 4), (torch.zeros(2, 7, 4),), ranks=2)
 
 
+class Picks(nn.Module):
+    def forward(self, sample: Tensor) -> Tensor:
+        return sample.flatten()[torch.nonzero(sample.flatten() > 0)].sum() + sample
+
+
+def test_sizes_that_depend_on_values_are_refused_with_the_line() -> None:
+    with pytest.raises(dc.CaptureError, match=r"aten.nonzero.*in forward\) makes a tensor whose size depends"):
+        dc.convert(Picks(), (sample(),), ranks=2)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 3, batch_first=True, dropout=0.5, num_layers=2)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        out: Tensor = self.lstm(sample.flatten(2).transpose(1, 2))[0].transpose(1, 2).reshape(sample.shape)
+        return out + sample
+
+
+def test_recurrent_layers_are_computed_whole_and_named() -> None:
+    module = Recurrent().eval()
+    program = dc.convert(module, (sample(),), ranks=2)
+    torch.testing.assert_close(program.simulate(sample()), module(sample()))
+    assert [f["op"] for f in program.report().fallbacks()] == ["aten.lstm.input"]
+
+
 class Branches(nn.Module):
     def forward(self, sample: Tensor) -> Tensor:
         return sample if sample.sum() > 0 else -sample

@@ -204,6 +204,74 @@ def test_joins_and_writes(data: st.DataObject, fractions: tuple[float, ...]) -> 
 
 @MANY
 @given(st.data(), places())
+def test_writes_into_every_other_row(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    h, step = data.draw(st.integers(8, 17)), data.draw(st.integers(2, 4))
+    first, last = data.draw(st.integers(0, h - 1)), data.draw(st.integers(1, h))
+    count = len(range(first, last, step))
+    assume(count > 0)
+    rows = (data.draw(st.sampled_from([None, 1])), data.draw(st.sampled_from([None, 1])) if count >= 7 else None)
+    assume(rows != (None, None))
+    check(
+        aten.slice_scatter.default, Sample((randn(2, h, 3), randn(2, count, 3), 1, first, last, step), rows), fractions
+    )
+
+
+@MANY
+@given(st.data(), places())
+def test_scans_and_extremes(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    x = randn(2, 3, data.draw(st.integers(7, 13)), 4) * 3
+    if data.draw(st.booleans()):
+        x = x.round()  # several rows hold the maximum: the first one counts
+    dim, keep = data.draw(st.integers(-4, 3)), data.draw(st.booleans())
+    for op in (aten.cumsum.default, aten.logcumsumexp.default):
+        check(op, Sample((x, dim), (2,)), fractions)
+    check(aten.cumprod.default, Sample((x / 4, dim), (2,)), fractions)
+    for op in (aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default):
+        check(op, Sample((x, dim, keep), (2,)), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_warps_and_turns(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    x = randn(2, 3, data.draw(st.integers(7, 12)), 5)
+    grid = randn(2, data.draw(st.integers(7, 12)), data.draw(st.integers(2, 5)), 2)
+    mode, edge, corners = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2)), data.draw(st.booleans())
+    rows = (data.draw(st.sampled_from([None, 2, 3])), data.draw(st.sampled_from([None, 1])))
+    if rows != (None, None):
+        check(aten.grid_sampler.default, Sample((x, grid, mode, edge, corners), rows), fractions)
+    check(aten.rot90.default, Sample((x, data.draw(st.integers(-3, 4)), [2, 3]), (2,)), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_adaptive_maximum_pooling(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    n, sizes, at = data.draw(spatial())
+    op = {
+        1: aten.adaptive_max_pool1d.default,
+        2: aten.adaptive_max_pool2d.default,
+        3: aten.adaptive_max_pool3d.default,
+    }[n]
+    check(op, Sample((randn(2, 3, *sizes), _each(data.draw, n, 1, 12)), (2 + at,), used=(0,)), fractions)
+
+
+@MANY
+@given(st.data(), places())
+def test_tokens_become_windows(data: st.DataObject, fractions: tuple[float, ...]) -> None:
+    outer, inner, w = data.draw(st.integers(2, 9)), data.draw(st.integers(2, 4)), data.draw(st.sampled_from([2, 4]))
+    x = randn(2, outer * inner, w, 3)
+
+    def run(x: Tensor) -> Tensor:
+        t = x.flatten(1, 2).view(2, outer, inner, w // 2, 2, 3)
+        t = t - t.mean((2, 4), keepdim=True)
+        return t.reshape(2, outer * inner * w, 3).view(x.shape) + x
+
+    error, found = Cutting(Function(run), {"x": x}, {"x": 1}).at(fractions)
+    assert error <= 1e-5
+    assert not [f for f in found.fallbacks if "too few" not in f.reason], found.fallbacks
+
+
+@MANY
+@given(st.data(), places())
 def test_windows_taken_out_and_added_up(data: st.DataObject, fractions: tuple[float, ...]) -> None:
     h, w = data.draw(st.integers(9, 16)), data.draw(st.integers(5, 7))
     k, d = _each(data.draw, 2, 1, 3), _each(data.draw, 2, 1, 2)
@@ -247,6 +315,12 @@ def test_norms(data: st.DataObject, fractions: tuple[float, ...]) -> None:
     y = randn(2, data.draw(st.integers(7, 12)), 3, 6)
     check(aten.layer_norm.default, Sample((y, [6], randn(6), randn(6)), (1, None, None)), fractions)
     check(aten.layer_norm.default, Sample((y, [3, 6]), (1,)), fractions)
+    rest = list(x.shape[1:])
+    check(aten.layer_norm.default, Sample((x, rest, randn(*rest), randn(*rest)), (2 + at, None, None)), fractions)
+    check(aten.rms_norm.default, Sample((x, rest, randn(*rest), 1e-3), (2 + at, None)), fractions)
+    batch = (x, randn(6), randn(6), True, 0.1, 1e-3)
+    check(aten._native_batch_norm_legit.no_stats, Sample(batch, (2 + at, None, None)), fractions)
+    check(aten.prelu.default, Sample((x, randn(6)), (2 + at, None)), fractions)
 
 
 @st.composite

@@ -53,12 +53,17 @@ def graph_of(op: Any, sample: Sample, mode: FakeTensorMode) -> tuple[fx.Graph, d
         node.meta["val"] = op(*fake_args, **sample.kwargs)
     many = isinstance(node.meta["val"], list | tuple)
     outputs = []
-    for i in range(len(node.meta["val"]) if many else 1):
+    for i in used_results(node.meta["val"], sample):
         item = graph.call_function(__import__("operator").getitem, (node, i)) if many else node
         item.meta["val"] = node.meta["val"][i] if many else node.meta["val"]
         outputs.append(item)
     graph.output(tuple(outputs))
     return graph, inputs, rows
+
+
+def used_results(result: Any, sample: Sample) -> Sequence[int]:
+    """Which results of an operator are compared: those that the sample says are used."""
+    return sample.used or range(len(result) if isinstance(result, list | tuple) else 1)
 
 
 def run_cut(op: Any, sample: Sample, fractions: Sequence[float]) -> tuple[Propagated, list[Tensor], list[Tensor]]:
@@ -71,7 +76,7 @@ def run_cut(op: Any, sample: Sample, fractions: Sequence[float]) -> tuple[Propag
     seen: dict[str, list[Any]] = {}
     interpret(found.graph, inputs, inputs.__getitem__, ranks, lambda n, v: seen.__setitem__(n.name, v))
     whole = op(*sample.args, **sample.kwargs)
-    want = list(whole) if isinstance(whole, list | tuple) else [whole]
+    want = [whole[i] for i in used_results(whole, sample)] if isinstance(whole, list | tuple) else [whole]
     got = []
     for node in graph.output_node().args[0]:  # type: ignore[union-attr]
         value = found.values[node.name]

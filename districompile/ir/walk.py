@@ -43,3 +43,12 @@ def replace(x: Any, kind: type[T], f: Callable[[T], Any]) -> Any:
     if isinstance(x, dict):
         return {k: replace(v, kind, f) for k, v in x.items()}
     return x
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the model's own code that made the node: ``file.py:12, in forward``; empty if unknown."""
+    lines = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
+    ]
+    own = [line for line in lines if "/torch/nn/" not in line] or lines
+    return own[-1].removeprefix("File ") if own else ""

@@ -36,16 +36,16 @@ def _sample(*tail: Any) -> Callable[[], Iterable[Sample]]:
     return lambda: [Sample((torch.randn(2, 3, 9, 4), *tail), (2,))]
 
 
-_ONE_DIM = {
-    aten.cumsum.default: (1,), aten.cumprod.default: (-1,), aten.logcumsumexp.default: (1,), aten.cummax.default: (1,),
-    aten.cummin.default: (1,), aten.sort.default: (1, True), aten.argsort.default: (-1,), aten.topk.default: (2, -1),
-    aten.argmax.default: (1, True), aten.argmin.default: (-1,), aten.logsumexp.default: ([1, 3],),
-    aten.prod.dim_int: (1,), aten.max.dim: (1, True), aten.min.dim: (3,), aten.median.dim: (1,), aten.glu.default: (3,),
-    aten.any.dim: (1,), aten.all.dim: (1,), aten.diff.default: (1, 1),
+_ONE_DIM: dict[Any, tuple[Any, ...]] = {
+    aten.cummax.default: (1,), aten.cummin.default: (1,), aten.sort.default: (1, True), aten.argsort.default: (-1,),
+    aten.topk.default: (2, -1), aten.kthvalue.default: (2, 1), aten.mode.default: (1,),
+    aten.prod.dim_int: (1,), aten.median.dim: (1,), aten.nanmedian.dim: (1,),
+    aten.glu.default: (3,), aten.any.dim: (1,), aten.all.dim: (1,),
 }  # fmt: skip
 
 
-def _dimwise(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Any:
+def dimwise(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Any:
+    """Local, or refused where the rows are among the dims named."""
     op: Any = cut.target.target  # type: ignore[union-attr]
     given = _arguments(op, (x, *args), kwargs)
     dims = _along(given, x.ndim)
@@ -75,7 +75,7 @@ def _truths(*tail: Any) -> Callable[[], Iterable[Sample]]:
 
 for _op, _tail in _ONE_DIM.items():
     _make = _truths if _op in (aten.any.dim, aten.all.dim) else _sample
-    rule(_op, kind="dimwise", mixed=True, samples=_make(*_tail))(_dimwise)
+    rule(_op, kind="dimwise", mixed=True, samples=_make(*_tail))(dimwise)
 
 
 _FFT = {
@@ -104,7 +104,7 @@ def _fourier(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Any:
     return cut.take(whole, Layout.cut_at(cut.out_shape, where.dim, bounds))
 
 
-for _op, _tail in _FFT.items():  # type: ignore[assignment]
+for _op, _tail in _FFT.items():
     rule(_op, kind="everything", samples=_sample(*_tail))(_fourier)
 
 
@@ -192,6 +192,52 @@ def index_put(cut: Cutter, x: Value, indices: Sequence[Value | None], values: Va
     if values.ndim >= behind and values.shape[-behind] != 1:
         values = cut.align(values, values.ndim - behind, factors)
     return cut.call(aten.index_put.default, x, list(indices), values, accumulate, layout=x.layout)
+
+
+_SCATTER = (
+    aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter.reduce, aten.scatter.value_reduce,
+    aten.scatter_reduce.two,
+)  # fmt: skip
+
+
+def _scatter_samples(op: Any) -> Callable[[], Iterable[Sample]]:
+    def samples() -> Iterable[Sample]:
+        index = torch.stack([torch.randperm(5)[:3] for _ in range(2 * 9 * 4)], -1).reshape(3, 2, 9, 4).transpose(0, 1)
+        x, alone = torch.randn(2, 5, 9, 4), "value" in str(op)
+        kwargs = {"reduce": "add"} if op in (aten.scatter.reduce, aten.scatter.value_reduce) else {}
+        tail: tuple[Any, ...] = (0.5,) if alone else (torch.randn(2, 4, 9, 4),)
+        tail = (*tail, "amax") if op is aten.scatter_reduce.two else tail
+        tensors = 2 if alone else 3
+        for rows in ((2,) * tensors, (None, *(2,) * (tensors - 1)), (2, *(None,) * (tensors - 1))):
+            yield Sample((x, 1, index, *tail), rows, kwargs)
+
+    return samples
+
+
+def _scatter(cut: Cutter, x: Value, dim: int, index: Value, source: Any, *args: Any, **kwargs: Any) -> Value:
+    """Written to positions in another dim than the rows."""
+    op: Any = cut.target.target  # type: ignore[union-attr]
+    tensors = [v for v in (x, index, source) if isinstance(v, Value)]
+    leader = next(v for v in tensors if v.is_cut)
+    where = leader.layout.cut
+    assert where is not None
+    if where.dim == positive(dim, x.ndim) or len({v.shape[where.dim] for v in tensors}) > 1:
+        raise Refused("rows are written by an index")
+    factors = leader.layout.dims[where.dim]
+    parts = [cut.align(v, where.dim, factors) for v in tensors]
+    tail = parts[2:] if isinstance(source, Value) else [source]
+    layout = Layout.whole(cut.out_shape).with_dim(where.dim, factors)
+    return cut.call(op, parts[0], dim, parts[1], *tail, *args, layout=layout, **kwargs)
+
+
+for _op in _SCATTER:
+    rule(_op, kind="dimwise", samples=_scatter_samples(_op))(_scatter)
+
+
+@rule(aten.one_hot.default, kind="pass-through", mixed=True,
+      samples=lambda: [Sample((torch.randint(0, 5, (2, 9, 4)), 5), (1,))])  # fmt: skip
+def one_hot(cut: Cutter, x: Value, classes: int) -> Value:
+    return cut.call(aten.one_hot.default, x, classes, layout=x.layout.insert(x.ndim, Layout.whole((classes,)).dims[0]))
 
 
 @rule(aten.cdist.default, aten._cdist_forward.default, kind="pass-through", mixed=True,

@@ -24,6 +24,7 @@ def _pad_samples() -> Iterable[Sample]:
         yield Sample((x, [1, 2, 2, 1], mode), (2,))
     yield Sample((x, [-1, 0, -2, 1]), (2,))
     yield Sample((x, [1, 1]), (2,))
+    yield Sample((torch.randn(9, 3, 5, 4), [1, 2, 2, 1], "circular"), (0,))
 
 
 @rule(aten.pad.default, kind="window", samples=_pad_samples)
@@ -38,7 +39,7 @@ def pad(cut: Cutter, x: Value, pad: Sequence[int], mode: Any = "constant", value
     top, bottom = sides.pop(dim, (0, 0))
     node = x.node
     if any(a or b for a, b in sides.values()):
-        node = _pad_other_dims(cut, x, sides, mode, fill)
+        node = _pad_other_dims(cut, x, sides, len(pad) // 2, mode, fill)
     layout = x.layout
     for d, (a, b) in sides.items():
         layout = layout.with_dim(d, (Factor(x.shape[d] + a + b),))
@@ -53,10 +54,12 @@ def pad(cut: Cutter, x: Value, pad: Sequence[int], mode: Any = "constant", value
     return cut.value(moved, layout.with_dim(dim, (Factor(rows, bounds),)))
 
 
-def _pad_other_dims(cut: Cutter, x: Value, sides: dict[int, tuple[int, int]], mode: str, fill: float) -> torch.fx.Node:
-    """Pad the whole dims locally; the rows get none here."""
-    # as many dims as the original call named: torch takes the trailing 1, 2 or 3 of them, depending on the rank
-    flat = [side for d in range(x.ndim - 1, min(*sides, x.cut_dim or 0) - 1, -1) for side in sides.get(d, (0, 0))]
+def _pad_other_dims(
+    cut: Cutter, x: Value, sides: dict[int, tuple[int, int]], count: int, mode: str, fill: float
+) -> torch.fx.Node:
+    """Pad the whole dims locally; the rows get none here. As many dims as the original call names: torch takes the
+    trailing 1, 2 or 3 of them, depending on the rank."""
+    flat = [side for d in range(x.ndim - 1, x.ndim - 1 - count, -1) for side in sides.get(d, (0, 0))]
     if mode == "constant":
         return cut.emit(aten.constant_pad_nd.default, x, flat, fill)
     return cut.emit(aten.pad.default, x, flat, mode)
@@ -95,3 +98,21 @@ def flip(cut: Cutter, x: Value, dims: Sequence[int]) -> Value:
     _, bounds, size = rows_of(x)  # a merged dim is flipped as a whole, which turns all its factors round
     node = cut.fetch(x, [(size - b, size - a) for a, b in itertools.pairwise(bounds)])
     return cut.value(cut.emit(aten.flip.default, node, dims), x.layout)
+
+
+@rule(
+    aten.rot90.default, kind="window",
+    samples=lambda: [Sample((torch.randn(2, 9, 4), k, [1, 2]), (1,)) for k in (1, 2, 3)],
+)  # fmt: skip
+def rot90(cut: Cutter, x: Value, times: int = 1, dims: Sequence[int] = (0, 1)) -> Value:
+    """Flips, and for a quarter turn the two dims exchanged."""
+    a, b = (positive(d, x.ndim) for d in dims)
+    turns = times % 4
+    turned = {0: [], 1: [b], 2: [a, b], 3: [a]}[turns]
+    if turned:
+        x = flip(cut, x, turned)
+    if turns % 2 == 0:
+        return x
+    order = list(range(x.ndim))
+    order[a], order[b] = b, a
+    return cut.call(aten.permute.default, x, order, layout=x.layout.permuted(order))

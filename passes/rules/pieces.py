@@ -236,6 +236,9 @@ def _scatter_samples() -> Iterable[Sample]:
     yield Sample((x, torch.randn(2, 3, 5, 4), 2, 3, 8), (2, 2))
     yield Sample((x, torch.randn(2, 3, 1, 4), 2, -1, sys.maxsize), (2, None))
     yield Sample((x, torch.randn(2, 3, 7, 4), 2, 3, 10), (None, 2))
+    yield Sample((x, torch.randn(2, 3, 6, 4), 2, 1, sys.maxsize, 2), (2, 2))
+    yield Sample((x, torch.randn(2, 3, 4, 4), 2, 0, 11, 3), (None, 2))
+    yield Sample((x, torch.randn(2, 3, 2, 4), 2, 4, 10, 5), (2, None))
 
 
 @rule(aten.slice_scatter.default, kind="window", samples=_scatter_samples)
@@ -253,14 +256,27 @@ def slice_scatter(
         parts = [cut.align(v, where.dim, factors) for v in (x, source)]
         layout = parts[0].layout
         return cut.call(aten.slice_scatter.default, *parts, dim, first, last, step, layout=layout)
-    if step != 1:
-        raise Refused("a write into every other row")
     if not x.is_cut:
         x = cut.take(x, Layout.cut_at(x.shape, dim, cut.bounds(x.shape[dim])))
     _, bounds, _ = rows_of(x)
+    if step != 1:
+        return _every(cut, x, source, dim, first, step)
     want = [(a - first, b - first) for a, b in itertools.pairwise(bounds)]
     new = cut.fetch(source, want) if source.is_cut else cut.window(source, dim, want)
     return _where_rows(cut, x, new, dim, first, last)
+
+
+def _every(cut: Cutter, x: Value, source: Value, dim: int, first: int, step: int) -> Value:
+    """``source`` in rows first, first + step, ...: each rank writes those that fall into its own."""
+    _, bounds, _ = rows_of(x)
+    count = source.shape[dim]
+    before = [min(count, max(0, -((first - b) // step))) for b in bounds]  # rows of source above each border
+    want = list(itertools.pairwise(before))
+    new = cut.fetch(source, want) if source.is_cut else cut.window(source, dim, want)
+    starts = [min(first + a * step - b, c - b) for (a, _), b, c in zip(want, bounds, bounds[1:], strict=False)]
+    stops = [s + max(0, (b - a - 1) * step + 1) if b > a else s for s, (a, b) in zip(starts, want, strict=True)]
+    node = cut.emit(aten.slice_scatter.default, x, new, dim, per_rank(starts), per_rank(stops), step)
+    return cut.value(node, x.layout)
 
 
 def _where_rows(cut: Cutter, x: Value, new: torch.fx.Node, dim: int, first: int, last: int) -> Value:

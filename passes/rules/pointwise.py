@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from districompile.cutter import Cutter, Value, values_in
-from districompile.ir.layout import Layout
+from districompile.ir.layout import Layout, Refused
 from districompile.ir.walk import replace
 from districompile.registry import Sample, rule
 
@@ -55,6 +55,40 @@ def pointwise(cut: Cutter, *args: Any, **kwargs: Any) -> Value:
         args, kwargs = replace((args, kwargs), Value, lambda v: v.whole or v.node)
         return cut.value(result.node, result.layout, cut.emit(op, *args, **kwargs))
     return result
+
+
+def _prelu_samples() -> Iterable[Sample]:
+    for rows in (0, 2, 3):  # as many columns as channels: the slopes belong to the channels
+        yield Sample((torch.randn(7, 8, 9, 8), torch.randn(8)), (rows, None))
+    yield Sample((torch.randn(2, 8, 9), torch.randn(1)), (2, None))
+    yield Sample((torch.randn(2, 8, 9), torch.randn(8)), (1, None))
+
+
+@rule(aten.prelu.default, kind="pointwise", samples=_prelu_samples, mixed=True)
+def prelu(cut: Cutter, x: Value, weight: Value) -> Value:
+    """The slopes stand along dim 1, which is not how operands are broadcast."""
+    where = x.layout.cut
+    if where is None:
+        raise Refused("the slopes are cut")
+    weight = cut.gather(weight)
+    if where.dim == 1 and weight.shape[0] > 1:
+        weight = cut.align(weight, 0, x.layout.dims[1])
+    return cut.call(aten.prelu.default, x, weight, layout=x.layout)
+
+
+@rule(
+    aten.isin.Tensor_Tensor, kind="pointwise", mixed=True,
+    samples=lambda: [Sample((torch.randint(0, 20, (2, 9)), torch.randint(0, 20, (9,))), (1, 0))],
+)  # fmt: skip
+@rule(
+    aten.isin.Tensor_Scalar, kind="pointwise", mixed=True,
+    samples=lambda: [Sample((torch.randint(0, 5, (2, 9)), 3), (1,))],
+)  # fmt: skip
+def isin(cut: Cutter, x: Value, among: Any, *args: Any, **kwargs: Any) -> Value:
+    """Each element is looked for among all of the others."""
+    op: Any = cut.target.target  # type: ignore[union-attr]
+    others = cut.gather(among) if isinstance(among, Value) else among
+    return cut.call(op, x, others, *args, layout=x.layout, **kwargs)
 
 
 @rule(

@@ -24,6 +24,7 @@ def _pool_samples() -> Iterable[Sample]:
     yield Sample((x, [2, 2], [2, 2]), (2,))
     yield Sample((x, [3, 3], [2, 2], [1, 1]), (2,))
     yield Sample((x, [2, 2]), (2,))
+    yield Sample((x[0], [3, 3], [2, 2], [1, 1]), (1,))
     yield Sample((x, [3, 3], [1, 1], [1, 1]), (2,))
     yield Sample((x, [3, 1], [2, 1], [1, 0]), (2,))
 

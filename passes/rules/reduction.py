@@ -134,6 +134,16 @@ def var_dim(cut: Cutter, x: Value, dim: Any = None, unbiased: bool = True, keepd
     return var(cut, x, dim, correction=1 if unbiased else 0, keepdim=keepdim)  # type: ignore[no-any-return]
 
 
+def _full_var_samples() -> Iterable[Sample]:
+    yield Sample((torch.randn(2, 3, 9, 4),), (2,))
+    yield Sample((torch.randn(2, 3, 9, 4), False), (2,))
+
+
+@rule(aten.var.default, aten.std.default, kind="reduction", samples=_full_var_samples, mixed=True)
+def full_var(cut: Cutter, x: Value, unbiased: bool = True) -> Value:
+    return var(cut, x, None, correction=1 if unbiased else 0)  # type: ignore[no-any-return]
+
+
 @rule(aten.var.correction, aten.std.correction, kind="reduction", samples=_var_samples, mixed=True)
 def var(cut: Cutter, x: Value, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Value:
     name = str(cut.target.target)  # type: ignore[union-attr]
@@ -166,7 +176,8 @@ def spread_over_rows(
 def var_mean(
     cut: Cutter, x: Value, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Value, Value]:
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    root = "std_mean" in str(cut.target.target)  # type: ignore[union-attr]
+    op = aten.std_mean.correction if root else aten.var_mean.correction
     dims = _dims(x, dim)
     if x.cut_dim not in dims:
         both = cut.emit(op, x, dims, correction=correction, keepdim=keepdim)
@@ -176,9 +187,21 @@ def var_mean(
         )
         return first, second
     spread, centre = spread_over_rows(cut, cut.unmixed(x), dims, keepdim, 1 if correction is None else correction)
-    spread = cut.emit(aten.sqrt.default, spread) if op is aten.std_mean.correction else spread
+    spread = cut.emit(aten.sqrt.default, spread) if root else spread
     dtype = x.dtype
     return cut.whole_value(cast(cut, spread, dtype)), cut.whole_value(cast(cut, centre, dtype))
+
+
+@rule(aten.var_mean.dim, aten.std_mean.dim, kind="reduction", samples=_old_var_samples, mixed=True)
+def var_mean_dim(
+    cut: Cutter, x: Value, dim: Any = None, unbiased: bool = True, keepdim: bool = False
+) -> tuple[Value, Value]:
+    return var_mean(cut, x, dim, correction=1 if unbiased else 0, keepdim=keepdim)  # type: ignore[no-any-return]
+
+
+@rule(aten.var_mean.default, aten.std_mean.default, kind="reduction", samples=_full_var_samples, mixed=True)
+def full_var_mean(cut: Cutter, x: Value, unbiased: bool = True) -> tuple[Value, Value]:
+    return var_mean(cut, x, None, correction=1 if unbiased else 0)  # type: ignore[no-any-return]
 
 
 def _item(cut: Cutter, node: torch.fx.Node, index: int) -> torch.fx.Node:

@@ -22,6 +22,7 @@ def _reshape_samples() -> Iterable[Sample]:
     yield Sample((x, [2, 6, 3, 3, 4]), (2,))
     yield Sample((x, [2, 2, 3, 9, 2, 2]), (2,))
     yield Sample((x, [2, 6, 3, 12]), (2,))
+    yield Sample((torch.randn(2, 72, 5), [2, 8, 3, 3, 5]), (1,))
 
 
 @rule(
@@ -64,10 +65,12 @@ def reshape(cut: Cutter, x: Value, *args: Any) -> Value:
 def _recut_for(cut: Cutter, x: Value, shape: Sequence[int]) -> Value:
     where = x.layout.cut
     assert where is not None
-    if where.index or len(x.layout.dims[where.dim]) > 1:
+    if where.index:
         raise Refused(f"reshape of {list(x.shape)} to {list(shape)} breaks the rows up")
-    for outer in sorted({s for s in shape if where.size % s == 0 and 1 < s < where.size}, reverse=True):
-        inner = where.size // outer
+    rows = x.layout.coarse(where.dim)  # rows and what was merged into them: tokens that become windows
+    x = cut.value(x.node, x.layout.with_dim(where.dim, (rows,)), x.whole)
+    for outer in sorted({s for s in shape if rows.size % s == 0 and 1 < s < rows.size}, reverse=True):
+        inner = rows.size // outer
         bounds = tuple(b * inner for b in cut.bounds(outer))
         moved = x.layout.map_cut(lambda f, b=bounds: type(f)(f.size, b))  # type: ignore[misc]
         try:

@@ -11,8 +11,13 @@ from districompile.passes.rules import (
     pool,
     reduction,
     resize,
+    sampling,
+    scan,
     shape,
     window,
 )
 
-FAMILIES = (attention, dimwise, linear, movement, norm, pieces, pointwise, pool, reduction, resize, shape, window)
+FAMILIES = (
+    attention, dimwise, linear, movement, norm, pieces, pointwise, pool, reduction, resize, sampling, scan, shape,
+    window,
+)  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 
 from districompile.cutter import Cutter, Value
 from districompile.ir.layout import Factor, Layout, Refused, per_rank
-from districompile.passes.rules.common import positive, spread
+from districompile.passes.rules.common import along, positive, spread
 from districompile.registry import Sample, rule
 
 aten = torch.ops.aten
@@ -65,6 +65,7 @@ def _conv_samples() -> Iterable[Sample]:
     yield Sample((x, w(3, 4, 4, 4), None, [2, 2], [1, 1]), (2, None))
     yield Sample((x, w(3, 4, 3, 3), None, [1, 1], [1, 1]), (3, None))  # columns cut
     yield Sample((torch.randn(9, 4, 5, 5), w(3, 4, 3, 3), None, [1, 1], [1, 1]), (0, None))
+    yield Sample((torch.randn(4, 13, 6), w(3, 4, 3, 3), torch.randn(3), [1, 1], [1, 1]), (1, None, None))  # no batch
 
 
 @rule(aten.conv2d.default, kind="window", samples=_conv_samples)
@@ -90,8 +91,6 @@ def conv(
     p = spread(padding, n)
     if not x.is_cut:
         raise Refused("the weight is cut")
-    if x.ndim == n + 1:
-        raise Refused("no batch dim")
     bias = None if bias is None else cut.gather(bias)
     weight = cut.gather(weight)
     return window(cut, x, n, kernel, s, p, d, lambda v, q: cut.emit(op, v, weight, bias, s, q, d, groups))
@@ -143,6 +142,7 @@ def _transposed_samples() -> Iterable[Sample]:
     yield Sample((x, torch.randn(4, 3, 4, 4), None, [2, 2], [1, 1]), (2, None))
     yield Sample((x, torch.randn(4, 3, 3, 3), None, [2, 2], [1, 1], [1, 1]), (2, None))
     yield Sample((x, torch.randn(4, 3, 4, 4), None, [2, 2], [3, 3]), (2, None))
+    yield Sample((x[0], torch.randn(4, 3, 4, 4), None, [2, 2], [1, 1]), (1, None))
     yield Sample((x, torch.randn(4, 2, 3, 3), None, [1, 1], [1, 1], [0, 0], 2, [2, 2]), (2, None))
 
 
@@ -171,7 +171,7 @@ def conv_transpose(
     if where is None:
         raise Refused("the weight is cut")
     first, shape = x.ndim - n, cut.out_shape
-    if where.dim == 0:
+    if where.dim == first - 2:
         layout = Layout.whole(shape).with_dim(0, x.layout.dims[0])
         return cut.call(op, x, weight, bias, s, p, extra, groups, d, layout=layout)
     if where.dim < first:
@@ -212,19 +212,25 @@ def _crop(cut: Cutter, node: torch.fx.Node, dim: int, starts: Sequence[int], sto
 
 @rule(
     aten.pixel_shuffle.default, kind="window",
-    samples=lambda: [Sample((torch.randn(2, 8, 7, 5), 2), (2,)), Sample((torch.randn(2, 8, 7, 5), 2), (3,))],
+    samples=lambda: [Sample((torch.randn(2, 8, 7, 5), 2), (2,)), Sample((torch.randn(2, 8, 7, 5), 2), (3,)),
+                     Sample((torch.randn(9, 8, 3, 5), 2), (0,))],
 )  # fmt: skip
 def pixel_shuffle(cut: Cutter, x: Value, factor: int) -> Value:
     """Each row becomes ``factor`` rows on the same rank."""
+    if (x.cut_dim or 0) < x.ndim - 3:
+        return along(cut, x, aten.pixel_shuffle.default, factor)
     return _scaled(cut, x, aten.pixel_shuffle.default, factor, x.layout.coarse(_row_dim(x)).scaled(factor))
 
 
 @rule(
     aten.pixel_unshuffle.default, kind="window",
-    samples=lambda: [Sample((torch.randn(2, 3, 14, 6), 2), (2,)), Sample((torch.randn(2, 3, 6, 14), 2), (3,))],
+    samples=lambda: [Sample((torch.randn(2, 3, 14, 6), 2), (2,)), Sample((torch.randn(2, 3, 6, 14), 2), (3,)),
+                     Sample((torch.randn(9, 3, 6, 4), 2), (0,))],
 )  # fmt: skip
 def pixel_unshuffle(cut: Cutter, x: Value, factor: int) -> Value:
     """``factor`` rows become one: the rows are re-cut at multiples of it first."""
+    if (x.cut_dim or 0) < x.ndim - 3:
+        return along(cut, x, aten.pixel_unshuffle.default, factor)
     dim = _row_dim(x)
     bounds = cut.bounds(cut.out_shape[dim])
     x = cut.rebound(x, [b * factor for b in bounds])
@@ -235,7 +241,7 @@ def _row_dim(x: Value) -> int:
     where = x.layout.cut
     assert where is not None
     if where.dim < positive(-2, x.ndim):
-        raise Refused("batch or channels are cut")
+        raise Refused("the channels are cut")
     return where.dim
 
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 import districompile as dc
 from tests.families.base import FAMILIES, Call, Family, error_of
 
-MODULES = ("condition", "video", "autoencoders", "dit", "packages", "blocks")
+MODULES = ("condition", "video", "autoencoders", "dit", "packages", "blocks", "holdouts")
 STEPS = 40  # steady calls on unchanging inputs, at most
 
 
