@@ -1,4 +1,4 @@
-"""Networks written here, for constructs that the packages leave out: attention by hand, filters, windows, tokens."""
+"""Networks written here, for constructs that the packages leave out: filters, resizing, norms, positions, writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class _Net(nn.Module):
         return out
 
 
-def _call(middle: nn.Module, h: int, w: int, width: int = 8, last: int | None = None) -> Call:
+def around(middle: nn.Module, h: int, w: int, width: int = 8, last: int | None = None) -> Call:
+    """A network around a module, and a call of it."""
     torch.manual_seed(0)
     return Call(randomise(_Net(middle, width, last)), {"sample": randn(2, 3, h, w)})
 
@@ -44,241 +45,21 @@ class _Function(nn.Module):
         return out
 
 
-def _middle(function: Any, h: int, w: int, width: int = 8, last: int | None = None, **modules: nn.Module) -> Call:
-    return _call(_Function(function, **modules), h, w, width, last)
+def around_function(
+    function: Any, h: int, w: int, width: int = 8, last: int | None = None, **modules: nn.Module
+) -> Call:
+    """A network around a function of an image and of ``modules``."""
+    return around(_Function(function, **modules), h, w, width, last)
 
 
-def _tokens(x: Tensor) -> Tensor:
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, H W, C)."""
     return x.flatten(2).transpose(1, 2)
 
 
-def _image(t: Tensor, like: Tensor) -> Tensor:
+def to_image(t: Tensor, like: Tensor) -> Tensor:
+    """(B, H W, C) to the shape of ``like``."""
     return t.transpose(1, 2).reshape(like.shape)
-
-
-@family(GROUP)
-def attention_ldm(h: int, w: int) -> Call:
-    """latent-diffusion's first AttnBlock: 1x1 convolutions, bmm over (b, c, hw), scores transposed in between."""
-
-    def f(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module) -> Tensor:
-        b, c, rows, columns = x.shape
-        a, d, e = q(x), k(x), v(x)
-        scores = torch.bmm(a.reshape(b, c, -1).permute(0, 2, 1), d.reshape(b, c, -1)) * c**-0.5
-        weights = scores.softmax(2).permute(0, 2, 1)
-        return x + torch.bmm(e.reshape(b, c, -1), weights).reshape(b, c, rows, columns)
-
-    return _middle(f, h, w, q=nn.Conv2d(8, 8, 1), k=nn.Conv2d(8, 8, 1), v=nn.Conv2d(8, 8, 1))
-
-
-@family(GROUP)
-def attention_transposed(h: int, w: int) -> Call:
-    """Scores with keys first, softmax over dim 1."""
-
-    def f(x: Tensor, qkv: nn.Module) -> Tensor:
-        q, k, v = qkv(x).flatten(2).chunk(3, 1)
-        weights = torch.einsum("bcj,bci->bji", k, q).softmax(1)
-        return x + torch.einsum("bji,bcj->bci", weights, v).reshape(x.shape)
-
-    return _middle(f, h, w, qkv=nn.Conv2d(8, 24, 1))
-
-
-@family(GROUP)
-def attention_unflattened(h: int, w: int) -> Call:
-    """einsum over rows and columns that were never flattened."""
-
-    def f(x: Tensor, qkv: nn.Module) -> Tensor:
-        q, k, v = qkv(x).chunk(3, 1)
-        scores = torch.einsum("bchw,bcij->bhwij", q, k) * 0.3
-        weights = scores.flatten(3).softmax(-1).reshape(scores.shape)
-        return x + torch.einsum("bhwij,bcij->bchw", weights, v)
-
-    return _middle(f, h, w, qkv=nn.Conv2d(8, 24, 1))
-
-
-@family(GROUP)
-def attention_module(h: int, w: int) -> Call:
-    """nn.MultiheadAttention over tokens, sequence first."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.LayerNorm(8)
-            self.attention = nn.MultiheadAttention(8, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            t = self.norm(x.flatten(2).permute(2, 0, 1))
-            return x + self.attention(t, t, t, need_weights=False)[0].permute(1, 2, 0).reshape(x.shape)
-
-    return _call(Block(), h, w)
-
-
-@family(GROUP)
-def attention_relative(h: int, w: int) -> Call:
-    """A table of relative positions, indexed in the graph, added to the scores."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1), 2))
-            self.qkv = nn.Linear(8, 24)
-            y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-            at = torch.stack([y.flatten(), x.flatten()])
-            apart = at[:, :, None] - at[:, None]
-            self.register_buffer("index", (apart[0] + h - 1) * (2 * w - 1) + apart[1] + w - 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            b, n = x.shape[0], h * w
-            q, k, v = self.qkv(_tokens(x)).reshape(b, n, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
-            bias = self.table[self.index.reshape(-1)].reshape(n, n, 2).permute(2, 0, 1)
-            weights = ((q * 0.5) @ k.transpose(-2, -1) + bias.unsqueeze(0)).softmax(-1)
-            return x + _image((weights @ v).transpose(1, 2).reshape(b, n, 8), x)
-
-    return _call(Block(), h, w)
-
-
-@family(GROUP)
-def attention_windows(h: int, w: int) -> Call:
-    """Swin: a roll by half a window, windows, a mask written by slices, and back."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.qkv, self.norm = nn.Linear(8, 24), nn.LayerNorm(8)
-            mask = torch.zeros(1, h, w, 1)
-            count = 0
-            for rows in (slice(0, -4), slice(-4, -2), slice(-2, None)):
-                for columns in (slice(0, -4), slice(-4, -2), slice(-2, None)):
-                    mask[:, rows, columns] = count
-                    count += 1
-            windows = self.windows(mask).reshape(-1, 16)
-            apart = windows[:, None] - windows[:, :, None]
-            self.register_buffer("mask", apart.masked_fill(apart != 0, -100.0))
-
-        def windows(self, x: Tensor) -> Tensor:
-            b, rows, columns, c = x.shape
-            return x.view(b, rows // 4, 4, columns // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.norm(x.permute(0, 2, 3, 1))
-            t = self.windows(torch.roll(y, (-2, -2), (1, 2)))
-            b, n, c = t.shape
-            q, k, v = self.qkv(t).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
-            scores = q @ k.transpose(-2, -1) * 0.5
-            count = self.mask.shape[0]
-            scores = scores.view(b // count, count, 2, n, n) + self.mask[None, :, None]
-            t = (scores.view(-1, 2, n, n).softmax(-1) @ v).transpose(1, 2).reshape(b, n, c)
-            t = t.view(-1, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, h, w, c)
-            return x + torch.roll(t, (2, 2), (1, 2)).permute(0, 3, 1, 2)
-
-    return _call(Block(), h, w)
-
-
-@family(GROUP)
-def attention_neighbourhood(h: int, w: int) -> Call:
-    """Each pixel attends to the 3x3 around it: unfold."""
-
-    def f(x: Tensor, qkv: nn.Module) -> Tensor:
-        b, c, rows, columns = x.shape
-        q, k, v = qkv(x).chunk(3, 1)
-        k = F.unfold(k, 3, padding=1).reshape(b, c, 9, rows, columns)
-        v = F.pad(v, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).flatten(-2)
-        weights = (q.unsqueeze(2) * k).sum(1).softmax(1)
-        return x + torch.einsum("bnhw,bchwn->bchw", weights, v)
-
-    return _middle(f, h, w, qkv=nn.Conv2d(8, 24, 1))
-
-
-@family(GROUP)
-def attention_axial(h: int, w: int) -> Call:
-    """Along rows, then along columns."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rows, self.columns = nn.Linear(8, 24), nn.Linear(8, 24)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer, order in ((self.rows, (0, 2, 3, 1)), (self.columns, (0, 3, 2, 1))):
-                t = x.permute(order)
-                q, k, v = layer(t).chunk(3, -1)
-                t = t + F.scaled_dot_product_attention(q, k, v)
-                x = t.permute(0, 3, 1, 2) if order[1] == 2 else t.permute(0, 3, 2, 1)
-            return x
-
-    return _call(Block(), h, w)
-
-
-@family(GROUP)
-def attention_channels(h: int, w: int) -> Call:
-    """Restormer: cross-covariance of channels, L2 norm over pixels."""
-
-    def f(x: Tensor, qkv: nn.Module) -> Tensor:
-        q, k, v = (t.reshape(2, 2, 4, -1) for t in qkv(x).chunk(3, 1))
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        return x + ((q @ k.transpose(-2, -1)).softmax(-1) @ v).reshape(x.shape)
-
-    return _middle(f, h, w, qkv=nn.Conv2d(8, 24, 1))
-
-
-@family(GROUP)
-def attention_linear(h: int, w: int) -> Call:
-    """Softmax over tokens for keys, over channels for queries; memory keys in front; a row of ones gives the sum."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.qkv, self.memory = nn.Conv2d(8, 24, 1), nn.Parameter(torch.zeros(2, 2, 4, 3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = (t.reshape(2, 2, 4, -1) for t in self.qkv(x).chunk(3, 1))
-            k = torch.cat([self.memory[0].expand(2, -1, -1, -1), k], -1).softmax(-1)
-            v = torch.cat([self.memory[1].expand(2, -1, -1, -1), v], -1)
-            v = F.pad(v, (0, 0, 0, 1), value=1.0)
-            out = torch.einsum("bhdn,bhen->bhde", k, v)
-            out = torch.einsum("bhde,bhdn->bhen", out, q.softmax(-2))
-            return x + (out[:, :, :-1] / (out[:, :, -1:] + 1e-6)).reshape(x.shape)
-
-    return _call(Block(), h, w)
-
-
-@family(GROUP)
-def tokens_beside(h: int, w: int) -> Call:
-    """Class and text tokens in front, through norms, attention and linears, and cut off at the end."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tokens = nn.Parameter(torch.zeros(1, 5, 8))
-            self.norm = nn.LayerNorm(8)
-            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
-            self.position = nn.Parameter(torch.zeros(1, 5 + h * w, 8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            t = torch.cat([self.tokens.expand(x.shape[0], -1, -1), _tokens(x)], 1) + self.position
-            for _ in range(2):
-                q, k, v = (u.unflatten(-1, (2, 4)).transpose(1, 2) for u in self.qkv(self.norm(t)).chunk(3, -1))
-                t = t + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-            pooled = t[:, 0].unsqueeze(1)
-            return x + _image(t[:, 5:] * pooled, x)
-
-    return _call(Block(), h, w)
-
-
-@family(GROUP)
-def tokens_mixed(h: int, w: int) -> Call:
-    """MLP-Mixer: linears over the tokens themselves."""
-    n = h * w
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(n, 32), nn.Linear(32, n)
-
-        def forward(self, x: Tensor) -> Tensor:
-            t = self.norm(_tokens(x)).transpose(1, 2)
-            return x + self.b(F.gelu(self.a(t))).reshape(x.shape)
-
-    return _call(Block(), h, w)
 
 
 @family(GROUP)
@@ -300,7 +81,7 @@ def filters_upfirdn(h: int, w: int) -> Call:
         kernel = torch.outer(line, line)[None, None]
         return down(conv(up(x, kernel * 4)), kernel)
 
-    return _middle(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
+    return around_function(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
 
 
 @family(GROUP)
@@ -319,13 +100,13 @@ def filters_depthwise(h: int, w: int) -> Call:
         y = conv(y)
         return x + F.conv_transpose2d(F.pad(y, (1, 1, 1, 1), "reflect"), kernel(x) * 4, stride=2, padding=3)
 
-    return _middle(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
+    return around_function(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
 
 
 @family(GROUP)
 def convolutions(h: int, w: int) -> Call:
     """Grouped, depthwise, dilated, large, asymmetric, transposed, growing and shrinking again."""
-    return _call(
+    return around(
         nn.Sequential(
             nn.Conv2d(8, 8, 7, padding=3, groups=8),
             nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2),
@@ -369,7 +150,7 @@ def resizing(h: int, w: int) -> Call:
             out = out + F.interpolate(conv(y), size=size, mode=mode, **options)
         return out
 
-    return _middle(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
+    return around_function(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
 
 
 @family(GROUP)
@@ -389,7 +170,7 @@ def pooling(h: int, w: int) -> Call:
         z = out.reshape(b_, c_, rows // 2, 2, columns // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(y.shape)
         return F.pixel_shuffle(c(y) + d(z), 2)
 
-    return _middle(
+    return around_function(
         f, h, w, a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 1, 1), c=nn.Conv2d(32, 32, 1), d=nn.Conv2d(32, 32, 3, padding=1)
     )
 
@@ -423,7 +204,7 @@ def norms(h: int, w: int) -> Call:
             gx = torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True)
             return (y * (gx / (gx.mean(-1, keepdim=True) + 1e-6)) + y).permute(0, 3, 1, 2)
 
-    call = _call(Block(), h, w)
+    call = around(Block(), h, w)
     for m in call.module.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean = randn(8)
@@ -448,7 +229,7 @@ def positions(h: int, w: int) -> Call:
             y, z = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
             grid = torch.stack([y, z])[None].expand(x.shape[0], -1, -1, -1)
             x = self.coordinates(torch.cat([x, grid], 1))
-            q, k, v = (u.unflatten(-1, (2, 4)).transpose(1, 2) for u in self.qkv(_tokens(x)).chunk(3, -1))
+            q, k, v = (u.unflatten(-1, (2, 4)).transpose(1, 2) for u in self.qkv(to_tokens(x)).chunk(3, -1))
             angle = torch.outer(torch.arange(h * w).float(), 10 ** -torch.arange(2).float()).repeat_interleave(2, -1)
 
             def rotate(t: Tensor) -> Tensor:
@@ -456,9 +237,9 @@ def positions(h: int, w: int) -> Call:
                 return t * angle.cos() + torch.stack([-b, a], -1).flatten(-2) * angle.sin()
 
             t = F.scaled_dot_product_attention(rotate(q), rotate(k), v)
-            return x + _image(t.transpose(1, 2).flatten(2), x)
+            return x + to_image(t.transpose(1, 2).flatten(2), x)
 
-    return _call(Block(), h, w)
+    return around(Block(), h, w)
 
 
 @family(GROUP)
@@ -478,7 +259,7 @@ def writes(h: int, w: int) -> Call:
         padded = torch.cat([x[:, :, -2:], x, x[:, :, :2]], 2)
         return z + shifted + F.conv2d(padded, torch.ones(8, 1, 5, 1) / 5, groups=8)
 
-    return _middle(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
+    return around_function(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
 
 
 @family(GROUP)
@@ -494,7 +275,7 @@ def frequencies(h: int, w: int) -> Call:
         z = torch.fft.ifftn(torch.fft.ifftshift(z * mask, dim=(-2, -1)), dim=(-2, -1)).real
         return conv(x + y + z)
 
-    return _middle(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
+    return around_function(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
 
 
 @family(GROUP)
@@ -504,7 +285,7 @@ def unforeseen(h: int, w: int) -> Call:
     def f(x: Tensor, conv: nn.Module) -> Tensor:
         return conv(x.cummax(2).values + x.sort(2).values + x.median(2, keepdim=True).values + x.median())
 
-    return _middle(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
+    return around_function(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
 
 
 @family(GROUP)
@@ -520,7 +301,7 @@ def mamba_scan(h: int, w: int) -> Call:
         turned = (out[:, 1] + out[:, 3].flip(-1)).reshape(x.shape[0], 8, w, h).transpose(2, 3)
         return back.reshape(x.shape) + turned
 
-    return _middle(f, h, w, conv=nn.Conv1d(8, 8, 5, padding=2, groups=8))
+    return around_function(f, h, w, conv=nn.Conv1d(8, 8, 5, padding=2, groups=8))
 
 
 @family(GROUP)
@@ -535,7 +316,7 @@ def patches(h: int, w: int) -> Call:
             self.latents = nn.Parameter(torch.zeros(1, 4, 16))
 
         def forward(self, x: Tensor) -> Tensor:
-            t = _tokens(self.embed(x))
+            t = to_tokens(self.embed(x))
             q, k, v = self.qkv(self.norm(t)).chunk(3, -1)
             t = t + F.scaled_dot_product_attention(q, k, v) + t.mean(1, keepdim=True)
             pooled = F.scaled_dot_product_attention(self.latents.expand(2, -1, -1), k, v)
@@ -543,4 +324,4 @@ def patches(h: int, w: int) -> Call:
             y = self.out(t).reshape(2, h // 2, w // 2, 2, 2, 8)
             return torch.einsum("nhwpqc->nchpwq", y).reshape(2, 8, h, w)
 
-    return _call(Block(), h, w)
+    return around(Block(), h, w)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.families.base import Call, family, randn, randomise
-from tests.families.blocks import _call, _image, _middle, _tokens
+from tests.families.blocks import around, around_function, to_image, to_tokens
 
 GROUP = "hold-outs"
 
@@ -32,7 +32,7 @@ def haar_resampling(h: int, w: int) -> Call:
         out[:, :, ::2, 1::2], out[:, :, 1::2, 1::2] = p + q - r, p - q - r
         return out
 
-    return _middle(f, h, w, inner=_conv(24, 24))
+    return around_function(f, h, w, inner=_conv(24, 24))
 
 
 @family(GROUP)
@@ -54,7 +54,7 @@ def spectral_block(h: int, w: int) -> Call:
                 )
             return F.gelu(torch.fft.irfft2(out, s=x.shape[-2:]) + self.side(x))
 
-    return _call(Block(), h, w)
+    return around(Block(), h, w)
 
 
 @family(GROUP)
@@ -68,7 +68,7 @@ def warped(h: int, w: int) -> Call:
         theta = affine(x.mean((2, 3))).reshape(-1, 2, 3) * 0.1 + torch.eye(2, 3)
         return x + F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
 
-    return _middle(f, h, w, flow=_conv(8, 2), affine=nn.Linear(8, 6))
+    return around_function(f, h, w, flow=_conv(8, 2), affine=nn.Linear(8, 6))
 
 
 @family(GROUP)
@@ -76,14 +76,14 @@ def attention_causal(h: int, w: int) -> Call:
     """Pixels in raster order, each sees those before it; and a table of distances."""
 
     def f(x: Tensor, qkv: nn.Module) -> Tensor:
-        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in qkv(_tokens(x)).chunk(3, -1))
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in qkv(to_tokens(x)).chunk(3, -1))
         place = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).reshape(-1, 2).float()
         away = -torch.cdist(place, place, p=1)[None] * torch.tensor([0.5, 0.25])[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out = out + F.scaled_dot_product_attention(q, k, v, attn_mask=away)
-        return x + _image(out.transpose(1, 2).flatten(2), x)
+        return x + to_image(out.transpose(1, 2).flatten(2), x)
 
-    return _middle(f, h, w, qkv=nn.Linear(8, 24))
+    return around_function(f, h, w, qkv=nn.Linear(8, 24))
 
 
 @family(GROUP)
@@ -94,7 +94,7 @@ def attention_of_channels(h: int, w: int) -> Call:
         q, k, v = (t.reshape(x.shape[0], 2, 4, -1) for t in qkv(x).chunk(3, 1))
         return x + F.scaled_dot_product_attention(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v).reshape(x.shape)
 
-    return _middle(f, h, w, qkv=_conv(8, 24, 1))
+    return around_function(f, h, w, qkv=_conv(8, 24, 1))
 
 
 @family(GROUP, sizes=((40, 8), (64, 8)))
@@ -106,13 +106,13 @@ def windows_of_tokens(h: int, w: int) -> Call:
 
     def f(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
         n, c = x.shape[0], x.shape[1]
-        t = _tokens(x).view(n, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        t = to_tokens(x).view(n, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
         t = attend(t, a).view(n, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
         g = t.reshape(n, 4, h // 4, 4, w // 4, c).permute(0, 2, 4, 1, 3, 5).reshape(-1, 16, c)
         g = attend(g, b).reshape(n, h // 4, w // 4, 4, 4, c).permute(0, 3, 1, 4, 2, 5).reshape(n, h, w, c)
         return g.permute(0, 3, 1, 2)
 
-    return _middle(f, h, w, a=nn.Linear(8, 24), b=nn.Linear(8, 24))
+    return around_function(f, h, w, a=nn.Linear(8, 24), b=nn.Linear(8, 24))
 
 
 @family(GROUP)
@@ -120,12 +120,12 @@ def attention_landmarks(h: int, w: int) -> Call:
     """Nystrom: keys and queries averaged over runs of tokens."""
 
     def f(x: Tensor, qkv: nn.Module) -> Tensor:
-        q, k, v = qkv(_tokens(x)).chunk(3, -1)
+        q, k, v = qkv(to_tokens(x)).chunk(3, -1)
         few = [t.reshape(x.shape[0], h // 2, -1, 8).mean(2) for t in (q, k)]
         near, far = (q @ few[1].mT).softmax(-1), (few[0] @ k.mT).softmax(-1)
-        return x + _image(near @ ((few[0] @ few[1].mT).softmax(-1) @ (far @ v)), x)
+        return x + to_image(near @ ((few[0] @ few[1].mT).softmax(-1) @ (far @ v)), x)
 
-    return _middle(f, h, w, qkv=nn.Linear(8, 24))
+    return around_function(f, h, w, qkv=nn.Linear(8, 24))
 
 
 @family(GROUP)
@@ -136,12 +136,12 @@ def scans(h: int, w: int) -> Call:
         sums = F.pad(x.cumsum(-1).cumsum(-2), (1, 0, 1, 0))
         box = (sums[:, :, :-5, :-3] + sums[:, :, 5:, 3:] - sums[:, :, :-5, 3:] - sums[:, :, 5:, :-3]) / 15
         x = x + F.pad(box, (1, 1, 2, 2), mode="replicate")
-        g, v = gate(_tokens(x)).chunk(2, -1)
+        g, v = gate(to_tokens(x)).chunk(2, -1)
         kept = torch.cumsum(-F.softplus(g), 1)
         state = torch.logcumsumexp(-F.softplus(-g) + F.softplus(v).log() - kept, 1) + kept
-        return x + _image(state.exp(), x)
+        return x + to_image(state.exp(), x)
 
-    return _middle(f, h, w, gate=nn.Linear(8, 16))
+    return around_function(f, h, w, gate=nn.Linear(8, 16))
 
 
 @family(GROUP)
@@ -158,7 +158,7 @@ def peaks(h: int, w: int) -> Call:
         strong = torch.zeros_like(x).scatter(1, x.topk(2, 1).indices, 1.0)
         return join(torch.cat([x + near, place, strong], 1))
 
-    return _middle(f, h, w, gate=_conv(k=1), join=_conv(24, 8))
+    return around_function(f, h, w, gate=_conv(k=1), join=_conv(24, 8))
 
 
 @family(GROUP)
@@ -178,7 +178,7 @@ def statistics_of_all(h: int, w: int) -> Call:
             y = ((y.view(x.shape[0], 2, -1) - mean) * (spread + 1e-5).rsqrt()).view(x.shape)
             return (y - y.mean()) / y.std()
 
-    return _call(Block(), h, w)
+    return around(Block(), h, w)
 
 
 @family(GROUP)
@@ -193,7 +193,7 @@ def composites(h: int, w: int) -> Call:
         steps = torch.diff(y, dim=2, prepend=y[:, :, :1])
         return join(torch.hstack([y * alike, F.channel_shuffle(z, 2), torch.rot90(steps, 2, (2, 3))]))
 
-    return _middle(f, h, w, weight=nn.Linear(8, 8), join=_conv(24, 8))
+    return around_function(f, h, w, weight=nn.Linear(8, 8), join=_conv(24, 8))
 
 
 @family(GROUP)

@@ -17,7 +17,10 @@ from torch.utils import _pytree as pytree
 import districompile as dc
 from tests.families.base import FAMILIES, Call, Family, error_of
 
-MODULES = ("condition", "video", "autoencoders", "dit", "packages", "blocks", "holdouts")
+MODULES = (
+    "condition", "attached", "unconditional", "video", "autoencoders", "dit", "packages", "attentions", "blocks",
+    "holdouts",
+)  # fmt: skip
 STEPS = 40  # steady calls on unchanging inputs, at most
 
 
