@@ -138,7 +138,9 @@ class InductorBackend:
         self._kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._channels_last = self._kind == "cuda" if channels_last is None else channels_last
         self._workers = workers if workers is not None else _default_workers(self._kind, max_autotune)
-        self._options = tuple(sorted({"max_autotune": max_autotune, **(options or {})}.items()))
+        # What a GPU's program does on the host needs no vector instructions, which take a minute to try out
+        host = {"cpp.vec_isa_ok": False} if self._kind == "cuda" else {}
+        self._options = tuple(sorted({"max_autotune": max_autotune, **host, **(options or {})}.items()))
         # Engines differ by torch, by the machine's device and by the options
         target = _target(self._kind)
         self.version = f"1, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
