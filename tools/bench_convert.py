@@ -72,6 +72,7 @@ def example(module: torch.nn.Module, height: int, width: int) -> dict[str, Any]:
 def measure(case: str, options: argparse.Namespace, target: Path) -> dict[str, Any]:
     import districompile as dc
     from districompile.backends.base import get_backend
+    from districompile.bundle import Bundle
 
     chosen = {"target": options.target, "weights": options.engine_weights}
     backend = get_backend(options.backend, **{k: v for k, v in chosen.items() if v is not None})
@@ -100,7 +101,7 @@ def measure(case: str, options: argparse.Namespace, target: Path) -> dict[str, A
         "bundle_over_weights": round(size / weights, 4),
         "engines": len(engines), "engines_gb": round(sum(f.stat().st_size for f in engines) / 1e9, 3),
         "cut_share": report.cut_share(),
-        "segments": {p: len(q.segments) for p, q in program.plan.phases.items()},
+        "segments": {p: len(q.segments) for p, q in Bundle.open(target, verify=False).plan.phases.items()},
         "sent_mb_per_step": round(max(report.sent("steady")) / 1e6, 1),
     }  # fmt: skip
 

@@ -62,7 +62,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.write:
         lines = [line for file in options.write for line in file.read_text().splitlines()]
-        _write(options.out, page([_read(line) for line in lines if line.startswith("{")], []))  # networks print, too
+        found = [_read(line) for line in lines if line.startswith("{")]  # networks print, too
+        order = {name: i for i, name in enumerate(load_families())}
+        _write(options.out, page(sorted(found, key=lambda r: order.get(r.family, len(order))), []))
         return 0
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
