@@ -267,11 +267,12 @@ def bench(
     transport: Annotated[str, typer.Option(help="What moves rows between ranks: auto, peer, nccl, gloo.")] = "auto",
     cuda_graph: Annotated[bool, typer.Option(help="Replay calls as CUDA graphs.")] = True,
     device: DeviceOption = None,
+    kernels: Annotated[Path | None, typer.Option(help="Write a table of a displaced step's kernels here.")] = None,
 ) -> int:
     """Time a bundle's exact and displaced steps on this machine with random inputs: one JSON line a figure."""
     from districompile.commands import bench as command
 
-    return command.main(command.Settings(bundle, calls, steps, trace, transport, cuda_graph, device))
+    return command.main(command.Settings(bundle, calls, steps, trace, transport, cuda_graph, device, kernels))
 
 
 @app.command()

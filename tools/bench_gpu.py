@@ -9,20 +9,22 @@ Parts, each in processes of its own:
   predict     the same for ``--predict-ranks`` (4 and 8): a rank's compute at a quarter and an eighth of the rows, and
               the transfers at ``--bandwidth``
   ours        the bundle on ``--ranks`` GPUs: exact and displaced step (``districompile bench``)
-  steps       ``--steps`` calls on ``--ranks`` GPUs, the first ``--warmup-steps`` exact
+  steps       as ours, and ``--steps`` calls, the first ``--warmup-steps`` exact
   distrifuser the reference implementation on ``--ranks`` GPUs; needs --distrifuser CHECKOUT, and diffusers 0.27.2 in
               the folder --distrifuser-site
 
 A part that is in FILE already is not run again, and none is started after ``--budget`` seconds: call again to go on.
-With ``--together`` the one-GPU parts of one size compile at the same time; figures are still taken one at a time.
+With ``--together`` the parts of one size compile at the same time; figures are still taken one at a time.
 Latents are squares (128) or HEIGHTxWIDTH (104x152). All figures of one file belong to one machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one part")
     parser.add_argument("--together", action="store_true")
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison with the eager oracle")
-    parser.add_argument("--profile", type=Path, help="kernel tables of free are written to FILE-PHASE.txt")
+    parser.add_argument("--profile", type=Path, help="kernel tables (and traces of ours) are written to FILE-...")
     parser.add_argument("--distrifuser", type=Path)
     parser.add_argument("--distrifuser-site", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -98,8 +100,8 @@ def drive(args: argparse.Namespace) -> None:
             return
         first = waiting.pop(0)
         group = [first]
-        while args.together and first["part"] in ONE_GPU and waiting and waiting[0]["part"] in ONE_GPU:
-            if waiting[0]["latent"] != first["latent"]:
+        while args.together and waiting and "distrifuser" not in (first["part"], waiting[0]["part"]):
+            if any(waiting[0][k] != first[k] for k in ("model", "latent")):
                 break
             group.append(waiting.pop(0))
         processes = [(job, start(job)) for job in group]
@@ -118,7 +120,18 @@ def drive(args: argparse.Namespace) -> None:
 
 def start(job: dict[str, Any]) -> subprocess.Popen[bytes]:
     print(f"{job['part']} {job['model'][:20]} {job['latent']} on {job['ranks']} ...", file=sys.stderr, flush=True)
-    return subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(job)])
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(job)]
+    if job["part"] not in ONE_GPU:
+        return subprocess.Popen(command)
+    # On the last GPU, as others compile on the first
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus())))
+    return subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": shown.rpartition(",")[2]})
+
+
+def gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def record(out: Path, job: dict[str, Any], figure: dict[str, Any]) -> None:
@@ -178,6 +191,7 @@ def _optimise(args: argparse.Namespace) -> str:
 
 def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: int) -> None:
     """Convert, if the bundle is not there, and let ``districompile bench`` time it on all ranks."""
+    import gpu_check
     import gpu_parts
     import torch
 
@@ -198,15 +212,30 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
             module, kwargs=gpu_parts.example(module, device, height, width), ranks=job["ranks"],
             warmup_steps=args.warmup_steps, optimise=_optimise(args), segments=args.segments,
         )  # fmt: skip
+        converted = time.perf_counter()
         program.save(folder, backend=InductorBackend(device.type, **options))
-        seconds = round(time.perf_counter() - began, 1)
-        record(args.out, job, {"figure": "convert", "seconds": seconds, "bundle": str(folder)})
+        figure = {"figure": "convert", "cut_s": round(converted - began, 1),
+                  "build_s": round(time.perf_counter() - converted, 1),
+                  "packages": len(list((folder / "engines").glob("*.pt2")))}  # fmt: skip
+        record(args.out, job, figure)
+        if not args.no_check:
+            eager = folder.with_name(folder.name + "-eager")
+            program.save(eager, backend="eager")
+            with turn.alone():
+                found = gpu_check.compare(folder, eager, job["ranks"], module, args.work)
+            record(args.out, job, {"figure": "relative errors", **found})
+            shutil.rmtree(eager)
+        del module, program
+        gc.collect()
+        torch.cuda.empty_cache() if device.type == "cuda" else None
     command = [sys.executable, "-m", "districompile", "bench", str(folder)]
     if job["part"] == "steps":
         command += ["--steps", str(args.steps)]
+    if args.profile is not None:
+        command += ["--kernels", f"{args.profile}-{folder.name}.txt", "--trace", f"{args.profile}-{folder.name}.json"]
     with turn.alone():
-        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    for line in found.stdout.splitlines():
+        timed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    for line in timed.stdout.splitlines():
         record(args.out, job, json.loads(line))
 
 
@@ -219,9 +248,12 @@ def reference(job: dict[str, Any], args: argparse.Namespace, latent: int) -> Non
                str(script), str(args.distrifuser), str(latent)]  # fmt: skip
     site = [str(args.distrifuser_site)] if args.distrifuser_site else []
     path = os.pathsep.join([*site, *filter(None, [os.environ.get("PYTHONPATH")])])
-    found = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    import gpu_parts
+
+    with gpu_parts.Turn(args.work / "turn").alone():
+        found = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
+        )
     for line in found.stdout.splitlines():
         if line.startswith("{"):
             record(args.out, job, json.loads(line))

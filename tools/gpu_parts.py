@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import functools
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -81,24 +82,25 @@ class Turn:
 
 
 def median_ms(step: Callable[[], Any], count: int = 20, warm: int = 3) -> float:
-    """Median of ``count`` timings of ``step``, by CUDA events where there is a GPU."""
+    """Median of the times from the end of one ``step`` to that of the next, by CUDA events where there is a GPU: steps
+    follow each other, as in sampling, so that the host's work counts only where the GPU waits for it."""
     for _ in range(warm):
         step()
-    times = []
-    for _ in range(count):
-        if torch.cuda.is_available():
-            begin, end = (cast(Any, torch.cuda.Event)(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            begin.record()
-            step()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
+    if not torch.cuda.is_available():
+        times = []
+        for _ in range(count):
             start = time.perf_counter()
             step()
             times.append((time.perf_counter() - start) * 1e3)
-    return float(statistics.median(times))
+        return float(statistics.median(times))
+    torch.cuda.synchronize()
+    marks = [cast(Any, torch.cuda.Event)(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return float(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)))
 
 
 def captured(step: Callable[[], Any]) -> Callable[[], Any]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from districompile.backends.base import BuildSegment, Engine, check_input
 from districompile.backends.eager import EagerBackend
+from districompile.backends.inductor_compiler import choose_compiler
 from districompile.backends.inductor_graph import Job, Operand, Part, lift_parts
 from districompile.backends.inductor_pool import Pool, compile_here
 from districompile.errors import BackendError, BundleError, InputError
@@ -165,17 +166,12 @@ class InductorBackend:
 
     def cannot_build(self) -> str | None:
         """What this machine lacks for compiling; running a bundle needs none of it."""
-        from torch._inductor import cpp_builder
-
         if self._kind == "cuda" and not torch.cuda.is_available():
             return "there is no GPU here, and the inductor backend compiles for the GPU it is run on"
         if self._kind == "cuda" and importlib.util.find_spec("triton") is None:
             return "the inductor backend needs triton for a GPU: pip install triton"
-        try:
-            cpp_builder.get_cpp_compiler()
-        except Exception:  # torch's own InvalidCxxCompiler, or what its search runs into
-            return "the inductor backend needs a C++ compiler to convert: install g++ or clang++"
-        return None
+        reason = choose_compiler()[1]
+        return reason and f"the inductor backend {reason}"
 
     def prepare(self, segments: Sequence[BuildSegment]) -> None:
         """Start compiling everything, the largest first."""
@@ -252,13 +248,13 @@ class InductorBackend:
         if key not in self._loaded:
             index = device.index if device.type == "cuda" else -1
             try:
-                package = torch._inductor.aoti_load_package(
-                    str(path), run_single_threaded=True, **({"device_index": index} if index >= 0 else {})
-                )
+                # What torch's aoti_load_package ends in. Before, that compiles probes for vector instructions, only to
+                # compare them with those of the machine that compiled; _check_here does its own comparison.
+                loader = torch._C._aoti.AOTIModelPackageLoader
+                self._loaded[key] = loader(str(path), "model", True, 1, index)  # one thread, one runner
             except Exception as e:  # it has no error class of its own
                 reason = str(e).splitlines()[0] if str(e) else type(e).__name__
                 raise BackendError(f"{path} cannot be loaded: {reason}: copy the bundle again, or convert again") from e
-            self._loaded[key] = package.loader
         return self._loaded[key]
 
     def _made(self, package: _Package) -> Path:
@@ -274,7 +270,9 @@ class InductorBackend:
         given: list[Operand] = []
         for operand, taken in zip(inputs, parts, strict=True):
             given += [operand] if taken is None else [_part_operand(operand, part) for part in taken]
-        job = Job(graph_to_json(graph), (*given, *weights), tuple(outputs), self._kind, self._options)
+        compiler = choose_compiler()[0]
+        options = self._options if compiler is None else (*self._options, ("cpp.cxx", [None, compiler]))
+        job = Job(graph_to_json(graph), (*given, *weights), tuple(outputs), self._kind, options)
         key = content_hash(json.dumps([self.version, job.to_json()]))
         named = {
             group: [[name, *operand.to_json()] for (name, _), operand in zip(specs, operands, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -15,6 +16,7 @@ import torch
 
 from districompile.bundle import Bundle
 from districompile.commands.common import check_writable, quiet_libraries
+from districompile.errors import InputError
 from districompile.ir.plan import Phase, Plan, TensorSpec
 from districompile.runtime.choose import check_transport
 from districompile.runtime.inputs import timestep_path
@@ -23,7 +25,7 @@ from districompile.runtime.module import DistributedModule, check_device, load
 from districompile.runtime.runner import called_spec, world_size
 from districompile.runtime.trace import Trace, write_chrome_trace
 
-_WARM = 3  # calls before the clock runs: the first steps by step, the others while they are captured
+_WARM = 3  # calls before the clock runs, twice: the first step by step, the others while they are captured
 PHASES: tuple[Phase, ...] = ("warmup", "steady")
 
 
@@ -38,6 +40,7 @@ class Settings:
     transport: str
     cuda_graph: bool
     device: str | None = None
+    kernels: Path | None = None
 
 
 def main(settings: Settings) -> int:
@@ -45,9 +48,12 @@ def main(settings: Settings) -> int:
     check_transport(settings.transport)
     quiet_libraries()
     bundle = Bundle.open(settings.bundle)
-    check_device(bundle, settings.device)
-    if settings.trace is not None:
-        check_writable(settings.trace.absolute().parent)
+    kind = check_device(bundle, settings.device)
+    if settings.kernels is not None and kind != "cuda":
+        raise InputError("--kernels lists the kernels of a GPU, and this bundle runs on the CPU: leave it out")
+    for file in (settings.trace, settings.kernels):
+        if file is not None:
+            check_writable(file.absolute().parent)
     job = dataclasses.replace(settings, bundle=settings.bundle.resolve())
     results = launch(worker, (job,), world_size(bundle.plan))
     ranks = [results[r] for r in sorted(results) if results[r] is not None]
@@ -57,6 +63,8 @@ def main(settings: Settings) -> int:
         print(json.dumps({"bundle": str(settings.bundle), **line}), flush=True)
     if settings.trace is not None and ranks[0]["traces"] is not None:
         write_chrome_trace(settings.trace, [r["traces"] for r in ranks])
+    if settings.kernels is not None and ranks[0]["kernels"] is not None:
+        settings.kernels.write_text(ranks[0]["kernels"])
     return 0
 
 
@@ -71,10 +79,15 @@ def worker(job: Settings) -> dict[str, Any]:
     timer = _Calls(module)
     for phase in PHASES:
         module.phase = phase
-        for _ in range(_WARM if phase == "warmup" else 2 * _WARM):
-            timer.call()
-        figures[phase] = [timer.timed() for _ in range(job.calls)]
+        figures[phase] = timer.timed(job.calls)
     traces = _traced(module, timer) if world > 1 else None
+    module.phase = "steady"
+    kernels = _kernels(timer) if job.kernels is not None else None
+    if world > 1:
+        with module.transfers_free():
+            for phase in PHASES:
+                module.phase = phase
+                figures[f"{phase} free"] = timer.timed(job.calls)
     if job.steps is not None:
         module.phase = None
         for _ in range(2):  # all graphs of a whole run are captured in the first one
@@ -89,7 +102,7 @@ def worker(job: Settings) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else None
     result = {
         "rank": rank, "device": _device_name(module.device), "transport": module.transport, "load_s": loaded - began,
-        "figures": figures, "peak": peak, "traces": traces, "steps": job.steps,
+        "figures": figures, "peak": peak, "traces": traces, "kernels": kernels, "steps": job.steps,
         "warmup_steps": int(module.plan.options.get("warmup_steps", 4)),
     }  # fmt: skip
     module.close()
@@ -101,7 +114,7 @@ class _Calls:
 
     def __init__(self, module: DistributedModule) -> None:
         self._module = module
-        self._kwargs = random_call(module.plan, module.device)
+        self.kwargs = random_call(module.plan, module.device)
         path = timestep_path(module.plan)
         spec = next((i.spec for i in module.plan.inputs if i.path == path), None)
         self._timestep = None if path is None or spec is None else (path, spec)
@@ -118,23 +131,44 @@ class _Calls:
             path, spec = self._timestep
             # On the host: where the next call belongs is then known without waiting for the device
             value = torch.full(spec.shape, max(0.0, 1e6 - self._number), dtype=torch.float64).to(spec.dtype)
-            _put(self._kwargs, path, value)
-        return self._module(**self._kwargs)
+            _put(self.kwargs, path, value)
+        return self._module(**self.kwargs)
 
-    def timed(self) -> float:
-        """Milliseconds of one call, from an idle device to an idle device."""
-        _synchronize(self._module)
-        if self._module.device.type != "cuda":
-            start = time.perf_counter()
+    def timed(self, count: int) -> list[float]:
+        """Milliseconds from each call's end to the next one's, as they follow each other in sampling."""
+        for _ in range(2 * _WARM):
             self.call()
-            return (time.perf_counter() - start) * 1e3
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begin.record()
-        self.call()
-        end.record()
         _synchronize(self._module)
-        return float(begin.elapsed_time(end))
+        marks = [_mark(self._module)]
+        for _ in range(count):
+            self.call()
+            marks.append(_mark(self._module))
+        _synchronize(self._module)
+        return [_between(a, b) for a, b in itertools.pairwise(marks)]
+
+
+def _mark(module: DistributedModule) -> Any:
+    if module.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _between(a: Any, b: Any) -> float:
+    return (b - a) * 1e3 if isinstance(a, float) else float(a.elapsed_time(b))
+
+
+def _kernels(timer: _Calls) -> str:
+    """The kernels of one displaced call, by time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    timer.call()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:  # operators on the host: gloo's threads crash torch 2.13
+        timer.call()
+        torch.cuda.synchronize()
+    averages = found.key_averages()
+    return str(averages.table(sort_by="self_cuda_time_total", row_limit=100, max_name_column_width=120))
 
 
 def _traced(module: DistributedModule, timer: _Calls) -> Trace:
@@ -165,6 +199,10 @@ def _lines(ranks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             worst = max(rows, key=lambda s: s["exposed_ms"])
             sent = max(s["sent_bytes"] for s in rows)
             yield {"figure": f"{name}, transfers", **{**worst, "sent_bytes": sent}, **common}
+    for phase, name in names.items():
+        if f"{phase} free" in first["figures"]:
+            medians = [statistics.median(r["figures"][f"{phase} free"]) for r in ranks]
+            yield {"figure": f"{name}, transfers free", "ms": round(max(medians), 4), **common}
     if "run" in first["figures"]:
         seconds = max(r["figures"]["run"][0] for r in ranks)
         yield {"figure": "run", "seconds": round(seconds, 4), "steps": first["steps"],

@@ -168,6 +168,9 @@ class _GlooPending:
         return self._results
 
 
+_abandoned: list[Any] = []  # messages whose memory gloo may still write, kept for as long as the process lives
+
+
 class GlooLink:
     """Routes over a :class:`GlooTransport`, staged through host memory: works everywhere, between processes that share
     a GPU, too, and waits on the host."""
@@ -227,7 +230,17 @@ class GlooLink:
     def together(self) -> bool:
         return True
 
-    def close(self) -> None:
+    def close(self, patience: float = 5.0) -> None:
+        """Complete what the last call posted, for at most ``patience`` seconds: gloo writes into its messages until it
+        has arrived, wherever they are."""
+        deadline = time.monotonic() + patience
+        for receives, sends in self._waiting.values():
+            works = [work for _, work in receives.values()] + [work for _, _, work in sends]
+            try:
+                for work in works:
+                    work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+            except RuntimeError:  # another rank is gone
+                _abandoned.append((receives, sends))
         self._waiting.clear()
 
 

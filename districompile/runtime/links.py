@@ -140,6 +140,45 @@ class Link(Protocol):
         """Release what the link holds."""
 
 
+class SilentLink:
+    """A link whose posts send nothing and whose waits wait for nothing, for timing what a call would take if transfers
+    were free. Ranks still end each call together."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.rank, self.ranks = link.rank, link.ranks
+        self.capturable, self.writes_remote = link.capturable, link.writes_remote
+        self.spans: Spans | None = None
+
+    def region(self, nbytes: int, words: int) -> Region:
+        return self._link.region(nbytes, words)
+
+    def settle(self) -> None:
+        self._link.settle()
+
+    def post(self, route: Route) -> None:
+        for source, target in route.own:
+            target.copy_(source)
+
+    def ready(self, route: Route) -> bool:
+        return True
+
+    def wait(self, route: Route) -> None:
+        pass
+
+    def join(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        self._link.finish()
+
+    def together(self) -> bool:
+        return self._link.together()
+
+    def close(self) -> None:
+        self._link.close()
+
+
 def build_route(
     name: str, word: int, region: Region, collectives: Sequence[Collective], rank: int, ranks: int,
     source: Callable[[str], torch.Tensor], result: Callable[[Collective, int], torch.Tensor | None],

@@ -129,6 +129,19 @@ class DistributedModule(torch.nn.Module):
         with self._runner.executor.trace() as trace:
             yield trace
 
+    @contextlib.contextmanager
+    def transfers_free(self) -> Iterator[None]:
+        """Calls inside exchange nothing: their numbers are meaningless, their time is a bound on what hiding transfers
+        can gain. On all ranks alike. Raises :class:`InputError` in lockstep."""
+        if not isinstance(self._runner, ProcessRunner):
+            raise InputError("ranks in lockstep exchange nothing between GPUs: start one process a rank")
+        self._streams.reset()
+        try:
+            with self._runner.transfers_free():
+                yield
+        finally:
+            self._streams.reset()
+
     def reset(self) -> None:
         """Start a new image with the next call, whatever its timestep (rank 0's word counts)."""
         self._streams.reset()

@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -187,6 +187,12 @@ class ProcessRunner:
         except BaseException as e:
             self._failure = e
             raise
+
+    @contextlib.contextmanager
+    def transfers_free(self) -> Iterator[None]:
+        """As :meth:`StaticExecutor.transfers_free`, for all streams."""
+        with self.executor.transfers_free(self._states.values()):
+            yield
 
     def _join(self, engines: Engines, group: dist.ProcessGroup, device: torch.device) -> None:
         """Give the engines of the exact phase a communicator of the ranks that share the image."""

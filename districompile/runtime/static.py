@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from districompile.errors import InputError
 from districompile.ir.plan import Collective, Deliver, Keep, Plan, Post, Reduction, Run, Take, Wait
 from districompile.runtime.arena import allocate
 from districompile.runtime.executor import Engines, result_of
-from districompile.runtime.links import Link, ReceiveLayout, Region, Route, build_route, recorded, view
+from districompile.runtime.links import Link, ReceiveLayout, Region, Route, SilentLink, build_route, recorded, view
 from districompile.runtime.memory import MemoryPlan, plan_memory
 from districompile.runtime.trace import Spans, Trace
 from districompile.runtime.transport import combine
@@ -183,6 +183,21 @@ class StaticExecutor:
             yield self._trace
         finally:
             self._trace = None
+
+    @contextlib.contextmanager
+    def transfers_free(self, states: Iterable[StaticState]) -> Iterator[None]:
+        """Calls inside send nothing, and read what is left of earlier ones: for timing alone. All ranks enter and leave
+        alike; ``states`` start anew, within and after."""
+        states, link, captured = list(states), self.link, self._captured
+        for state in states:
+            self.reset(state)
+        self.link, self._captured = SilentLink(link), {}
+        try:
+            yield
+        finally:
+            self.link, self._captured = link, captured
+            for state in states:
+                self.drop(state)
 
     def _begin(self, phase: str, inputs: Mapping[str, torch.Tensor], state: StaticState) -> None:
         advice = (

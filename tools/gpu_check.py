@@ -1,0 +1,66 @@
+"""What ``bench_gpu.py`` compares: a bundle's answers on its GPUs with those of the same program run by PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import districompile as dc
+from districompile.commands.bench import _Calls
+from districompile.ir.plan import Phase
+from districompile.runtime.launcher import launch
+
+
+def compare(bundle: Path, eager: Path, ranks: int, module: torch.nn.Module, scratch: Path) -> dict[str, Any]:
+    """Relative errors (2-norms) of ``bundle``'s exact and displaced calls against those of ``eager``, which is the same
+    program, and against ``module`` on one GPU; and whether ``bundle`` gave the same bits twice."""
+    files = {name: scratch / f"{name}.pt" for name in ("first", "second", "eager")}
+    for name, folder in (("first", bundle), ("second", bundle), ("eager", eager)):
+        launch(answers, (str(folder), str(files[name])), ranks)
+    first, second, oracle = (torch.load(f, weights_only=True) for f in files.values())
+    whole = first["kwargs"]
+    with torch.no_grad():
+        one = module(**_moved(whole, next(module.parameters()).device), return_dict=False)[0].cpu()
+    found: dict[str, Any] = {
+        "exact_against_one_gpu": error(first["outputs"][0], one),
+        "eager_exact_against_one_gpu": error(oracle["outputs"][0], one),
+        "exact_against_eager": error(first["outputs"][0], oracle["outputs"][0]),
+        "displaced_against_eager": max(
+            error(a, b) for a, b in zip(first["outputs"][1:], oracle["outputs"][1:], strict=True)
+        ),
+        "same_bits_twice": all(torch.equal(a, b) for a, b in zip(first["outputs"], second["outputs"], strict=True)),
+    }
+    for file in files.values():
+        file.unlink()
+    return found
+
+
+def answers(bundle: str, file: str) -> None:
+    """One rank: the outputs of one exact and some displaced calls; rank 0 writes them, with the arguments."""
+    import torch.distributed as dist
+
+    unet = dc.load(bundle, verify="quick", device="cuda" if torch.cuda.is_available() else "cpu")
+    calls = _Calls(unet)
+    outputs: list[torch.Tensor] = []
+    first: dict[str, Any] = {}
+    phases: list[Phase] = ["warmup", "steady", "steady", "steady"]
+    for phase in phases:
+        unet.phase = phase
+        outputs.append(calls.call()[0].cpu().clone())
+        first = first or _moved(calls.kwargs, torch.device("cpu"))  # with the timestep of the exact call
+    if dist.get_rank() == 0:
+        torch.save({"kwargs": first, "outputs": outputs}, file)
+    unet.close()
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|a - b| / |b| (2-norms)."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    if isinstance(x, dict):
+        return {k: _moved(v, device) for k, v in x.items()}
+    return x.to(device) if isinstance(x, torch.Tensor) else x
