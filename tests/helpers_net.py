@@ -33,10 +33,10 @@ class Net(nn.Module):
         return self.last(nn.functional.silu(self.norms[2](x)))
 
 
-def make_bundle(path: Path, ranks: int, rows: int = 40, cfg: str = "none") -> Path:
+def make_bundle(path: Path, ranks: int, rows: int = 40, cfg: str = "none", backend: str = "eager") -> Path:
     torch.manual_seed(0)
     kwargs = {"sample": torch.randn(2, 4, rows, 32), "timestep": torch.tensor(10.0)}
-    dc.convert(Net().eval(), kwargs=kwargs, ranks=ranks, warmup_steps=3, cfg=cfg).save(path, backend="eager")
+    dc.convert(Net().eval(), kwargs=kwargs, ranks=ranks, warmup_steps=3, cfg=cfg).save(path, backend=backend)
     return path
 
 

@@ -35,6 +35,7 @@ def main() -> None:
     device = torch.device(config.device)
     module = DistriUNetPP(network("sdxl", device), config)
     kwargs = example(module, device, latent, latent)
+    kwargs["timestep"] = kwargs["timestep"].reshape(1)  # one for each image
 
     def call(counter: int, record: bool = False) -> Any:
         module.set_counter(counter)

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 TOOLS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TOOLS.parent))  # where it is not installed
 ONE_GPU = ("single", "free", "predict")
 PARTS = (*ONE_GPU, "ours", "steps", "distrifuser")
 

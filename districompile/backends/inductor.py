@@ -28,7 +28,7 @@ from torch import Tensor
 from districompile.backends.base import BuildSegment, Engine, check_input
 from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor_compiler import choose_compiler
-from districompile.backends.inductor_graph import Job, Operand, Part, lift_parts
+from districompile.backends.inductor_graph import Job, Operand, Part, image_values, lift_parts
 from districompile.backends.inductor_pool import Pool, compile_here
 from districompile.errors import BackendError, BundleError, InputError
 from districompile.ir.plan import TensorSpec
@@ -36,6 +36,7 @@ from districompile.ir.serialize import content_hash, graph_to_json
 from districompile.weights import WeightFile
 
 _FORMAT = "districompile inductor 1"
+_OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
 _CHANNELS_LAST = {
     4: ("channels_last", torch.channels_last),
@@ -139,14 +140,15 @@ class InductorBackend:
         self._kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._channels_last = self._kind == "cuda" if channels_last is None else channels_last
         self._workers = workers if workers is not None else _default_workers(self._kind, max_autotune)
-        # What a GPU's program does on the host needs no vector instructions, which take a minute to try out
-        host = {"cpp.vec_isa_ok": False} if self._kind == "cuda" else {}
+        # What a GPU's program does on the host needs no vector instructions, which take a minute to try out, and no
+        # optimising compiler
+        host = {"cpp.vec_isa_ok": False, _OPTIMISE_HOST: "O0"} if self._kind == "cuda" else {}
         self._options = tuple(sorted({"max_autotune": max_autotune, **host, **(options or {})}.items()))
         # Engines differ by torch, by the machine's device and by the options
         target = _target(self._kind)
         self.version = f"1, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
         self._plans: dict[int, tuple[BuildSegment, _Package]] = {}  # by id of the segment, which is kept alive
-        self._values: set[str] = set()
+        self._images: set[str] = set()  # values that go from segment to segment as images
         self._futures: dict[str, Future[None]] = {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._pool: Pool | None = None
@@ -178,7 +180,8 @@ class InductorBackend:
         if self.cannot_build() is not None:
             return
         read = {name for s in segments for name, _ in s.inputs}
-        self._values |= {name for s in segments for name, _ in s.outputs if name in read}
+        made = {name for s in segments for name, _ in s.outputs if name in read}
+        self._images |= made & {name for s in segments for name in image_values(s)}
         new = [s for s in segments if id(s) not in self._plans and not self.refuses(s)]
         for segment in new:
             self._plans[id(segment)] = segment, self._package(segment)
@@ -289,10 +292,8 @@ class InductorBackend:
 
     def _value_format(self, name: str, spec: TensorSpec) -> str:
         """Images that go from segment to segment keep the format convolutions want; what transports move is plain."""
-        known = _CHANNELS_LAST.get(len(spec.shape))
-        if known is None or name not in self._values or not spec.dtype.is_floating_point or spec.shape[1] < 8:
-            return "contiguous"
-        return known[0]
+        plain = name not in self._images or not spec.dtype.is_floating_point or spec.shape[1] < 8
+        return "contiguous" if plain else _CHANNELS_LAST[len(spec.shape)][0]
 
     def __del__(self) -> None:
         pool: Pool | None = self.__dict__.get("_pool")

@@ -15,12 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from districompile.backends.base import BuildSegment
 from districompile.ir.ops import ops
 from districompile.ir.plan import TensorSpec, dtype_name, dtype_of
 from districompile.ir.serialize import graph_from_json
 
+
+def _overloads(packet: Any) -> list[Any]:
+    return [getattr(packet, name) for name in packet.overloads()]
+
+
 FORMATS = ("contiguous", "channels_last", "channels_last_3d")
 _ROWS = 64  # of one partial sum: the partial results are then a few per cent of what is read
+
+
+_ON_IMAGES = {
+    overload
+    for name in ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "group_norm", "max_pool2d", "avg_pool2d")
+    for overload in _overloads(getattr(torch.ops.aten, name))
+} | {ops.moments.default, ops.normalize.default}
+_MOVE_DIMS = {
+    overload
+    for name in ("permute", "transpose", "reshape", "view", "_unsafe_view", "unflatten", "flatten", "movedim", "linear",
+                 "matmul", "bmm", "scaled_dot_product_attention")
+    for overload in _overloads(getattr(torch.ops.aten, name))
+} | {ops.moments.default}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +132,34 @@ def _part(node: fx.Node) -> Part | None:
     source = args[0].meta["val"]
     offset = args[2] * math.prod(source.shape[args[1] + 1 :]) * source.element_size()
     return None if offset % 16 or args[3] > source.shape[args[1]] or source.ndim > 3 else Part(*args[1:4])
+
+
+def image_values(segment: BuildSegment) -> set[str]:
+    """Inputs and outputs of a segment that convolutions or group norms read or make, directly or through operators that
+    keep the dims as they are. Others of as many dims, the heads of attention, want another memory format."""
+    graph = segment.graph.graph
+    tied: dict[fx.Node, set[fx.Node]] = {n: set() for n in graph.nodes}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target not in _MOVE_DIMS and _dims(node) > 3:
+            for operand in node.all_input_nodes:
+                if _dims(operand) == _dims(node):
+                    tied[node].add(operand)
+                    tied[operand].add(node)
+    waiting = [x for n in graph.nodes if n.target in _ON_IMAGES for x in n.all_input_nodes[:1]]
+    images = set(waiting)
+    while waiting:
+        new = tied[waiting.pop()] - images
+        images |= new
+        waiting += new
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    results = next(n for n in graph.nodes if n.op == "output").args[0]
+    named = (*zip(placeholders, segment.inputs, strict=False), *zip(results, segment.outputs, strict=True))
+    return {name for node, (name, _) in named if node in images}
+
+
+def _dims(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.ndim if isinstance(value, Tensor) else 0
 
 
 @dataclasses.dataclass(frozen=True)

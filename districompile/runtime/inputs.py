@@ -49,7 +49,13 @@ class InputChecker:
         if self.timestep_path is not None and tensors[self.timestep_path].numel():
             # Before it is moved: a timestep that is given on the host is known without waiting for the device
             timestep = float(tensors[self.timestep_path].double().mean())
-        return Call({path: t.to(self._device) for path, t in tensors.items()}, timestep, return_dict)
+        return Call({path: self._moved(t) for path, t in tensors.items()}, timestep, return_dict)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the device. The host does not wait for what it queued there before: of ordinary memory CUDA takes a copy
+        at once, whatever the caller does to it next."""
+        ordinary = self._device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned()
+        return tensor.to(self._device, non_blocking=ordinary)
 
     def _check_constants(self, leaves: Mapping[str, Any]) -> None:
         constants = {p: v for p, v in self._plan.constants.items() if p != RETURN_DICT}
