@@ -9,6 +9,7 @@ from districompile.passes.choose_displaced import ChooseDisplaced
 from districompile.passes.drop_noops import DropNoOps
 from districompile.passes.explicit_casts import ExplicitCasts
 from districompile.passes.group_norm_mode import GroupNormMode
+from districompile.passes.hoist_conditioning import HoistConditioning
 from districompile.passes.hoist_fetches import HoistFetches
 from districompile.passes.localise import Localise
 from districompile.passes.lower_collectives import LowerCollectives
@@ -21,7 +22,7 @@ PASSES: dict[str, type[Any]] = {
     p.name: p
     for p in (
         DropNoOps, ExplicitCasts, ShareSubexpressions, MergeLinears, Annotate, Localise, HoistFetches, ChooseDisplaced,
-        LowerCollectives, GroupNormMode,
+        LowerCollectives, GroupNormMode, HoistConditioning,
     )
 }  # fmt: skip
 
@@ -49,4 +50,9 @@ def lower(options: Options) -> list[Pass]:
 
 def steady(options: Options) -> list[Pass]:
     """What the displaced phase does on top. The warm-up phase is the lowered graph as it is."""
-    return [GroupNormMode(mode=options.groupnorm)] if options.groupnorm in ("corrected_async", "local") else []
+    passes: list[Pass] = []
+    if options.groupnorm in ("corrected_async", "local"):
+        passes.append(GroupNormMode(mode=options.groupnorm))
+    if HoistConditioning.name in options.optimise:
+        passes.append(HoistConditioning())
+    return passes

@@ -42,6 +42,14 @@ _DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 
 
+_TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")
+
+
+def names_timestep(path: str) -> bool:
+    """Whether an input is called what samplers call the time of a step."""
+    return path in _TIMESTEPS
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float16`` -> ``"float16"``."""
     return str(dtype).removeprefix("torch.")

@@ -74,19 +74,18 @@ class PhaseProgram:
     segments: dict[str, Segment]
     plan: PhasePlan
     collectives: dict[str, Collective]
-    states: dict[str, str]  # state -> the value that is kept under its name
+    states: dict[str, str]  # state that is read -> the value that is kept under its name, here or in the warm-up
 
 
 def state_name(node: fx.Node) -> str:
-    """The state that a ``previous`` node reads."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return f"{source.name}.previous"
+    """The state that a ``previous`` node, or a placeholder that recalls a value, reads."""
+    source = node.meta.get("recalls") or node.args[0].name  # type: ignore[union-attr]
+    return f"{source}.previous"
 
 
 def value_name(node: fx.Node) -> str:
     """The name under which a node's tensor is known in a program."""
-    return state_name(node) if node.target is ops.previous.default else node.name
+    return state_name(node) if node.target is ops.previous.default or "recalls" in node.meta else node.name
 
 
 def build_program(graph: fx.Graph, phase: str, parts: int = 1, states: dict[str, str] | None = None) -> PhaseProgram:
@@ -99,6 +98,7 @@ def build_program(graph: fx.Graph, phase: str, parts: int = 1, states: dict[str,
     for node in graph.nodes:
         if node.target is ops.previous.default:
             kept[state_name(node)] = node.args[0].name
+    recalled = {state_name(n): str(n.meta["recalls"]) for n in graph.nodes if "recalls" in n.meta}
     _check_outputs(graph)
     takes = _takes(graph)
     padded = {n for n in graph.nodes if n.users and all(u in takes for u in n.users)}  # the padding is theirs
@@ -110,7 +110,7 @@ def build_program(graph: fx.Graph, phase: str, parts: int = 1, states: dict[str,
     values = {value_name(n): _specs(n) for s in segments for n in s.outputs}
     plan = PhasePlan(tuple(steps), {s.name: s.plan() for s in segments}, outputs, values)
     collectives = {n.name: n.meta["collective"] for n in graph.nodes if n.target in _COLLECTIVES}
-    return PhaseProgram({s.name: s for s in segments}, plan, collectives, kept)
+    return PhaseProgram({s.name: s for s in segments}, plan, collectives, {**kept, **recalled})
 
 
 def _takes(graph: fx.Graph) -> dict[fx.Node, Step]:
@@ -127,7 +127,7 @@ def _takes(graph: fx.Graph) -> dict[fx.Node, Step]:
             above, below = sides[-2:]
             if dim != source.meta["local"][0].ndim - len(sides) // 2 or above < 0 or below < 0:
                 continue
-        if source.op != "placeholder":
+        if source.op != "placeholder" or "recalls" in source.meta:
             continue
         ranks = range(len(node.meta["local"]))
         sizes = [t.shape[dim] for t in node.meta["local"]]

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 
 from districompile.errors import InputError
-from districompile.ir.plan import InputSpec, Plan, TensorSpec, dtype_name
+from districompile.ir.plan import InputSpec, Plan, TensorSpec, dtype_name, names_timestep
 from districompile.runtime.runner import called_spec
 from districompile.structure import flatten_call
 
 RETURN_DICT = "return_dict"
-_TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas")
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call: its tensors by path, its timestep if the module takes one, and how the output is wanted."""
+    """One call: its tensors by path (as ``given``, and on the device), its timestep if the module takes one, and how
+    the output is wanted."""
 
+    given: dict[str, torch.Tensor]
     tensors: dict[str, torch.Tensor]
     timestep: float | None
     return_dict: bool | None
@@ -49,7 +50,7 @@ class InputChecker:
         if self.timestep_path is not None and tensors[self.timestep_path].numel():
             # Before it is moved: a timestep that is given on the host is known without waiting for the device
             timestep = float(tensors[self.timestep_path].double().mean())
-        return Call({path: self._moved(t) for path, t in tensors.items()}, timestep, return_dict)
+        return Call(tensors, {path: self._moved(t) for path, t in tensors.items()}, timestep, return_dict)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device. The host does not wait for what it queued there before: of ordinary memory CUDA takes a copy
@@ -119,7 +120,7 @@ def timestep_path(plan: Plan) -> str | None:
     """Which input tells the steps of a sampler apart: ``plan.options["timestep"]``, or one with a usual name."""
     paths = [i.path for i in plan.inputs if i.rows is None]
     named = plan.options.get("timestep")
-    return next((p for p in (named, *_TIMESTEPS) if p in paths), None)
+    return named if named in paths else next(filter(names_timestep, paths), None)
 
 
 def _vector(path: str, tensor: torch.Tensor, want: TensorSpec) -> torch.Tensor:

@@ -17,6 +17,7 @@ from districompile.bundle import Bundle
 from districompile.errors import BundleError, InputError, LaunchError
 from districompile.ir.plan import PHASES, Phase, Plan, TensorSpec
 from districompile.runtime.choose import check_transport
+from districompile.runtime.conditioning import Conditioning
 from districompile.runtime.gloo import start_gloo
 from districompile.runtime.inputs import InputChecker
 from districompile.runtime.runner import LockstepRunner, ProcessRunner, Runner, world_size
@@ -72,6 +73,7 @@ class DistributedModule(torch.nn.Module):
         self._device = device
         self._inputs = InputChecker(plan, device)
         self._streams = StreamTracker(int(plan.options.get("warmup_steps", 4)))
+        self._conditioning = Conditioning(plan.options.get("conditioning", ()))
         self._phase: Phase | None = None
         self.eval()
 
@@ -87,10 +89,12 @@ class DistributedModule(torch.nn.Module):
             decision = self._streams.next(call.timestep)
             if self._phase is not None:
                 decision = Decision(self._phase, decision.stream, decision.reset)
+            decision = self._conditioning.check(decision, call.given)
             try:
                 leaves = self._runner.call(decision, call.tensors)
             except BaseException:
                 self._streams.reset()  # what a failed call left is not to be built on
+                self._conditioning.reset()
                 raise
         return_dict = call.return_dict
         return rebuild_output(self.plan.output, leaves, return_dict if isinstance(return_dict, bool) else None)
