@@ -49,7 +49,10 @@ BackendOption = Annotated[str | None, typer.Option(help="What the segments are c
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Type of the weights [float32].")]
 OptimiseOption = Annotated[
     str | None,
-    typer.Option(help="Exact passes for speed, of share-subexpressions,merge-linears,hoist-fetches; or all [none]."),
+    typer.Option(
+        help="Exact passes for speed, with commas: share-subexpressions, merge-linears, hoist-fetches, "
+        "hoist-conditioning; or all [none]."
+    ),
 ]
 TargetOption = Annotated[
     str | None,
@@ -71,6 +74,10 @@ EngineWeightsOption = Annotated[
 CollectivesOption = Annotated[
     Literal["between", "inside"] | None,
     typer.Option(help="Exact steps: cut at every exchange [between], or one engine that holds them (tensorrt only)."),
+]
+MaxAutotuneOption = Annotated[
+    bool | None,
+    typer.Option("--max-autotune", help="inductor: measure several kernels for each product and convolution; slow."),
 ]
 DeviceOption = Annotated[
     Literal["cpu", "cuda"] | None,
@@ -114,6 +121,7 @@ def convert(
     tensorrt_flavour: FlavourOption = None,
     engine_weights: EngineWeightsOption = None,
     collectives: CollectivesOption = None,
+    max_autotune: MaxAutotuneOption = None,
     as_json: Json = False,
 ) -> int:
     """Compile MODEL for N processes into a bundle on disk."""
@@ -124,7 +132,7 @@ def convert(
         warmup_steps=warmup_steps, displace=displace, backend=backend, dtype=dtype, segments=segments, strict=strict,
         dump=dump, passes=tuple(passes or ()), rules=tuple(rules or ()), stop_after=stop_after, skip=tuple(skip or ()),
         optimise=optimise, target=target, tensorrt_flavour=tensorrt_flavour, engine_weights=engine_weights,
-        collectives=collectives,
+        collectives=collectives, max_autotune=max_autotune,
     )  # fmt: skip
     return command.main(settings, out, as_json)
 
@@ -212,6 +220,7 @@ def run(
     tensorrt_flavour: FlavourOption = None,
     engine_weights: EngineWeightsOption = None,
     collectives: CollectivesOption = None,
+    max_autotune: MaxAutotuneOption = None,
     transport: Annotated[
         str, typer.Option(help="What moves bytes between the processes: auto, peer, nccl or gloo.")
     ] = "auto",
@@ -229,7 +238,7 @@ def run(
         conversion={
             "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
             "displace": displace, "backend": backend, "dtype": dtype, "segments": segments, "target": target,
-            "optimise": optimise,
+            "optimise": optimise, "max_autotune": max_autotune,
             "tensorrt_flavour": tensorrt_flavour, "engine_weights": engine_weights, "collectives": collectives,
         },
     )  # fmt: skip

@@ -243,6 +243,19 @@ def test_run_needs_what_it_needs(made: Path, folder: Path, capsys: pytest.Captur
     assert not list(folder.glob("image*"))
 
 
+@pytest.mark.multiprocess
+def test_bench(made: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert cli.main(["bench", str(made), "--calls", "2", "--steps", "3", "--trace", "trace.json"]) == 0
+    found = {line["figure"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    for name in ("exact step", "displaced step"):
+        assert found[name]["ms"] > 0 and found[f"{name}, transfers free"]["ms"] > 0
+        assert found[f"{name}, transfers"]["sent_bytes"] > 0
+    assert found["run"]["steps"] == 3
+    assert json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert failing(capsys, "bench", str(made), "--kernels", "k.txt").startswith("--kernels lists the kernels of a GPU")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_bundle_for_a_gpu_starts_nothing_without_one(
     made: Path, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -364,7 +377,13 @@ def test_interrupt_leaves_no_traceback(folder: Path) -> None:
     (folder / "slow_nets.py").write_text(
         "import pathlib, time\ndef slow():\n    pathlib.Path('started').touch()\n    time.sleep(60)\n"
     )
-    process = program("convert", "slow_nets:slow", cwd=folder)
+    # What a shell starts in the background ignores the signal, and so would what that starts
+    process = program(
+        "convert",
+        "slow_nets:slow",
+        cwd=folder,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     until = time.monotonic() + 60
     while not (folder / "started").exists() and time.monotonic() < until:
         time.sleep(0.1)

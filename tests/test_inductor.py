@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ from torch import Tensor
 
 from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor import InductorBackend
+from districompile.backends.inductor_compiler import choose_compiler, links_shared
+from districompile.backends.inductor_graph import image_values
 from tests.helpers_segments import error, make_segment, run_segment
 from tests.test_backends import CASES, COMPOSITES
 
@@ -41,3 +46,56 @@ def test_agrees_with_eager(tmp_path: Path) -> None:
     got = run_segment(InductorBackend("cpu"), segment, inputs, weights, tmp_path)
     want = run_segment(EagerBackend(), segment, inputs, weights, tmp_path)
     assert max(error(got[n], want[n]) for n in want) < 1e-5
+
+
+def test_queries_are_no_images() -> None:
+    """Heads of attention have four dims as images do, and kernels that want their last one innermost."""
+    inputs = {"x": torch.randn(1, 16, 8, 8), "q": torch.randn(1, 8, 64, 16), "k": torch.randn(1, 8, 64, 16)}
+
+    def attend(x: Tensor, q: Tensor, k: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        seen = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+        image = torch.nn.functional.conv2d(x + seen.sum(), w, padding=1)
+        return image + 1, image.flatten(2).transpose(1, 2).reshape(1, 64, 8, 2).transpose(1, 2), seen * 2
+
+    segment = make_segment(attend, inputs, {"w": torch.randn(16, 16, 3, 3)})
+    assert image_values(segment) == {"x", "y0"}
+
+
+def static_compiler(folder: Path) -> Path:
+    gcc, path = shutil.which("g++"), folder / "static-g++"
+    if gcc is None or sys.platform != "linux":
+        pytest.skip("made of g++ on Linux")
+    path.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -shared "*) exec {gcc} "$@" -static-libstdc++;; *) exec {gcc} "$@";; esac\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> Iterator[str]:
+    """torch's choice is a compiler that puts its own C++ library into what it links."""
+    import torch._inductor.config as config
+
+    path = static_compiler(tmp_path)
+    choose_compiler.cache_clear()
+    with config.patch({"cpp.cxx": (None, str(path))}):
+        yield str(path)
+    choose_compiler.cache_clear()
+
+
+def test_a_compiler_with_its_own_library_is_not_used(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not links_shared(compiler)
+    other, reason = choose_compiler()
+    assert reason is None and other is not None and links_shared(other)
+    monkeypatch.setattr("districompile.backends.inductor_compiler._others", lambda: iter([compiler]))
+    choose_compiler.cache_clear()
+    assert str(choose_compiler()[1]).startswith(f"cannot use the C++ compiler {compiler}: ")
+
+
+def test_a_package_beside_an_unfit_compiler_runs(compiler: str, tmp_path: Path) -> None:
+    """What that compiler makes crashes when it is loaded."""
+    inputs = {"x": torch.randn(3, 5)}
+    segment = make_segment(lambda x: x.cos() * 3, inputs)
+    got = run_segment(InductorBackend("cpu"), segment, inputs, {}, tmp_path)
+    assert error(got["y0"], inputs["x"].cos() * 3) < 1e-5

@@ -49,17 +49,29 @@ class Settings:
     tensorrt_flavour: str | None = None
     engine_weights: str | None = None
     collectives: str | None = None
+    max_autotune: bool | None = None
+
+
+_BACKEND_OPTIONS = {  # option -> its flag, and the one backend that takes it
+    "flavour": ("--tensorrt-flavour", "tensorrt"),
+    "target": ("--target", "tensorrt"),
+    "weights": ("--engine-weights", "tensorrt"),
+    "max_autotune": ("--max-autotune", "inductor"),
+}
 
 
 def make_backend(settings: Settings) -> Backend:
     """The backend with its options. Raises :class:`BackendError` where it cannot be used here, :class:`UsageError` for
     an option that belongs to another one."""
     name = settings.backend or DEFAULT_BACKEND
-    options = {"flavour": settings.tensorrt_flavour, "target": settings.target, "weights": settings.engine_weights}
+    options = {
+        "flavour": settings.tensorrt_flavour, "target": settings.target, "weights": settings.engine_weights,
+        "max_autotune": settings.max_autotune,
+    }  # fmt: skip
     given = {key: value for key, value in options.items() if value is not None}
-    if given and name != "tensorrt":
-        flags = {"flavour": "--tensorrt-flavour", "target": "--target", "weights": "--engine-weights"}
-        raise UsageError(f"{', '.join(flags[k] for k in given)}: only with --backend tensorrt, not with {name}")
+    for flag, owner in (_BACKEND_OPTIONS[key] for key in given):
+        if name != owner:
+            raise UsageError(f"{flag}: only with --backend {owner}, not with {name}")
     return get_backend(name, **given)
 
 

@@ -23,7 +23,7 @@ PACKAGES = ("districompile", "torch", "numpy", "safetensors", "onnx", "onnxscrip
 # Backends, and where they were executed by the tests: nothing else is claimed.
 BACKENDS = {
     "eager": "CPU, H100",
-    "inductor": "CPU, operator by operator; experimental: no run on a GPU has succeeded so far",
+    "inductor": "CPU (operator by operator), H100",
     "onnxruntime": "CPU",
     "tensorrt": "engines built without a GPU (tensorrt_rtx 1.7); executed on no GPU so far",
 }
