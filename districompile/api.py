@@ -18,6 +18,7 @@ from districompile.bundle import WEIGHTS, BundleWriter
 from districompile.capture import Captured, bind_call, capture
 from districompile.compare import NodeError, compare_nodes
 from districompile.errors import BackendError, ConvertError
+from districompile.flops import flops_of
 from districompile.ir.inside import delivered, whole_plan, whole_segment
 from districompile.ir.plan import PHASES, InputSpec, Phase, PhasePlan, Plan
 from districompile.ir.printer import print_graph
@@ -240,8 +241,9 @@ class Program:
     def simulate(self, *args: Any, phase: Phase = "warmup", **kwargs: Any) -> Any:
         """Call the program as the module is called, on all ranks in this process, operator by operator.
 
-        The ``steady`` phase uses what the calls before it left, and raises :class:`InputError` before the first one.
-        Returns what the module returns.
+        The ``steady`` phase uses what the calls before it left (with ``hoist-conditioning`` what was made of the last
+        exact call's conditioning, too), and raises :class:`InputError` before the first one. Returns what the module
+        returns.
         """
         device = next((w().device for _, w in self._captured.weights.values()), torch.device("cpu"))
         if self._runner is None:
@@ -276,6 +278,10 @@ class Program:
     def report(self) -> Report:
         """What is exchanged where, fallbacks, bytes, rows per rank."""
         return Report(self.plan)
+
+    def work(self, phase: Phase = "steady") -> list[float]:
+        """Floating-point operations of each rank in one call."""
+        return [sum(flops_of(n, r) for n in self._graphs[phase].nodes) for r in range(self.plan.ranks)]
 
     def graph_text(self, phase: Phase = "warmup") -> str:
         """The SPMD graph of a phase, one line a node."""
