@@ -7,7 +7,6 @@ and a pass works on one graph whatever the number of ranks. ``node.meta["local"]
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -19,41 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from districompile.ir.layout import Cut, Factor, Layout, PerRank, Refused, at_rank, per_rank, scale_bounds
 from districompile.ir.ops import ops
 from districompile.ir.walk import of_type, replace
+from districompile.value import Value as Value
+from districompile.value import rows_of as rows_of
+from districompile.value import values_in as values_in
 
 aten = torch.ops.aten
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Value:
-    """A tensor of the local graph: the node that holds each rank's part, and how it is laid out.
-
-    ``whole`` is a node holding all of it on every rank, where there is one: reading other ranks' rows is then free.
-    """
-
-    node: fx.Node
-    layout: Layout
-    whole: fx.Node | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.layout.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.layout.ndim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.node.meta["local"][0].dtype  # type: ignore[no-any-return]
-
-    @property
-    def is_cut(self) -> bool:
-        return self.layout.cut is not None
-
-    @property
-    def cut_dim(self) -> int | None:
-        cut = self.layout.cut
-        return None if cut is None else cut.dim
 
 
 class Cutter:
@@ -75,6 +44,12 @@ class Cutter:
         self._fakes: dict[Any, Any] = vars(fake_mode).setdefault("districompile_results", {})
 
     # -- what is being localised ------------------------------------------------------------------------------------
+
+    @property
+    def operator(self) -> Any:
+        """The operator being localised."""
+        assert self.target is not None
+        return self.target.target
 
     @property
     def out(self) -> FakeTensor:
@@ -375,19 +350,6 @@ class Cutter:
         return self.whole_value(self.emit(ops.reduce.default, x, op, self.site(), kind, name=name))
 
 
-def rows_of(x: Value) -> tuple[int, tuple[int, ...], int]:
-    """(dim, bounds, number) of the rows of a cut value, its dim taken as one factor.
-
-    Raises :class:`Refused` where the value is whole, or the rows are not the outermost part of their dim.
-    """
-    cut = x.layout.cut
-    if cut is None:
-        raise Refused("the operand that decides is whole")
-    factor = x.layout.coarse(cut.dim)
-    assert factor.bounds is not None
-    return cut.dim, factor.bounds, factor.size
-
-
 class _Ordinal(int):
     """The position of a node among the arguments, told apart from plain numbers when printed."""
 
@@ -404,8 +366,3 @@ def _signature(x: Any) -> Any:
 
 def _plus(x: int | PerRank[int], k: int) -> int | PerRank[int]:
     return per_rank(v + k for v in x.values) if isinstance(x, PerRank) else x + k
-
-
-def values_in(x: Any) -> list[Value]:
-    """All Values in nested arguments."""
-    return of_type(x, Value)

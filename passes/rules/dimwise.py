@@ -46,7 +46,7 @@ _ONE_DIM: dict[Any, tuple[Any, ...]] = {
 
 def dimwise(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Any:
     """Local, or refused where the rows are among the dims named."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     given = _arguments(op, (x, *args), kwargs)
     dims = _along(given, x.ndim)
     where = x.layout.cut
@@ -89,7 +89,7 @@ _FFT = {
 
 def _fourier(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Any:
     """Every frequency has a part of every row: transformed whole on every rank, then cut again."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     dims = _along(_arguments(op, (x, *args), kwargs), x.ndim)
     where = x.layout.cut
     assert where is not None
@@ -216,7 +216,7 @@ def _scatter_samples(op: Any) -> Callable[[], Iterable[Sample]]:
 
 def _scatter(cut: Cutter, x: Value, dim: int, index: Value, source: Any, *args: Any, **kwargs: Any) -> Value:
     """Written to positions in another dim than the rows."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     tensors = [v for v in (x, index, source) if isinstance(v, Value)]
     leader = next(v for v in tensors if v.is_cut)
     where = leader.layout.cut
@@ -244,7 +244,7 @@ def one_hot(cut: Cutter, x: Value, classes: int) -> Value:
       samples=lambda: [Sample((torch.randn(2, 9, 4), torch.randn(2, 5, 4), 2.0, None), (1, None))])  # fmt: skip
 def cdist(cut: Cutter, a: Value, b: Value, p: float = 2.0, mode: int | None = None) -> Value:
     """Distances of rows to a table."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     if a.cut_dim != a.ndim - 2:
         raise Refused("distances to rows, or of rows in the batch")
     return along(cut, a, op, cut.gather(b), p, mode)

@@ -76,7 +76,7 @@ def matmul(cut: Cutter, a: Value, b: Value) -> Value:
     left = "k" if a.ndim == 1 else names[batch - (a.ndim - 2) :] + "xk"
     right = "k" if b.ndim == 1 else names[batch - (b.ndim - 2) :] + "ky"
     out = names + ("x" if a.ndim > 1 else "") + ("y" if b.ndim > 1 else "")
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     return contract(cut, [left, right], out, [a, b], lambda vs: cut.emit(op, *vs))
 
 

@@ -27,8 +27,7 @@ def pointwise(cut: Cutter, *args: Any, **kwargs: Any) -> Value:
 
     args, kwargs = replace((args, kwargs), Value, unbroadcast)
     operands = list(values_in((args, kwargs)))
-    assert cut.target is not None
-    op: Any = cut.target.target
+    op = cut.operator
     if not any(v.is_cut for v in operands):
         return cut.whole_value(cut.emit(op, *args, **kwargs))
     cuts = [v for v in operands if v.is_cut]
@@ -86,7 +85,7 @@ def prelu(cut: Cutter, x: Value, weight: Value) -> Value:
 )  # fmt: skip
 def isin(cut: Cutter, x: Value, among: Any, *args: Any, **kwargs: Any) -> Value:
     """Each element is looked for among all of the others."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     others = cut.gather(among) if isinstance(among, Value) else among
     return cut.call(op, x, others, *args, layout=x.layout, **kwargs)
 
@@ -110,8 +109,7 @@ def identity(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
 )
 def factory(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Takes dtype and device of ``x`` only; the new tensor is whole."""
-    assert cut.target is not None
-    return cut.whole_value(cut.emit(cut.target.target, x, *args, **kwargs))
+    return cut.whole_value(cut.emit(cut.operator, x, *args, **kwargs))
 
 
 def _embedding_samples() -> Iterable[Sample]:

@@ -59,7 +59,7 @@ def avg_pool(
     count_include_pad: bool = True, divisor: int | None = None,
 ) -> Value:  # fmt: skip
     """Zeros stand for rows beyond the border; where those are not to be counted, border rows are scaled up again."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     n = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}[op]
     k = spread(kernel, n)
     s, p = spread(stride, n) if stride else k, spread(padding, n)
@@ -92,7 +92,7 @@ def avg_pool(
 def max_pool(
     cut: Cutter, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Value:
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     n = {aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.max_pool3d.default: 3}[op]
     k = spread(kernel, n)
     s, p, d = spread(stride, n) if stride else k, spread(padding, n), spread(dilation, n)

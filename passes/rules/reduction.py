@@ -67,7 +67,7 @@ def sum_(cut: Cutter, x: Value, dim: Any = None, keepdim: bool = False, *, dtype
 @rule(aten.amax.default, aten.amin.default, kind="reduction", samples=_samples, mixed=True)
 def extremum(cut: Cutter, x: Value, dim: Any = (), keepdim: bool = False) -> Value:
     """The replicated parts of a mixed dim do not matter: their maximum is the same everywhere."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     dims = _dims(x, dim)
     if x.cut_dim not in dims:
         return cut.call(op, x, dims, keepdim, layout=_kept(x, dims, keepdim))
@@ -79,7 +79,7 @@ def extremum(cut: Cutter, x: Value, dim: Any = (), keepdim: bool = False) -> Val
     samples=lambda: [Sample((torch.randn(2, 9, 4),), (1,))],
 )  # fmt: skip
 def full_extremum(cut: Cutter, x: Value) -> Value:
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     return cut.reduce(cut.emit(op, x), "max" if op is aten.max.default else "min")
 
 
@@ -88,7 +88,7 @@ def full_extremum(cut: Cutter, x: Value) -> Value:
     samples=lambda: [Sample((torch.randn(2, 9, 4) > 2.5,), (1,))],
 )  # fmt: skip
 def truth(cut: Cutter, x: Value) -> Value:
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     number = cut.emit(aten._to_copy.default, cut.emit(op, x), dtype=torch.float32)
     found = cut.reduce(number, "max" if op is aten.any.default else "min")
     return cut.whole_value(cut.emit(aten.gt.Scalar, found, 0.5))
@@ -146,7 +146,7 @@ def full_var(cut: Cutter, x: Value, unbiased: bool = True) -> Value:
 
 @rule(aten.var.correction, aten.std.correction, kind="reduction", samples=_var_samples, mixed=True)
 def var(cut: Cutter, x: Value, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Value:
-    name = str(cut.target.target)  # type: ignore[union-attr]
+    name = str(cut.operator)
     root, op = ".std" in name, aten.std.correction if ".std" in name else aten.var.correction
     dims = _dims(x, dim)
     if x.cut_dim not in dims:
@@ -176,7 +176,7 @@ def spread_over_rows(
 def var_mean(
     cut: Cutter, x: Value, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Value, Value]:
-    root = "std_mean" in str(cut.target.target)  # type: ignore[union-attr]
+    root = "std_mean" in str(cut.operator)
     op = aten.std_mean.correction if root else aten.var_mean.correction
     dims = _dims(x, dim)
     if x.cut_dim not in dims:
@@ -221,7 +221,7 @@ def _softmax_samples() -> Iterable[Sample]:
 )  # fmt: skip
 def softmax(cut: Cutter, x: Value, dim: int, *args: Any, **kwargs: Any) -> Value:
     """Over the rows: the maximum and the sum of the exponentials are reduced over the ranks."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     dim = positive(dim, x.ndim)
     if dim != x.cut_dim:
         return along(cut, x, op, dim, *args, **kwargs)
@@ -247,7 +247,7 @@ def _exponentials(
     samples=lambda: [Sample((torch.randn(2, 9, 4), 1, False), (1,))],
 )  # fmt: skip
 def log_softmax(cut: Cutter, x: Value, dim: int, *args: Any, **kwargs: Any) -> Value:
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     dim = positive(dim, x.ndim)
     if dim != x.cut_dim:
         return along(cut, x, op, dim, *args, **kwargs)
@@ -288,7 +288,7 @@ def adaptive_avg_pool(cut: Cutter, x: Value, size: Sequence[int]) -> Value:
     """To one element a mean; to more, means over windows that change from row to row: each rank adds up what it has of
     every window, and the sums are reduced, or, where windows are fewer than a rank's rows, made where they are
     needed."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     n = len(size)
     where = x.layout.cut
     assert where is not None

@@ -44,7 +44,7 @@ def _nearest_samples() -> Iterable[Sample]:
 def nearest(cut: Cutter, x: Value, size: Sequence[int] | None, scales: Sequence[float] | None) -> Value:
     """Output row y reads input row floor(y * scale). Whole factors run the operator on the fetched rows and crop;
     other ratios pick the rows one by one."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     where, shape = x.layout.cut, cut.out_shape
     assert where is not None
     if where.dim < 2:
@@ -109,7 +109,7 @@ def _exact_samples() -> Iterable[Sample]:
 )  # fmt: skip
 def nearest_exact(cut: Cutter, x: Value, size: Sequence[int] | None, scales: Sequence[float] | None) -> Value:
     """Output row y reads input row floor((y + 1/2) * scale)."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     where, shape = x.layout.cut, cut.out_shape
     assert where is not None
     if where.dim < 2:
@@ -185,7 +185,7 @@ def smooth(
     cut: Cutter, x: Value, size: Sequence[int] | None, align_corners: bool, scales: Sequence[float] | None
 ) -> Value:
     """Linear and cubic, by any ratio, with or without antialiasing: rows first, then the other dims."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     where, shape = x.layout.cut, cut.out_shape
     assert where is not None
     if where.dim < 2:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ def _grid_samples() -> Iterable[Sample]:
       samples=_grid_samples)  # fmt: skip
 def grid_sampler(cut: Cutter, x: Value, grid: Value, mode: int, edge: int, corners: bool) -> Value:
     """Each rank samples at its own positions, which may be anywhere: it takes all rows."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     shape = cut.out_shape
     if x.cut_dim == 0 or grid.cut_dim == 0:
         leader = grid if grid.cut_dim == 0 else x

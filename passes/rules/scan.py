@@ -37,7 +37,7 @@ def _running_samples() -> Iterable[Sample]:
 @rule(*_RUNNING, kind="reduction", samples=_running_samples, mixed=True)
 def running(cut: Cutter, x: Value, dim: int, *args: Any, **kwargs: Any) -> Value:
     """Over the rows: each rank runs through its own, and adds the totals of those before it."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     dim = positive(dim, x.ndim)
     if dim != x.cut_dim:
         return along(cut, x, op, dim, *args, **kwargs)
@@ -69,7 +69,7 @@ def _extreme_samples() -> Iterable[Sample]:
 @rule(aten.max.dim, aten.min.dim, kind="reduction", samples=_extreme_samples, mixed=True)
 def extreme(cut: Cutter, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, Value]:
     """Over the rows: each rank's own, then the best of all ranks, and the first place that holds it."""
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     dim = positive(dim, x.ndim)
     if dim != x.cut_dim:
         return dimwise(cut, x, dim, keepdim)  # type: ignore[no-any-return]
@@ -90,7 +90,7 @@ def _extreme(cut: Cutter, x: Value, op: Any, dim: int, keepdim: bool) -> tuple[V
 
 @rule(aten.argmax.default, aten.argmin.default, kind="reduction", samples=_extreme_samples, mixed=True)
 def place_of_extreme(cut: Cutter, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     if dim is None or positive(dim, x.ndim) != x.cut_dim:
         return dimwise(cut, x, dim, keepdim)  # type: ignore[no-any-return]
     best = aten.max.dim if op is aten.argmax.default else aten.min.dim
@@ -121,7 +121,7 @@ def adaptive_max_pool(cut: Cutter, x: Value, size: Sequence[int]) -> tuple[Value
     assert cut.target is not None
     if any(user.args[1] != 0 for user in cut.target.users if user.users):
         raise Refused("the places of the maxima are used")
-    op: Any = cut.target.target
+    op = cut.operator
     shape = tuple(int(n) for n in cut.out[0].shape)
     n, where = len(size), x.layout.cut
     assert where is not None

@@ -86,7 +86,7 @@ def conv(
 ) -> Value:  # fmt: skip
     """conv1d, conv2d and conv3d, grouped, strided, dilated, along any spatial dim; "same" padding may be uneven."""
     n = weight.ndim - 2
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     s, d, kernel = spread(stride, n), spread(dilation, n), weight.shape[2:]
     p = spread(padding, n)
     if not x.is_cut:
@@ -165,7 +165,7 @@ def conv_transpose(
     """Output row y gets input row i where i*s - p <= y <= i*s - p + (k-1)*d: fetch those, compute all they make,
     crop."""
     n = weight.ndim - 2
-    op: Any = cut.target.target  # type: ignore[union-attr]
+    op = cut.operator
     s, p, extra, d = spread(stride, n), spread(padding, n), spread(output_padding, n), spread(dilation, n)
     where = x.layout.cut
     if where is None:
