@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _SOURCE = """
-#include <regex>
-#include <string>
-extern "C" int districompile_probe() { return std::regex_match(std::string("a1"), std::regex("([a-z]+)([0-9]?)")); }
+#include <stdexcept>
+extern "C" int districompile_probe(int x) { if (x) throw std::runtime_error("x"); return x; }
 """
 _SHARED = re.compile(rb"lib(std)?c\+\+\.(so|\d+\.dylib)")
 
@@ -44,8 +43,8 @@ def choose_compiler() -> tuple[str | None, str | None]:
     if first is None:
         return None, "needs a C++ compiler to convert: install g++ or clang++"
     return None, (
-        f"cannot use the C++ compiler {first}: it puts a C++ library of its own into what it compiles, which crashes "
-        "beside torch's. Install your system's g++, or name another compiler in CXX"
+        f"cannot use the C++ compiler {first}: what it links does not use the system's C++ library (libstdc++ or "
+        "libc++), and would crash beside torch's. Install your system's g++, or name another compiler in CXX"
     )
 
 
