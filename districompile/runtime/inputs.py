@@ -12,6 +12,7 @@ import torch
 from districompile.errors import InputError
 from districompile.ir.plan import InputSpec, Plan, TensorSpec, dtype_name, names_timestep
 from districompile.runtime.runner import called_spec
+from districompile.runtime.timesteps import Timesteps
 from districompile.structure import flatten_call
 
 RETURN_DICT = "return_dict"
@@ -35,6 +36,7 @@ class InputChecker:
         self._plan, self._device = plan, device
         self._specs = {i.path: called_spec(plan, i) for i in plan.inputs}
         self.timestep_path = timestep_path(plan)
+        self._timesteps = Timesteps()
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """Raises :class:`InputError` for a call that does not fit what was converted."""
@@ -46,10 +48,8 @@ class InputChecker:
             if leaves.get(spec.path) is None:
                 raise InputError(f"input {spec.path!r} is missing: the module was converted with it")
             tensors[spec.path] = self._tensor(spec, leaves[spec.path])
-        timestep = None
-        if self.timestep_path is not None and tensors[self.timestep_path].numel():
-            # Before it is moved: a timestep that is given on the host is known without waiting for the device
-            timestep = float(tensors[self.timestep_path].double().mean())
+        # As it is given: often known without waiting for the device
+        timestep = None if self.timestep_path is None else self._timesteps.read(leaves[self.timestep_path])
         return Call(tensors, {path: self._moved(t) for path, t in tensors.items()}, timestep, return_dict)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:

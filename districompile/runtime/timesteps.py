@@ -1,0 +1,49 @@
+"""Timesteps as numbers, without waiting for the device at every step.
+
+Samplers keep all timesteps of an image in one tensor, often on the GPU, and pass its elements one by one. Those are
+views of one memory: it is copied to the host once, and again when it was written to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_HOST = "cpu"
+_LARGEST = 1 << 20  # bytes; beyond that a timestep is not one of a list of timesteps
+
+
+class Timesteps:
+    """Reads timesteps, whatever device they are on."""
+
+    def __init__(self) -> None:
+        self._source: torch.Tensor | None = None  # kept, so that no other tensor gets its memory
+        self._version = -1
+        self._copy = torch.empty(0)
+
+    def read(self, value: Any) -> float | None:
+        """The number that ``value`` (a number, or a tensor of one or of equal ones) stands for; None if it is empty."""
+        if not isinstance(value, torch.Tensor):
+            return float(value)
+        if value.numel() == 0:
+            return None
+        return float(self._on_host(value.detach()).double().mean())
+
+    def _on_host(self, value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        # Inference tensors do not count what is written to them
+        if value.device.type == _HOST or value.is_inference() or storage.nbytes() > _LARGEST:
+            return value
+        known = self._source
+        same = (
+            known is not None
+            and known.untyped_storage().data_ptr() == storage.data_ptr()
+            and known.dtype == value.dtype
+            and value._version == self._version
+        )
+        if not same:
+            count = storage.nbytes() // value.element_size()
+            whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage, 0, (count,), (1,))
+            self._source, self._version, self._copy = value, value._version, whole.cpu()
+        return self._copy.as_strided(value.shape, value.stride(), value.storage_offset())
