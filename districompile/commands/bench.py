@@ -99,10 +99,9 @@ def worker(job: Settings) -> dict[str, Any]:
             _synchronize(module)
             run_s = time.perf_counter() - start
         figures["run"] = [run_s]
-    peak = torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else None
     result = {
         "rank": rank, "device": _device_name(module.device), "transport": module.transport, "load_s": loaded - began,
-        "figures": figures, "peak": peak, "traces": traces, "kernels": kernels, "steps": job.steps,
+        "figures": figures, "peak": module.peak_bytes, "traces": traces, "kernels": kernels, "steps": job.steps,
         "warmup_steps": int(module.plan.options.get("warmup_steps", 4)),
     }  # fmt: skip
     module.close()
@@ -207,9 +206,8 @@ def _lines(ranks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         seconds = max(r["figures"]["run"][0] for r in ranks)
         yield {"figure": "run", "seconds": round(seconds, 4), "steps": first["steps"],
                "warmup_steps": first["warmup_steps"], **common}  # fmt: skip
-    peaks = [r["peak"] for r in ranks if r["peak"] is not None]
-    if peaks:
-        yield {"figure": "peak memory of a GPU", "gib": round(max(peaks) / 2**30, 3), **common}
+    if peak := max(r["peak"] for r in ranks):
+        yield {"figure": "peak memory of a GPU", "gib": round(peak / 2**30, 3), **common}
     yield {"figure": "load", "seconds": round(max(r["load_s"] for r in ranks), 2), **common}
 
 

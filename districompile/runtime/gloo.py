@@ -221,6 +221,9 @@ class GlooLink:
             self._transport.guarded(work.wait, peer)
             self._transport.release(message)
 
+    def sent(self, route: Route) -> None:
+        """What was posted lies in messages."""
+
     def join(self) -> None:
         """What was posted lies in messages."""
 

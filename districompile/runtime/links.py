@@ -127,6 +127,9 @@ class Link(Protocol):
         """Work queued from here on finds what the others posted on this route, and may overwrite what was sent on
         it."""
 
+    def sent(self, route: Route) -> None:
+        """Work queued from here on may overwrite what was posted on this route."""
+
     def join(self) -> None:
         """Work queued from here on may overwrite whatever was posted."""
 
@@ -164,6 +167,9 @@ class SilentLink:
         return True
 
     def wait(self, route: Route) -> None:
+        pass
+
+    def sent(self, route: Route) -> None:
         pass
 
     def join(self) -> None:

@@ -143,6 +143,9 @@ class LockstepLink:
                 raise RuntimeError(f"rank {self.rank} waits for {route.name} of rank {peer}, which has not come so far")
             self.group.signals.remove(signal)
 
+    def sent(self, route: Route) -> None:
+        """What was posted has been copied."""
+
     def join(self) -> None:
         """What was posted has been copied."""
 

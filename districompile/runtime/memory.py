@@ -34,13 +34,15 @@ from districompile.runtime.links import ReceiveLayout
 @dataclasses.dataclass(frozen=True)
 class PhaseMemory:
     """``offsets`` of values in the arena, of ``nbytes``; ``specs`` of all values of the phase on this rank; ``states``
-    by the value that is made in their place; ``messages``: the number of each ``Post`` by step."""
+    by the value that is made in their place; ``messages``: the number of each ``Post`` by step; ``releases``: the
+    ``Post`` steps whose sources are overwritten from a step on, unless they were waited for before."""
 
     offsets: Mapping[str, int]
     nbytes: int
     specs: Mapping[str, TensorSpec]
     states: Mapping[str, str]
     messages: Mapping[int, int]
+    releases: Mapping[int, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,12 +185,23 @@ def _phase(
     intervals += [Interval(v, specs[v].nbytes, first[v], last.get(v, first[v])) for v in local if v not in inside]
     offsets, nbytes = place(intervals)
     found = {v: offsets[inside[v][0]] + inside[v][1] if v in inside else offsets[v] for v in local}
-    return PhaseMemory(found, nbytes, specs, states, numbers)
+    releases: dict[int, tuple[int, ...]] = {}
+    for i in numbers:
+        after = _in_use(phase, i)
+        if after < len(steps):
+            releases[after + 1] = (*releases.get(after + 1, ()), i)
+    return PhaseMemory(found, nbytes, specs, states, numbers, releases)
+
+
+def _in_use(phase: PhasePlan, post: int) -> int:
+    """The last step for which what a ``Post`` sends surely stays in its place: the first ``Run`` after it, under which
+    it travels."""
+    return next((j for j, s in enumerate(phase.steps) if j > post and isinstance(s, Run)), len(phase.steps))
 
 
 def last_uses(plan: Plan, phase: PhasePlan) -> dict[str, int]:
-    """The last step at which each value must be in its place. What is sent stays until its transfer is waited for, or
-    to the end of the call (step ``len(steps)``)."""
+    """The last step at which each value must be in its place (``len(steps)``: to the end of the call). What is sent
+    stays until its transfer is waited for; what a later call waits for stays under the next segment."""
     end = len(phase.steps)
     last: dict[str, int] = {}
 
@@ -210,6 +223,6 @@ def last_uses(plan: Plan, phase: PhasePlan) -> dict[str, int]:
                 waits = [
                     j for j, s in enumerate(phase.steps) if j > i and isinstance(s, Wait) and name in s.collectives
                 ]
-                use([plan.collectives[name].source], waits[0] if waits else end)
+                use([plan.collectives[name].source], waits[0] if waits else _in_use(phase, i))
     use(phase.outputs, end)
     return last

@@ -124,6 +124,14 @@ class DistributedModule(torch.nn.Module):
         """What moves bytes between the ranks: "peer", "nccl", "gloo", or "lockstep"."""
         return str(getattr(self._runner, "transport", "lockstep"))
 
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory that this process had on its GPU so far, CUDA's own not counted; 0 on the CPU. What other ranks
+        write into directly is memory that PyTorch's own statistics do not see."""
+        if self._device.type != "cuda":
+            return 0
+        return int(torch.cuda.max_memory_allocated(self._device)) + int(getattr(self._runner, "symmetric_bytes", 0))
+
     @contextlib.contextmanager
     def trace(self) -> Iterator[Trace]:
         """Record what this rank's calls inside spend their time on: ``with unet.trace() as trace: ...``, on all ranks

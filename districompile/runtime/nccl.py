@@ -93,6 +93,9 @@ class NcclLink:
         return True
 
     def wait(self, route: Route) -> None:
+        self.sent(route)
+
+    def sent(self, route: Route) -> None:
         if route in self._done:  # else it was posted in an earlier call, which has waited for it
             torch.cuda.current_stream(self._device).wait_event(self._done.pop(route))
 

@@ -79,6 +79,11 @@ class PeerLink:
                 f"the peer transport cannot share memory between GPUs ({reason}): use --transport nccl"
             ) from e
 
+    @property
+    def symmetric_bytes(self) -> int:
+        """Memory of this GPU that PyTorch's allocator, and so its statistics, know nothing of."""
+        return sum(region.local.nbytes for region, _, _ in self._regions)
+
     def settle(self) -> None:
         torch.cuda.synchronize(self._device)
         self._host.barrier()
@@ -106,6 +111,9 @@ class PeerLink:
             address = self._address(route.region, route.word, peer, self.rank)
             self._wait(address, 1, _EQUAL)
             self._write(address, 0)
+        self.sent(route)
+
+    def sent(self, route: Route) -> None:
         if route in self._sent:  # posted in this call
             torch.cuda.current_stream(self._device).wait_event(self._sent.pop(route))
 

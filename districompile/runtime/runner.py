@@ -188,6 +188,11 @@ class ProcessRunner:
             self._failure = e
             raise
 
+    @property
+    def symmetric_bytes(self) -> int:
+        """Device memory of this rank outside of PyTorch's allocator."""
+        return int(getattr(self._link, "symmetric_bytes", 0))
+
     @contextlib.contextmanager
     def transfers_free(self) -> Iterator[None]:
         """As :meth:`StaticExecutor.transfers_free`, for all streams."""

@@ -224,7 +224,11 @@ class StaticExecutor:
             places[value] = self._kept(state, name, 1 - book.kept.get(name, 1))
         for name, copy in book.kept.items():
             values.setdefault(name, self._kept(state, name, copy))
+        posted: dict[int, Route] = {}
         for number, step in enumerate(plan.steps):
+            for post in memory.releases.get(number, ()):
+                with recorded(spans, "wait", posted[post].name, "compute"):
+                    self.link.sent(posted[post])
             if isinstance(step, Take):
                 self._take(step, values[step.source], places[step.value])
                 values[step.value] = places[step.value]
@@ -232,7 +236,7 @@ class StaticExecutor:
                 with recorded(spans, "run", step.segment, "compute"):
                     self._run(phase, step, values, places)
             elif isinstance(step, Post):
-                yield from self._post(step, memory.messages[number], values, state, book, spans)
+                posted[number] = yield from self._post(step, memory.messages[number], values, state, book, spans)
             elif isinstance(step, Wait):
                 for name in step.collectives:
                     yield from self._arrived(book, name, spans)
@@ -283,7 +287,7 @@ class StaticExecutor:
     def _post(
         self, step: Post, message: int, values: Mapping[str, torch.Tensor], state: StaticState, book: Book,
         spans: Spans | None,
-    ) -> Generator[None, None, None]:  # fmt: skip
+    ) -> Generator[None, None, Route]:  # fmt: skip
         for name in step.collectives:  # posted again before it was read: the earlier transfer must still complete
             yield from self._arrived(book, name, spans)
         half = 1 - book.half.get(message, 1)
@@ -301,6 +305,7 @@ class StaticExecutor:
         for name in step.collectives:
             book.last[name] = route
         book.unread[route] = None
+        return route
 
     def _route(
         self, step: Post, message: int, half: int, values: Mapping[str, torch.Tensor], state: StaticState,
