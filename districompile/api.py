@@ -155,6 +155,7 @@ def _plan(
         used |= {w for p in plans.values() for w in p.weights}
         phase_plans[name] = dataclasses.replace(program.plan, segments=plans)
     report = dict(unit.report)
+    fixed = tuple(report.pop("conditioning", ()))
     report["passes"] = [dataclasses.asdict(r) for r in manager.records]
     return Plan(
         ranks=options.ranks,
@@ -166,11 +167,7 @@ def _plan(
         phases=phase_plans,
         weights={name: spec for name, (spec, _) in captured.weights.items() if name in used},
         bounds={n: b for n, b in report.get("rows", {}).items() if b is not None},
-        options={
-            **dataclasses.asdict(options),
-            "cfg_inputs": tuple(halved),
-            "conditioning": tuple(report.pop("conditioning", ())),
-        },
+        options={**dataclasses.asdict(options), "cfg_inputs": tuple(halved), "conditioning": fixed},
         report=report,
     )
 

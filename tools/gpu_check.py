@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import districompile as dc
-from districompile.commands.bench import _Calls
+from districompile.commands.bench import Calls
 from districompile.ir.plan import Phase
 from districompile.runtime.launcher import launch
 
@@ -42,7 +42,7 @@ def answers(bundle: str, file: str) -> None:
     import torch.distributed as dist
 
     unet = dc.load(bundle, verify="quick", device="cuda" if torch.cuda.is_available() else "cpu")
-    calls = _Calls(unet)
+    calls = Calls(unet)
     outputs: list[torch.Tensor] = []
     first: dict[str, Any] = {}
     phases: list[Phase] = ["warmup", "steady", "steady", "steady"]

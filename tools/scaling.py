@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is not installed
 
+import bench_convert
 import gpu_parts
 
 import districompile as dc
@@ -44,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     models = [args.models] if args.models.startswith("{") else args.models.split(",")
     for model in models:
-        module = network(model)
+        module = bench_convert.network(gpu_parts.MODELS[model] if model in gpu_parts.MODELS else json.loads(model))
         for latent, cfg in itertools.product(args.latents.split(","), args.cfg.split(",")):
             whole = None
             for ranks in (1, *map(int, args.ranks.split(","))):
@@ -55,18 +56,6 @@ def main() -> None:
                     halves = 2 if cfg == "split" else 1
                     found = {"model": model, "latent": latent, "ranks": ranks, "cfg": cfg}
                     print(json.dumps({**found, "work": round(work * ranks / halves / whole, 3), **line}), flush=True)
-
-
-def network(model: str) -> torch.nn.Module:
-    """The UNet in float16, its weights never written."""
-    from diffusers import UNet2DConditionModel
-
-    config = gpu_parts.MODELS[model] if model in gpu_parts.MODELS else json.loads(model)
-    torch.set_default_dtype(torch.float16)
-    with torch.device("meta"):
-        module: torch.nn.Module = UNet2DConditionModel(**config).eval()
-    torch.set_default_dtype(torch.float32)
-    return module.to_empty(device="cpu")
 
 
 def case(

@@ -76,7 +76,7 @@ def worker(job: Settings) -> dict[str, Any]:
     loaded = time.perf_counter()
     figures: dict[str, list[float]] = {}
     rank, world = int(os.environ.get("RANK", "0")), world_size(module.plan)
-    timer = _Calls(module)
+    timer = Calls(module)
     for phase in PHASES:
         module.phase = phase
         figures[phase] = timer.timed(job.calls)
@@ -108,7 +108,7 @@ def worker(job: Settings) -> dict[str, Any]:
     return result
 
 
-class _Calls:
+class Calls:
     """Calls of a module with random inputs and timesteps that fall, as in sampling."""
 
     def __init__(self, module: DistributedModule) -> None:
@@ -158,7 +158,7 @@ def _between(a: Any, b: Any) -> float:
     return (b - a) * 1e3 if isinstance(a, float) else float(a.elapsed_time(b))
 
 
-def _kernels(timer: _Calls) -> str:
+def _kernels(timer: Calls) -> str:
     """The kernels of one displaced call, by time."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -170,7 +170,7 @@ def _kernels(timer: _Calls) -> str:
     return str(averages.table(sort_by="self_cuda_time_total", row_limit=100, max_name_column_width=120))
 
 
-def _traced(module: DistributedModule, timer: _Calls) -> Trace:
+def _traced(module: DistributedModule, timer: Calls) -> Trace:
     """Three steady calls and one exact one, each with what it waited for."""
     module.phase = "steady"
     with module.trace() as trace:
