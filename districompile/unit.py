@@ -14,7 +14,7 @@ from districompile.ir.plan import Phase
 
 Stage = Literal["whole", "local", "lowered"]
 GROUPNORM_MODES = ("corrected_async", "sync", "stale", "local")
-OPTIMISATIONS = ("share-subexpressions", "merge-linears", "hoist-fetches", "hoist-conditioning")
+OPTIMISATIONS = ("share-subexpressions", "merge-linears", "hoist-fetches", "leave-room", "hoist-conditioning")
 DISPLACEABLE = ("attention", "conv", "norm", "resize", "other")
 
 

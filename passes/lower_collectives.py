@@ -8,6 +8,8 @@
 Rows travel as the first dim, so that what one rank sends to another is contiguous at both ends, however many ranks
 there are. (The whole output is put together by the transfer itself, in its own layout.)
 
+Where ``leave-room`` marked the fetch, what is received has room for the rank's own rows, and ``place`` is an ``insert``.
+
 All ranks send strips of one shape and receive results of one shape where they can, so that equal ranks share an engine.
 """
 
@@ -100,6 +102,7 @@ class _Fetch:
     fill: float
     site: str
     kind: str
+    room: bool = False  # for the own rows, between the others'
 
     @staticmethod
     def of(node: fx.Node) -> _Fetch:
@@ -113,7 +116,8 @@ class _Fetch:
                 continue
             first = 0 if order == "own_first" else max(bounds[r], lo[r]) - lo[r]
             splits.append(_split(bounds, r, rows, first))
-        return _Fetch(node, x, dim, tuple(bounds), tuple(splits), fill, site, kind)
+        room = bool(node.meta.get("room")) and kind != "output"
+        return _Fetch(node, x, dim, tuple(bounds), tuple(splits), fill, site, kind, room)
 
     @functools.cached_property
     def heights(self) -> list[int]:
@@ -124,7 +128,8 @@ class _Fetch:
         """What travels, in the order of the results."""
         runs: list[_Run] = []
         for dst, s in enumerate(self.splits):
-            rows = np.array((*s.before, *s.after), dtype=np.int64)
+            room = s.stop - s.start if self.room else 0
+            rows = np.array((*s.before, *[-1] * room, *s.after), dtype=np.int64)
             seams = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1
             for at, end in itertools.pairwise((0, *seams.tolist(), len(rows))):
                 row = int(rows[at]) if at < end else -1
@@ -163,7 +168,10 @@ def _lower_fetch(graph: fx.Graph, emitter: Cutter, node: fx.Node, sources: dict[
             if f.kind != "output":
                 before = per_rank(len(s.before) for s in f.splits)
                 after = per_rank(len(s.after) for s in f.splits)
-                new = emitter.emit(ops.place.default, new, f.x, f.dim, before, after, *own, name=name)
+                if f.room:
+                    new = emitter.emit(ops.insert.default, new, f.x, f.dim, before, *own, name=name)
+                else:
+                    new = emitter.emit(ops.place.default, new, f.x, f.dim, before, after, *own, name=name)
     if "layout" in node.meta:
         new.meta["layout"] = node.meta["layout"]
     node.replace_all_uses_with(new)
@@ -184,7 +192,9 @@ def _exchange(emitter: Cutter, f: _Fetch, sources: dict[tuple[Any, ...], fx.Node
         source = sources[key]
     shape: list[Any] = [per_rank(sizes) for sizes in zip(*(t.shape for t in f.x.meta["local"]), strict=True)]
     del shape[f.dim]
-    shape.insert(_rows_dim(f), per_rank(max(1, len(s.before) + len(s.after)) for s in f.splits))
+    room = [s.stop - s.start if f.room else 0 for s in f.splits]
+    rows = per_rank(max(1, len(s.before) + n + len(s.after)) for s, n in zip(f.splits, room, strict=True))
+    shape.insert(_rows_dim(f), rows)
     return source, emitter.emit(ops.exchange.default, source, shape, name=f"{f.node.name}_halo")
 
 

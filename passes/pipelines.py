@@ -11,6 +11,7 @@ from districompile.passes.explicit_casts import ExplicitCasts
 from districompile.passes.group_norm_mode import GroupNormMode
 from districompile.passes.hoist_conditioning import HoistConditioning
 from districompile.passes.hoist_fetches import HoistFetches
+from districompile.passes.leave_room import LeaveRoom
 from districompile.passes.localise import Localise
 from districompile.passes.lower_collectives import LowerCollectives
 from districompile.passes.merge_linears import MergeLinears
@@ -21,8 +22,8 @@ from districompile.unit import OPTIMISATIONS, Options
 PASSES: dict[str, type[Any]] = {
     p.name: p
     for p in (
-        DropNoOps, ExplicitCasts, ShareSubexpressions, MergeLinears, Annotate, Localise, HoistFetches, ChooseDisplaced,
-        LowerCollectives, GroupNormMode, HoistConditioning,
+        DropNoOps, ExplicitCasts, ShareSubexpressions, MergeLinears, Annotate, Localise, HoistFetches, LeaveRoom,
+        ChooseDisplaced, LowerCollectives, GroupNormMode, HoistConditioning,
     )
 }  # fmt: skip
 
@@ -38,6 +39,7 @@ def cut(options: Options) -> list[Pass]:
         Annotate(),
         Localise(),
         HoistFetches(),
+        LeaveRoom(),
         ChooseDisplaced(kinds=options.displace, groupnorm=options.groupnorm),
     ]
     return [p for p in passes if p.name not in OPTIMISATIONS or p.name in options.optimise]

@@ -33,10 +33,14 @@ class Net(nn.Module):
         return self.last(nn.functional.silu(self.norms[2](x)))
 
 
-def make_bundle(path: Path, ranks: int, rows: int = 40, cfg: str = "none", backend: str = "eager") -> Path:
+def make_program(ranks: int, rows: int = 40, cfg: str = "none", **options: Any) -> dc.Program:
     torch.manual_seed(0)
     kwargs = {"sample": torch.randn(2, 4, rows, 32), "timestep": torch.tensor(10.0)}
-    dc.convert(Net().eval(), kwargs=kwargs, ranks=ranks, warmup_steps=3, cfg=cfg).save(path, backend=backend)
+    return dc.convert(Net().eval(), kwargs=kwargs, ranks=ranks, warmup_steps=3, cfg=cfg, **options)
+
+
+def make_bundle(path: Path, ranks: int, rows: int = 40, cfg: str = "none", backend: str = "eager") -> Path:
+    make_program(ranks, rows, cfg).save(path, backend=backend)
     return path
 
 

@@ -123,6 +123,8 @@ COMPOSITES: dict[str, tuple[Function, list[Tensor]]] = {
     "place first": (lambda f, x: ops.place(f, x, 1, 0, 2, 0, 2), [rand(3, 1, 4), rand(1, 2, 4)]),
     "place alone": (lambda f, x: ops.place(f, x, 1, 0, 0, 1, 2), [rand(0, 1, 4), rand(1, 2, 4)]),
     "place nothing": (lambda f, x: ops.place(f, x, 1, 1, 1, 0, 0), [rand(2, 1, 4), rand(1, 2, 4)]),
+    "insert between": (lambda f, x: ops.insert(f, x, 2, 1, 1, 4), [rand(5, 1, 2, 4), rand(1, 2, 5, 4)]),
+    "insert first": (lambda f, x: ops.insert(f, x, 1, 0, 0, 2), [rand(4, 1, 4), rand(1, 2, 4)]),
     "pick": (lambda x: ops.pick(x, 1, [0, 1, 4, 2]), [rand(1, 5, 4)]),
     "strips": (lambda x: ops.strips(x, 2, 1, 2), [rand(1, 2, 6, 3)]),
     "strips that meet": (lambda x: ops.strips(x, 2, 2, 2), [rand(1, 2, 3, 3)]),

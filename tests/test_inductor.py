@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,10 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import districompile as dc
 from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor import InductorBackend
 from districompile.backends.inductor_compiler import choose_compiler, links_shared
 from districompile.backends.inductor_graph import image_values
+from districompile.passes.leave_room import LeaveRoom
+from tests.helpers_net import images, make_program
 from tests.helpers_segments import error, make_segment, run_segment
 from tests.test_backends import CASES, COMPOSITES
 
@@ -46,6 +51,18 @@ def test_agrees_with_eager(tmp_path: Path) -> None:
     got = run_segment(InductorBackend("cpu"), segment, inputs, weights, tmp_path)
     want = run_segment(EagerBackend(), segment, inputs, weights, tmp_path)
     assert max(error(got[n], want[n]) for n in want) < 1e-5
+
+
+def test_own_rows_are_written_where_others_arrive(tmp_path: Path) -> None:
+    program = make_program(2, optimise="merge-linears,hoist-fetches", passes=[LeaveRoom(math.inf, 1)])
+    program.save(tmp_path / "compiled", backend=InductorBackend("cpu"))
+    program.save(tmp_path / "eager", backend="eager")
+    engines = [json.loads(p.read_text()) for p in (tmp_path / "compiled/engines").glob("*.json")]
+    assert any(e["rooms"] for e in engines)
+    got, want = (images(dc.load(tmp_path / name, lockstep=True)) for name in ("compiled", "eager"))
+    for a, b in zip(got, want, strict=True):
+        x, y = (torch.frombuffer(bytearray(t), dtype=torch.float32) for t in (a, b))
+        assert (x - y).abs().max() / y.abs().max() <= 1e-5
 
 
 def test_queries_are_no_images() -> None:

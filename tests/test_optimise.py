@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import districompile as dc
+from districompile.passes.leave_room import LeaveRoom
 from districompile.refit import refit
 from districompile.unit import OPTIMISATIONS
 from tests.small_models import first, reference, relative_error
@@ -28,6 +29,23 @@ def test_results_are_the_same(name: str, optimise: str, ranks: int) -> None:
         got, expected = (first(p.simulate(phase="steady", **moved)) for p in (program, plain))
         assert relative_error(got, expected) <= 1e-5
     assert len(program.plan.collectives) <= len(plain.plan.collectives)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("name", ["sdxl", "unet2d"])
+def test_room_for_own_rows(name: str, ranks: int) -> None:
+    module, kwargs, want = reference(name, 2, 20, 8)
+    plain = dc.convert(module, kwargs=kwargs, ranks=ranks, optimise="hoist-fetches")
+    program = dc.convert(module, kwargs=kwargs, ranks=ranks, optimise="hoist-fetches", passes=[LeaveRoom(1e9, 1)])
+    assert ("insert" in program.graph_text("steady")) == (ranks > 1)
+    assert relative_error(first(program.simulate(**kwargs)), want) <= 1e-5
+    plain.simulate(**kwargs)
+    moved = {**kwargs, "sample": kwargs["sample"] * 1.1}
+    for _ in range(2):
+        got, expected = (first(p.simulate(phase="steady", **moved)) for p in (program, plain))
+        assert torch.equal(got, expected)
+    for a, b in zip(program.plan.collectives.values(), plain.plan.collectives.values(), strict=True):
+        assert [a.sent_bytes(r) for r in range(ranks)] == [b.sent_bytes(r) for r in range(ranks)]
 
 
 def test_merged_weights_can_be_refitted(tmp_path: Path) -> None:

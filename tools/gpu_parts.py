@@ -293,7 +293,7 @@ def free(
             ms = median_ms(captured(step), 20 if height * width < 100_000 else 5)
             say(figure=f"{phase} step, transfers free", ms=ms, peak_gib=peak_gib(), **facts)
             if profile is not None:
-                _profile(step, profile.with_name(f"{profile.name}-{phase}.txt"))
+                _profile(step, profile.with_name(f"{profile.name}-{phase}-{ranks}-{height}x{width}.txt"))
         del one, backend, step
         gc.collect()
 

@@ -28,15 +28,19 @@ from torch import Tensor
 from districompile.backends.base import BuildSegment, Engine, check_input
 from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor_compiler import choose_compiler
-from districompile.backends.inductor_graph import Job, Operand, Part, image_values, lift_parts
+from districompile.backends.inductor_graph import Job, Operand, Part, Room, image_values, lift_parts, rooms
 from districompile.backends.inductor_pool import Pool, compile_here
 from districompile.errors import BackendError, BundleError, InputError
 from districompile.ir.plan import TensorSpec
 from districompile.ir.serialize import content_hash, graph_to_json
 from districompile.weights import WeightFile
 
-_FORMAT = "districompile inductor 1"
+_FORMAT = "districompile inductor 2"
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
+# How many operands an expression may have that each of its readers computes anew. A group norm with its table, the
+# bias of the convolution before it and a residual have seven, most of them a number for each channel; by default (4)
+# it would be written to memory, and read again by the convolution's padded input and by the rows that travel.
+_FUSION = {"realize_reads_threshold": 8}
 _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
 _CHANNELS_LAST = {
     4: ("channels_last", torch.channels_last),
@@ -51,14 +55,17 @@ class InductorEngine(Engine):
     ``enqueue`` works on the device's current stream and does not wait for it, so that it can be captured into a CUDA
     graph (after one call outside of it, which loads the kernels). An output that is not bound is fresh memory at each
     call. A bound output must not overlap an input. Tensors whose strides are not those compiled for are copied.
+
+    ``rooms``: outputs that are rows of an input, written there; they are not bound.
     """
 
     binds_outputs = True
 
     def __init__(
         self, loader: Any, inputs: Mapping[str, Operand], weights: Sequence[Tensor], outputs: Mapping[str, Operand],
-        parts: Mapping[str, Sequence[Part]], device: torch.device,
+        parts: Mapping[str, Sequence[Part]], rooms: Mapping[str, Room], device: torch.device,
     ) -> None:  # fmt: skip
+        self.rooms = dict(rooms)
         self._loader, self._weights, self._device = loader, list(weights), device
         self._inputs, self._outputs, self._parts = dict(inputs), dict(outputs), dict(parts)
         self._specs = {name: o.spec for name, o in (*self._outputs.items(), *self._inputs.items())}
@@ -93,6 +100,9 @@ class InductorEngine(Engine):
         inputs = []
         for name, operand in self._inputs.items():
             tensor = self._as_compiled(operand, self._bound.pop(name))
+            for output, room in self.rooms.items():
+                if room.source == name:
+                    self._results[output] = tensor[room.start : room.stop]
             inputs += [part.of(tensor) for part in self._parts[name]] if name in self._parts else [tensor]
         buffers, late = [], []
         for name, operand in self._outputs.items():
@@ -142,11 +152,11 @@ class InductorBackend:
         self._workers = workers if workers is not None else _default_workers(self._kind, max_autotune)
         # What a GPU's program does on the host needs no vector instructions, which take a minute to try out, and no
         # optimising compiler
-        host = {"cpp.vec_isa_ok": False, _OPTIMISE_HOST: "O0"} if self._kind == "cuda" else {}
-        self._options = tuple(sorted({"max_autotune": max_autotune, **host, **(options or {})}.items()))
+        gpu = {"cpp.vec_isa_ok": False, _OPTIMISE_HOST: "O0", **_FUSION} if self._kind == "cuda" else {}
+        self._options = tuple(sorted({"max_autotune": max_autotune, **gpu, **(options or {})}.items()))
         # Engines differ by torch, by the machine's device and by the options
         target = _target(self._kind)
-        self.version = f"1, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
+        self.version = f"2, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
         self._plans: dict[int, tuple[BuildSegment, _Package]] = {}  # by id of the segment, which is kept alive
         self._images: set[str] = set()  # values that go from segment to segment as images
         self._futures: dict[str, Future[None]] = {}
@@ -229,12 +239,13 @@ class InductorBackend:
             groups = [{str(n): Operand.from_json(o) for n, *o in data[k]} for k in _GROUPS]
             package = str(data["package"])
             parts = {str(n): [Part(*map(int, p)) for p in listed] for n, listed in data["parts"].items()}
+            found = {str(n): Room(str(source), int(a), int(b)) for n, (source, a, b) in data["rooms"].items()}
             target, kind, built = str(data["target"]), str(data["device"]), str(data["torch"])
         except (OSError, ValueError, KeyError, TypeError, BundleError) as e:
             raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e
         inputs, needed, outputs = groups
-        if tuple(outputs) != tuple(segment):
-            raise BackendError(f"{path} is another segment: it gives {tuple(outputs)}, not {tuple(segment)}")
+        if {*outputs, *found} != set(segment) or any(room.source not in inputs for room in found.values()):
+            raise BackendError(f"{path} is another segment: it gives {(*outputs, *found)}, not {tuple(segment)}")
         _check_here(kind, target, built, device)
         if str(device) == "cuda":  # without a number
             device = torch.device("cuda", torch.cuda.current_device())
@@ -244,7 +255,7 @@ class InductorBackend:
         for name, operand in needed.items():
             _check_weight(path, weights, name, operand.spec)
         tensors = [weights.tensor(n, device, _MEMORY_FORMATS[o.format]) for n, o in needed.items()]
-        return InductorEngine(loader, inputs, tensors, outputs, parts, device)
+        return InductorEngine(loader, inputs, tensors, outputs, parts, found, device)
 
     def _load_package(self, path: Path, device: torch.device) -> Any:
         key = str(path.absolute()), device
@@ -266,10 +277,13 @@ class InductorBackend:
 
     def _package(self, segment: BuildSegment) -> _Package:
         formats = _weight_formats(segment) if self._channels_last else {}
-        graph, parts = lift_parts(segment.graph.graph, len(segment.inputs))
+        inside = rooms(segment)
+        kept = [i for i, (name, _) in enumerate(segment.outputs) if name not in inside]
+        written = [segment.outputs[i] for i in kept]
+        graph, parts = lift_parts(segment.graph.graph, len(segment.inputs), kept)
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
         weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]
-        outputs = [Operand(s, self._value_format(name, s)) for name, s in segment.outputs]
+        outputs = [Operand(s, self._value_format(name, s)) for name, s in written]
         given: list[Operand] = []
         for operand, taken in zip(inputs, parts, strict=True):
             given += [operand] if taken is None else [_part_operand(operand, part) for part in taken]
@@ -280,7 +294,7 @@ class InductorBackend:
         named = {
             group: [[name, *operand.to_json()] for (name, _), operand in zip(specs, operands, strict=True)]
             for group, specs, operands in zip(
-                _GROUPS, (segment.inputs, segment.weights, segment.outputs), (inputs, weights, outputs), strict=True
+                _GROUPS, (segment.inputs, segment.weights, written), (inputs, weights, outputs), strict=True
             )
         }
         views = {
@@ -288,7 +302,8 @@ class InductorBackend:
             for (name, _), taken in zip(segment.inputs, parts, strict=True)
             if taken is not None
         }
-        return _Package(key, job, {**named, "parts": views})
+        places = {name: dataclasses.astuple(room) for name, room in inside.items()}
+        return _Package(key, job, {**named, "parts": views, "rooms": places})
 
     def _value_format(self, name: str, spec: TensorSpec) -> str:
         """Images that go from segment to segment keep the format convolutions want; what transports move is plain."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from districompile.backends.base import BuildSegment
+from districompile.backends.inductor_forms import FUSED, insert_in_place
 from districompile.ir.ops import ops
 from districompile.ir.plan import TensorSpec, dtype_name, dtype_of
 from districompile.ir.serialize import graph_from_json
@@ -26,8 +27,6 @@ def _overloads(packet: Any) -> list[Any]:
 
 
 FORMATS = ("contiguous", "channels_last", "channels_last_3d")
-_ROWS = 64  # of one partial sum: the partial results are then a few per cent of what is read
-
 
 _ON_IMAGES = {
     overload
@@ -98,8 +97,11 @@ class Part:
         return tensor.narrow(self.dim, self.start, self.stop - self.start)
 
 
-def lift_parts(graph: fx.Graph, inputs: int) -> tuple[fx.GraphModule, list[list[Part] | None]]:
-    """A copy of ``graph`` in which slices of an input are inputs of their own, and which those are for each input.
+def lift_parts(
+    graph: fx.Graph, inputs: int, kept: Sequence[int]
+) -> tuple[fx.GraphModule, list[list[Part] | None]]:
+    """A copy of ``graph`` with the outputs ``kept`` in which slices of an input are inputs of their own, and which
+    those are for each input.
 
     The slices are taken when the program is called, as views: layers that read different parts of one projection are
     then one and the same program.
@@ -118,9 +120,11 @@ def lift_parts(graph: fx.Graph, inputs: int) -> tuple[fx.GraphModule, list[list[
             env[node] = new.node_copy(node)
     for node in graph.nodes:
         if node.op == "output":
-            new.output(fx.map_arg(node.args[0], lambda n: env[n]))
+            results: Any = node.args[0]
+            new.output(tuple(env[results[i]] for i in kept))
         elif node.op != "placeholder" and node not in env:
             env[node] = new.node_copy(node, lambda n: env[n])
+    new.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return fx.GraphModule(torch.nn.Module(), new), parts[:inputs]
 
 
@@ -132,6 +136,40 @@ def _part(node: fx.Node) -> Part | None:
     source = args[0].meta["val"]
     offset = args[2] * math.prod(source.shape[args[1] + 1 :]) * source.element_size()
     return None if offset % 16 or args[3] > source.shape[args[1]] or source.ndim > 3 else Part(*args[1:4])
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """An output that is rows [start, stop) of the input ``source``, which the program writes there."""
+
+    source: str
+    start: int
+    stop: int
+
+
+def rooms(segment: BuildSegment) -> dict[str, Room]:
+    """Outputs that the segment need not write: own rows that it puts between those of others, and sends from there."""
+    graph = segment.graph.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    names = {node: name for node, (name, _) in zip(placeholders, segment.inputs, strict=False)}
+    inserts: dict[Any, fx.Node] = {n.args[1]: n for n in graph.nodes if _in_place(n) and n.args[0] in names}
+    results: Any = next(n for n in graph.nodes if n.op == "output").args[0]
+    found: dict[str, Room] = {}
+    for node, (name, _) in zip(results, segment.outputs, strict=True):
+        insert = inserts.get(node.args[0]) if node.target is ops.strips.default else None
+        if insert is None:
+            continue
+        (_, dim, top, bottom), (source, x, at, before, start, stop) = node.args, insert.args
+        rows = x.meta["val"].shape[dim]
+        if dim == at and top + bottom >= rows and (start, stop) == (0, rows):
+            found[name] = Room(names[source], before, before + rows)
+    return found
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Whether an ``insert`` may write into what it is given: an input that nothing else reads."""
+    args: Any = node.args
+    return node.target is ops.insert.default and args[0].op == "placeholder" and len(args[0].users) == 1
 
 
 def image_values(segment: BuildSegment) -> set[str]:
@@ -221,48 +259,10 @@ class _Buffered(torch.nn.Module):
 class _Tracer(fx.Interpreter):
     """Runs the graph with composites in the form that fuses best."""
 
+    def run_node(self, n: fx.Node) -> Any:
+        if _in_place(n):
+            return insert_in_place(*self.fetch_args_kwargs_from_env(n)[0])
+        return super().run_node(n)
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(_FUSED.get(target, target), args, kwargs)
-
-
-def moments(x: Tensor, groups: int) -> Tensor:
-    """:func:`districompile.ir.ops.moments` in one pass over memory.
-
-    Blocks of rows are reduced channel by channel, which reads channels-last memory in order; the few partial
-    (mean, variance) pairs are then merged (Chan, Golub and LeVeque), so that nothing cancels.
-    """
-    batch, channels = x.shape[:2]
-    rows = x.to(_wide(x)).flatten(2).transpose(1, 2)
-    count = rows.shape[1]
-    block = max((d for d in range(1, min(count, _ROWS) + 1) if count % d == 0), default=1)
-    if block < 8:
-        block = count
-    parts = rows.reshape(batch, count // block, block, channels)
-    var, mean = torch.var_mean(parts, dim=2, correction=0)
-    shape = (batch, count // block, groups, channels // groups)
-    var, mean = var.reshape(shape), mean.reshape(shape)
-    average = mean.mean((1, 3), keepdim=True)
-    spread = (var + (mean - average).square()).mean((1, 3))
-    return torch.stack([average.reshape(batch, groups), spread]).unsqueeze(0)
-
-
-def normalize(x: Tensor, stats: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """:func:`districompile.ir.ops.normalize` as one pointwise expression in ``x``'s own shape and memory format."""
-    shape = (-1, x.shape[1], *[1] * (x.ndim - 2))
-
-    def by_channel(t: Tensor) -> Tensor:
-        return t.unsqueeze(-1).expand(-1, -1, x.shape[1] // groups).reshape(shape)
-
-    y = (x.to(stats.dtype) - by_channel(stats[0])) * by_channel(torch.rsqrt(stats[1] + eps))
-    if weight is not None:
-        y = y * weight.to(y.dtype).reshape(shape)
-    if bias is not None:
-        y = y + bias.to(y.dtype).reshape(shape)
-    return y.to(x.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return x.dtype if x.dtype == torch.float64 else torch.float32
-
-
-_FUSED: dict[Any, Callable[..., Any]] = {ops.moments.default: moments, ops.normalize.default: normalize}
+        return super().call_function(FUSED.get(target, target), args, kwargs)

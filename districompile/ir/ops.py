@@ -28,6 +28,7 @@ _LIB.define("reduce(Tensor x, str op, str site, str kind) -> Tensor")
 _LIB.define("exchange(Tensor x, int[] shape) -> Tensor")
 _LIB.define("previous(Tensor x) -> Tensor")
 _LIB.define("place(Tensor foreign, Tensor x, int dim, int before, int after, int start, int stop) -> Tensor")
+_LIB.define("insert(Tensor foreign, Tensor x, int dim, int before, int start, int stop) -> Tensor")
 _LIB.define("strips(Tensor x, int dim, int top, int bottom) -> Tensor")
 _LIB.define("pick(Tensor x, int dim, int[] rows) -> Tensor")
 _LIB.define(
@@ -68,6 +69,14 @@ def place(foreign: Tensor, x: Tensor, dim: int, before: int, after: int, start: 
     if after:
         parts.append(foreign.narrow(0, before, after).movedim(0, dim))
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
+
+
+def insert(foreign: Tensor, x: Tensor, dim: int, before: int, start: int, stop: int) -> Tensor:
+    """As :func:`place`, where ``foreign`` came with room for the own rows after its first ``before``: what the room
+    holds is replaced by ``x[start:stop]``. A backend may write them into the room."""
+    after = before + stop - start
+    parts = [foreign[:before].movedim(0, dim), x.narrow(dim, start, stop - start), foreign[after:].movedim(0, dim)]
+    return torch.cat(parts, dim)
 
 
 def strips(x: Tensor, dim: int, top: int, bottom: int) -> Tensor:
@@ -217,12 +226,17 @@ def correct_moments(merged: Tensor, stale: Tensor, fresh: Tensor) -> Tensor:
     ``V + (v' - v) + 2 (m' - m) (m - M)``, which does not cancel where means are large. Where it is not positive the
     rank's own variance stands in, as in the paper.
     """
-    mean, var = merged[0], merged[1]
-    old_mean, old_var = stale[0, 0], stale[0, 1]
-    new_mean, new_var = fresh[0, 0], fresh[0, 1]
+    pairs = (merged[0], merged[1], stale[0, 0], stale[0, 1], fresh[0, 0], fresh[0, 1])
+    return torch.stack(corrected(*pairs))
+
+
+def corrected(
+    mean: Tensor, var: Tensor, old_mean: Tensor, old_var: Tensor, new_mean: Tensor, new_var: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of :func:`correct_moments`, each (B, G)."""
     shift = new_mean - old_mean
-    corrected = var + (new_var - old_var) + 2 * shift * (old_mean - mean)
-    return torch.stack([mean + shift, torch.where(corrected > 0, corrected, new_var)])
+    spread = var + (new_var - old_var) + 2 * shift * (old_mean - mean)
+    return mean + shift, torch.where(spread > 0, spread, new_var)
 
 
 def normalize(x: Tensor, stats: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -251,6 +265,7 @@ COMPOSITES = {
     f.__name__: f
     for f in (
         place,
+        insert,
         strips,
         pick,
         border_scale,

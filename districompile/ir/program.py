@@ -25,6 +25,7 @@ from districompile.ir.walk import per_ranks_of
 
 aten = torch.ops.aten
 _COLLECTIVES = (ops.exchange.default, ops.reduce.default)
+_PLACING = {ops.place.default, ops.insert.default}
 
 
 @dataclasses.dataclass
@@ -171,7 +172,7 @@ def _segments(graph: fx.Graph, outside: set[fx.Node], parts: int, phase: str) ->
             if reads_waiting:  # a transfer of what another transfer gives
                 close()
             waiting.add(node)
-        elif node.target is ops.place.default and node.args[0] in waiting and node.args[1] not in placing:
+        elif node.target in _PLACING and node.args[0] in waiting and node.args[1] not in placing:
             placing.append(node)
         elif _is_compute(node) and node not in outside:
             if reads_waiting:

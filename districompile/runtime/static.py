@@ -274,15 +274,18 @@ class StaticExecutor:
         engine: Engine = self._engines[phase][step.segment]
         for name in segment.inputs:
             engine.bind(name, values[name])
-        if engine.binds_outputs:
-            for name in segment.outputs:
-                engine.bind(name, places[name])
+        written = [n for n in segment.outputs if engine.binds_outputs and n not in engine.rooms]
+        for name in written:
+            engine.bind(name, places[name])
         engine.enqueue()
-        if not engine.binds_outputs:
-            for name in segment.outputs:
+        for name in segment.outputs:
+            if name in engine.rooms and name not in self.memory.phases[phase].states:
+                values[name] = engine.output(name)
+                continue
+            if name not in written:
                 places[name].copy_(engine.output(name))
+            values[name] = places[name]
         engine.release()
-        values.update((name, places[name]) for name in segment.outputs)
 
     def _post(
         self, step: Post, message: int, values: Mapping[str, torch.Tensor], state: StaticState, book: Book,
