@@ -4,8 +4,8 @@
 %y = dc.place(%f, %x, 1, 0, 512, 0, 512)       ->   %y = dc.insert(%f, %x, 1, 0, 0, 512)
 
 ``place`` copies what was received and what is the rank's own into a tensor of their own at every step; with room, an
-engine that may write its inputs copies the own rows alone. The room is memory that others' rows are received around, twice for
-what is displaced (decision 11). So it is left only as long as all room together is less than ``share`` of the weights.
+engine that may write its inputs copies the own rows alone. Room is memory, twice for what is displaced (decision 11):
+it is left only as long as all room together is less than ``share`` of the weights.
 """
 
 from __future__ import annotations
@@ -55,4 +55,4 @@ def _whole(fetch: fx.Node) -> bool:
 def _bytes(fetch: fx.Node) -> int:
     """Of the tallest rank's own rows."""
     args: Any = fetch.args
-    return max(math.prod(t.shape) * t.element_size() for t in args[0].meta["local"])
+    return max(int(math.prod(t.shape) * t.element_size()) for t in args[0].meta["local"])

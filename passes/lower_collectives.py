@@ -8,7 +8,7 @@
 Rows travel as the first dim, so that what one rank sends to another is contiguous at both ends, however many ranks
 there are. (The whole output is put together by the transfer itself, in its own layout.)
 
-Where ``leave-room`` marked the fetch, what is received has room for the rank's own rows, and ``place`` is an ``insert``.
+Where ``leave-room`` marked the fetch, what is received has room for the rank's own rows; ``insert`` puts them there.
 
 All ranks send strips of one shape and receive results of one shape where they can, so that equal ranks share an engine.
 """

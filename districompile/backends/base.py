@@ -63,7 +63,9 @@ class Engine(abc.ABC):
 
     binds_outputs: bool = False  #: whether ``bind`` takes outputs, too, and ``enqueue`` then writes straight into them
     capturable: bool = True  #: whether ``enqueue`` may be captured into a CUDA graph; means nothing on the CPU
-    rooms: Mapping[str, Any] = {}  #: outputs that ``enqueue`` writes into an input: they are not bound, but read in place
+    rooms: Mapping[
+        str, Any
+    ] = {}  #: outputs that ``enqueue`` writes into an input: they are not bound, but read in place
     scratch_bytes: int = 0  #: memory that ``enqueue`` needs and whose contents it neither expects nor leaves
 
     @abc.abstractmethod

@@ -37,10 +37,10 @@ from districompile.weights import WeightFile
 
 _FORMAT = "districompile inductor 2"
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
-# How many operands an expression may have that each of its readers computes anew. A group norm with its table, the
-# bias of the convolution before it and a residual have seven, most of them a number for each channel; by default (4)
-# it would be written to memory, and read again by the convolution's padded input and by the rows that travel.
-_FUSION = {"realize_reads_threshold": 8}
+# How many operands an expression may have that each of its readers computes anew. A group norm has its table, what a
+# convolution gave with its bias, and the time embedding or the other summand of a residual, with its bias. By default
+# (4) many would be written to memory, and read again by the convolution's padded input and by the rows that travel.
+_FUSION = {"realize_reads_threshold": 6}
 _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
 _CHANNELS_LAST = {
     4: ("channels_last", torch.channels_last),

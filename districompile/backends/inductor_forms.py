@@ -16,6 +16,7 @@ from districompile.ir import ops as plain
 from districompile.ir.ops import ops
 
 _ROWS = 64  # of one partial sum: the partial results are then a few per cent of what is read
+_FEW = 32
 _UNROLLED = 16  # ranks whose statistics are merged without a loop
 
 Pair = tuple[Tensor, Tensor]
@@ -101,9 +102,9 @@ def correct_moments(merged: Tensor, stale: Tensor, fresh: Tensor) -> Tensor:
 def normalize(x: Tensor, stats: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """:func:`districompile.ir.ops.normalize` as one pointwise expression in ``x``'s own shape and memory format.
 
-    What a channel is shifted and multiplied by is computed first, and once: an expression of few operands is computed
-    anew by each of its readers (the rows that travel, and the convolution's padded input), without a pass over memory
-    of its own.
+    What a channel is shifted and multiplied by is computed first, into one table: an expression of few operands is
+    computed anew by each of its readers (the rows that travel, and the convolution's padded input), without a pass over
+    memory of its own.
     """
     [(mean, var)] = _pairs(stats)
     channels, shape = x.shape[1], (-1, x.shape[1], *[1] * (x.ndim - 2))
@@ -114,11 +115,12 @@ def normalize(x: Tensor, stats: Tensor, groups: int, weight: Tensor | None, bias
     scale = by_channel(torch.rsqrt(var + eps))
     if weight is not None:
         scale = scale * weight.to(scale.dtype)
-    table = torch.stack([by_channel(mean), scale])
+    rows = [by_channel(mean), scale, *([] if bias is None else [bias.to(scale.dtype).expand_as(scale)])]
+    table = torch.stack(rows)
     table = table.as_strided(table.shape, table.stride())  # Inductor writes to memory what is read with strides
     y = (x.to(stats.dtype) - table[0].reshape(shape)) * table[1].reshape(shape)
     if bias is not None:
-        y = y + bias.to(y.dtype).reshape(shape)
+        y = y + table[2].reshape(shape)
     return y.to(x.dtype)
 
 
@@ -128,10 +130,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     A product that adds its bias itself is another kernel of cuBLAS: of float16 (512, 5120) by (5120, 1280) 19.1 us on
     an H100, without bias 13.9 us. PyTorch keeps the bias in the product in half precision, to spare a rounding; what
     the bias joins here adds in float32 and rounds once, so that where anything is added there are as many roundings as
-    before.
+    before. (The time embedding's few rows, which every convolution's result is added to, are left as they are.)
     """
-    if bias is None or x.dtype not in (torch.float16, torch.bfloat16):
-        return torch.ops.aten.linear.default(x, weight, bias)
+    rows = x.numel() // max(1, x.shape[-1])
+    if bias is None or rows < _FEW or x.dtype not in (torch.float16, torch.bfloat16):
+        return torch.nn.functional.linear(x, weight, bias)
     product = torch.mm(x.reshape(-1, x.shape[-1]), weight.t()) + bias
     return product.reshape(*x.shape[:-1], weight.shape[0])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,9 +97,7 @@ class Part:
         return tensor.narrow(self.dim, self.start, self.stop - self.start)
 
 
-def lift_parts(
-    graph: fx.Graph, inputs: int, kept: Sequence[int]
-) -> tuple[fx.GraphModule, list[list[Part] | None]]:
+def lift_parts(graph: fx.Graph, inputs: int, kept: Sequence[int]) -> tuple[fx.GraphModule, list[list[Part] | None]]:
     """A copy of ``graph`` with the outputs ``kept`` in which slices of an input are inputs of their own, and which
     those are for each input.
 
@@ -159,7 +157,9 @@ def rooms(segment: BuildSegment) -> dict[str, Room]:
         insert = inserts.get(node.args[0]) if node.target is ops.strips.default else None
         if insert is None:
             continue
-        (_, dim, top, bottom), (source, x, at, before, start, stop) = node.args, insert.args
+        sent: Any = node.args
+        put: Any = insert.args
+        (_, dim, top, bottom), (source, x, at, before, start, stop) = sent, put
         rows = x.meta["val"].shape[dim]
         if dim == at and top + bottom >= rows and (start, stop) == (0, rows):
             found[name] = Room(names[source], before, before + rows)

@@ -9,7 +9,7 @@ pieces of about equal work, so that what a piece sends can leave before the call
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from districompile.ir.walk import per_ranks_of
 
 aten = torch.ops.aten
 _COLLECTIVES = (ops.exchange.default, ops.reduce.default)
+_FLOPS_PER_BYTE = 1000  # that a GPU does while it sends a byte: an H100 250 TFLOP/s of a UNet, and 300 GB/s
 _PLACING = {ops.place.default, ops.insert.default}
 
 
@@ -153,6 +154,7 @@ def _segments(graph: fx.Graph, outside: set[fx.Node], parts: int, phase: str) ->
     """``outside``: nodes that belong to no segment and wait for nothing: displaced collectives, slices of inputs."""
     work = {n: flops_of(n, 0) for n in graph.nodes if _is_compute(n)}
     quota = sum(work.values()) / parts if parts > 1 else float("inf")
+    last = _last_cut({n: w for n, w in work.items() if n not in outside}, parts)
     segments: list[Segment] = []
     current: list[fx.Node] = []
     waiting: set[fx.Node] = set()  # exact collectives whose transfer could be under way
@@ -180,11 +182,35 @@ def _segments(graph: fx.Graph, outside: set[fx.Node], parts: int, phase: str) ->
             current.append(node)
             done += work[node]
             full = done >= quota * (len(segments) + 1) and work[node] > 0
+            if len(segments) + 2 == parts and last is not None:
+                full = node is last
             if full and len(segments) + 1 < parts:
                 close()
     close()
     close()  # what was placed last
     return segments
+
+
+def _last_cut(work: Mapping[fx.Node, float], parts: int) -> fx.Node | None:
+    """Where the last segment begins: after this node. What the last segment sends has nothing to hide under, and what
+    the one before it sends has the last one alone; so it begins where little is left over, and not before its turn."""
+    sent = {n: max((_sent(u) for u in n.users if u.target in _COLLECTIVES), default=0.0) for n in work}
+    total, everything = sum(work.values()), sum(sent.values())
+    done, left, before = 0.0, everything, 0.0
+    exposed: dict[fx.Node, float] = {}  # bytes
+    for node, flops in work.items():
+        done, left = done + flops, left - sent[node]
+        if done >= total * (parts - 2) / parts:
+            before += sent[node]
+        if done >= total * (parts - 1) / parts and (flops or sent[node]):
+            exposed[node] = left + max(0.0, before - (total - done) / _FLOPS_PER_BYTE)
+    most = min(exposed.values(), default=0.0) + everything / 100
+    return next((n for n, e in exposed.items() if e <= most), None)
+
+
+def _sent(collective: fx.Node) -> float:
+    plan: Collective = collective.meta["collective"]
+    return float(max(map(plan.sent_bytes, range(len(plan.specs)))) if plan.displaced else 0)
 
 
 def _interfaces(graph: fx.Graph, segments: Sequence[Segment], kept: set[str]) -> None:

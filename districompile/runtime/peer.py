@@ -52,7 +52,7 @@ class PeerLink:
         self._regions: list[tuple[Region, Any, int]] = []  # with its handle, and where its signals start
         self._copies: dict[Route, list[tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]]] = {}
         self._sent: dict[Route, torch.cuda.Event] = {}  # of this call
-        self._posted = False  # since the last join
+        self._forked = False  # the side stream follows the compute stream, since the last join
         self._calls = 0
         self._control = self.region(0, 1)
         self._watchdog = _Watchdog(self.rank, timeout)
@@ -93,7 +93,7 @@ class PeerLink:
             self._copies[route] = [(p, coalesce(route.outgoing[p])) for p in self._peers if p in route.outgoing]
         self._watchdog.busy()
         self._side.wait_stream(torch.cuda.current_stream(self._device))
-        self._posted = True
+        self._forked = True
         with torch.cuda.stream(self._side), recorded(self.spans, "post", route.name, "transfer", route.sent_bytes):
             for source, target in route.own:
                 target.copy_(source)
@@ -107,6 +107,8 @@ class PeerLink:
         return True
 
     def wait(self, route: Route) -> None:
+        if not self._forked:
+            self._fork()
         for peer in route.incoming:
             address = self._address(route.region, route.word, peer, self.rank)
             self._wait(address, 1, _EQUAL)
@@ -118,10 +120,18 @@ class PeerLink:
             torch.cuda.current_stream(self._device).wait_event(self._sent.pop(route))
 
     def join(self) -> None:
-        if self._posted:
+        if self._forked:
             torch.cuda.current_stream(self._device).wait_stream(self._side)
-            self._posted = False
+            self._forked = False
         self._sent.clear()
+
+    def _fork(self) -> None:
+        """Let the side stream begin with the call. Where it began with the first transfer, a CUDA graph let the compute
+        stream wait for that transfer, and for no other: seen in traces."""
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            self._write(self._address(self._control, 0, self.rank, self.rank), 0)  # nobody reads it
+        self._forked = True
 
     def finish(self) -> None:
         self._calls += 1

@@ -174,6 +174,7 @@ class ProcessRunner:
         self._failure: BaseException | None = None
         cut = [i for i in plan.inputs if i.rows is not None]
         self._shared = Message.of(Slot(i.path, i.path, None, 0, 0, called_spec(plan, i)) for i in cut)
+        self._message = torch.zeros(self._shared.nbytes, dtype=torch.uint8, device=device if direct else "cpu")
         self._closed = False
         atexit.register(_close_at_exit, weakref.ref(self))
 
@@ -216,8 +217,7 @@ class ProcessRunner:
         """Rank 0's decision and cut inputs, in one message to all; where ranks have GPUs of their own the inputs go
         from device to device, and the host does not wait for them."""
         header = torch.zeros(3, dtype=torch.uint8)
-        direct = self._shares is not None
-        message = torch.zeros(self._shared.nbytes, dtype=torch.uint8, device=self._device if direct else "cpu")
+        message = self._message
         if self._world.rank == 0:
             self._shared.pack(inputs, message)
             header = torch.tensor(

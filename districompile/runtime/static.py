@@ -17,7 +17,7 @@ import torch
 
 from districompile.backends.base import Engine
 from districompile.errors import InputError
-from districompile.ir.plan import Collective, Deliver, Keep, Plan, Post, Reduction, Run, Take, Wait
+from districompile.ir.plan import Collective, Deliver, Keep, PhasePlan, Plan, Post, Reduction, Run, Take, Wait
 from districompile.runtime.arena import allocate
 from districompile.runtime.executor import Engines, result_of
 from districompile.runtime.links import Link, ReceiveLayout, Region, Route, SilentLink, build_route, recorded, view
@@ -65,6 +65,19 @@ class _Captured:
     spans: Spans | None
 
 
+def _values_read(phase: PhasePlan, plan: Plan) -> set[str]:
+    """Values that anything in a phase reads."""
+    found = {v for s in phase.segments.values() for v in s.inputs} | set(phase.outputs)
+    for step in phase.steps:
+        if isinstance(step, Take):
+            found.add(step.source)
+        elif isinstance(step, Keep):
+            found.add(step.value)
+        elif isinstance(step, Post):
+            found |= {plan.collectives[c].source for c in step.collectives}
+    return found
+
+
 class StaticExecutor:
     """Runs phases of ``plan`` on one rank, on ``device``, over ``link``. All ranks construct it, ask for states and
     run calls alike.
@@ -89,6 +102,9 @@ class StaticExecutor:
             if engine.scratch_bytes:
                 engine.use_scratch(self._scratch)
         self._inputs = {i.value: view(allocate(i.spec.nbytes, device), 0, i.spec) for i in plan.inputs}
+        self._given = {
+            name: tuple(v for v in self._inputs if v in _values_read(p, plan)) for name, p in plan.phases.items()
+        }
         self._needs = {name: tuple(sorted(p.waited_before_posted)) for name, p in plan.phases.items()}
         states = {s.state for p in plan.phases.values() for s in p.steps if isinstance(s, Keep)}
         self._reads = {
@@ -209,8 +225,8 @@ class StaticExecutor:
         for name in self._reads[phase]:
             if name not in state.book.kept:
                 raise InputError(f"{name}: no earlier call left this state. {advice}")
-        for name, memory in self._inputs.items():
-            memory.copy_(inputs[name])
+        for name in self._given[phase]:
+            self._inputs[name].copy_(inputs[name])
 
     def _steps(self, phase: str, state: StaticState, spans: Spans | None) -> Generator[None, None, list[torch.Tensor]]:
         """Queue all steps of a phase; gives the places of the outputs, and writes ``state.book``."""
