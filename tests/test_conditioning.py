@@ -89,6 +89,18 @@ def test_constant_change_is_told() -> None:
     assert ["text changes from step to step" in str(w.message) for w in told] == [True]
 
 
+def test_the_same_memory_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would wait for the device, at every step."""
+    follow, text = Conditioning(["text"]), torch.zeros(2, 3)
+    follow.check(Decision("warmup", 0, True), {"text": text.detach()})
+    monkeypatch.setattr(torch, "equal", None)
+    assert follow.check(Decision("steady", 0, False), {"text": text.detach()}).phase == "steady"
+    monkeypatch.undo()
+    assert follow.check(Decision("steady", 0, False), {"text": text.add_(1).detach()}).phase == "warmup"
+    assert follow.check(Decision("steady", 0, False), {"text": text.as_strided((2, 3), (0, 1))}).phase == "steady"
+    assert follow.check(Decision("steady", 0, False), {"text": text[:1].expand(2, 3) * 2}).phase == "warmup"
+
+
 def test_streams_are_apart_and_inference_tensors_compared() -> None:
     follow = Conditioning(["text"])
     with torch.inference_mode():

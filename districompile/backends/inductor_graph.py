@@ -230,13 +230,16 @@ class Job:
 
 def compile_package(job: Job, path: str) -> None:
     """Compile ``job`` into the AOTInductor package ``path`` (which ends in ``.pt2``). Raises whatever torch raises."""
+    from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from districompile.backends.inductor_choices import Choices
 
     device = torch.device(job.device)
     module = _Buffered(graph_from_json(job.graph, device), len(job.outputs))
     with FakeTensorMode(), torch.no_grad():
         example = tuple(o.empty(device) for o in (*job.inputs, *job.outputs))
-    with torch.no_grad():
+    with torch.no_grad(), V.set_choices_handler(Choices()):
         program = torch.export.export(module, example, strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(job.options))
 

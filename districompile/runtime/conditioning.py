@@ -26,13 +26,19 @@ class _Seen:
         return _Seen(tensor, _version(tensor), tensor.detach().clone())
 
     def is_still(self, tensor: torch.Tensor) -> bool:
-        """Waits for the device only where ``tensor`` is another object, or was written to."""
-        if tensor is self.tensor and self.version is not None and _version(tensor) == self.version:
+        """Waits for the device only where ``tensor`` is other memory, or was written to. (Another object for the same
+        memory is usual: what is checked is detached at every call. The memory cannot have been freed in between.)"""
+        if self.version is not None and _version(tensor) == self.version and _place(tensor) == _place(self.tensor):
             return True
         if tensor.shape != self.copy.shape or not torch.equal(tensor.to(self.copy), self.copy):
             return False
         self.tensor, self.version = tensor, _version(tensor)
         return True
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What memory a tensor reads, and how."""
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _version(tensor: torch.Tensor) -> int | None:
