@@ -87,7 +87,9 @@ class Part:
 
 @dataclasses.dataclass(eq=False)
 class Route:
-    """One ``Post`` between fixed places. ``word`` is the number of its signal in ``region``, the same on all ranks."""
+    """One ``Post`` between fixed places. ``word`` is the number of its signal in ``region``, the same on all ranks.
+    ``at_once``: it is waited for before anything else is computed, so that nothing is gained beside the compute stream.
+    """
 
     name: str
     word: int
@@ -95,6 +97,7 @@ class Route:
     own: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     outgoing: Mapping[int, tuple[Part, ...]]
     incoming: Mapping[int, tuple[torch.Tensor, ...]]
+    at_once: bool = False
 
     @property
     def sent_bytes(self) -> int:

@@ -92,16 +92,24 @@ class PeerLink:
         if route not in self._copies:
             self._copies[route] = [(p, coalesce(route.outgoing[p])) for p in self._peers if p in route.outgoing]
         self._watchdog.busy()
+        if route.at_once:  # leaving the stream and coming back costs more than the copies
+            self._send(route, "compute")
+            return
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         self._forked = True
-        with torch.cuda.stream(self._side), recorded(self.spans, "post", route.name, "transfer", route.sent_bytes):
+        with torch.cuda.stream(self._side):
+            self._send(route, "transfer")
+        self._sent[route] = self._side.record_event()
+
+    def _send(self, route: Route, lane: str) -> None:
+        """On the current stream."""
+        with recorded(self.spans, "post", route.name, lane, route.sent_bytes):
             for source, target in route.own:
                 target.copy_(source)
             for peer, copies in self._copies[route]:
                 for source, target in copies:
                     target.copy_(source)
                 self._write(self._address(route.region, route.word, self.rank, peer), 1)
-        self._sent[route] = self._side.record_event()
 
     def ready(self, route: Route) -> bool:
         return True

@@ -17,11 +17,12 @@ import torch
 
 from districompile.backends.base import Engine
 from districompile.errors import InputError
-from districompile.ir.plan import Collective, Deliver, Keep, PhasePlan, Plan, Post, Reduction, Run, Take, Wait
+from districompile.ir.plan import Collective, Deliver, Keep, Plan, Post, Reduction, Run, Take, Wait
 from districompile.runtime.arena import allocate
 from districompile.runtime.executor import Engines, result_of
 from districompile.runtime.links import Link, ReceiveLayout, Region, Route, SilentLink, build_route, recorded, view
 from districompile.runtime.memory import MemoryPlan, plan_memory
+from districompile.runtime.phases import phase_needs
 from districompile.runtime.trace import Spans, Trace
 from districompile.runtime.transport import combine
 
@@ -65,19 +66,6 @@ class _Captured:
     spans: Spans | None
 
 
-def _values_read(phase: PhasePlan, plan: Plan) -> set[str]:
-    """Values that anything in a phase reads."""
-    found = {v for s in phase.segments.values() for v in s.inputs} | set(phase.outputs)
-    for step in phase.steps:
-        if isinstance(step, Take):
-            found.add(step.source)
-        elif isinstance(step, Keep):
-            found.add(step.value)
-        elif isinstance(step, Post):
-            found |= {plan.collectives[c].source for c in step.collectives}
-    return found
-
-
 class StaticExecutor:
     """Runs phases of ``plan`` on one rank, on ``device``, over ``link``. All ranks construct it, ask for states and
     run calls alike.
@@ -102,15 +90,7 @@ class StaticExecutor:
             if engine.scratch_bytes:
                 engine.use_scratch(self._scratch)
         self._inputs = {i.value: view(allocate(i.spec.nbytes, device), 0, i.spec) for i in plan.inputs}
-        self._given = {
-            name: tuple(v for v in self._inputs if v in _values_read(p, plan)) for name, p in plan.phases.items()
-        }
-        self._needs = {name: tuple(sorted(p.waited_before_posted)) for name, p in plan.phases.items()}
-        states = {s.state for p in plan.phases.values() for s in p.steps if isinstance(s, Keep)}
-        self._reads = {
-            name: tuple(sorted({v for s in p.segments.values() for v in s.inputs} & states))
-            for name, p in plan.phases.items()
-        }
+        self._phases = phase_needs(plan)
         layouts = (self.memory.shared[rank], self.memory.streams[rank])
         self._order = {name: i for i, name in enumerate(n for layout in layouts for n in layout.offsets)}
         self._shared = link.region(max(layout.nbytes for layout in self.memory.shared), 0)
@@ -219,13 +199,13 @@ class StaticExecutor:
         advice = (
             "Run the warm-up phase first: leave `phase` unset, or set it to 'warmup' for the first calls of an image"
         )
-        for name in self._needs[phase]:
+        for name in self._phases[phase].received:
             if name not in state.book.last:
                 raise InputError(f"{self.plan.collectives[name].site}: nothing was received for it so far. {advice}")
-        for name in self._reads[phase]:
+        for name in self._phases[phase].kept:
             if name not in state.book.kept:
                 raise InputError(f"{name}: no earlier call left this state. {advice}")
-        for name in self._given[phase]:
+        for name in self._phases[phase].inputs:
             self._inputs[name].copy_(inputs[name])
 
     def _steps(self, phase: str, state: StaticState, spans: Spans | None) -> Generator[None, None, list[torch.Tensor]]:
@@ -252,7 +232,9 @@ class StaticExecutor:
                 with recorded(spans, "run", step.segment, "compute"):
                     self._run(phase, step, values, places)
             elif isinstance(step, Post):
-                posted[number] = yield from self._post(step, memory.messages[number], values, state, book, spans)
+                at_once = number in self._phases[phase].at_once
+                message = memory.messages[number]
+                posted[number] = yield from self._post(step, message, at_once, values, state, book, spans)
             elif isinstance(step, Wait):
                 for name in step.collectives:
                     yield from self._arrived(book, name, spans)
@@ -304,8 +286,8 @@ class StaticExecutor:
         engine.release()
 
     def _post(
-        self, step: Post, message: int, values: Mapping[str, torch.Tensor], state: StaticState, book: Book,
-        spans: Spans | None,
+        self, step: Post, message: int, at_once: bool, values: Mapping[str, torch.Tensor], state: StaticState,
+        book: Book, spans: Spans | None,
     ) -> Generator[None, None, Route]:  # fmt: skip
         for name in step.collectives:  # posted again before it was read: the earlier transfer must still complete
             yield from self._arrived(book, name, spans)
@@ -319,7 +301,9 @@ class StaticExecutor:
         key = (message, half, turns, tuple(values[s].data_ptr() for s in sorted(sources)))
         route = state.routes.get(key)
         if route is None:
-            route = state.routes[key] = self._route(step, message, half, values, state, dict(book.turn))
+            route = self._route(step, message, half, values, state, dict(book.turn))
+            route.at_once = at_once
+            state.routes[key] = route
         self.link.post(route)
         for name in step.collectives:
             book.last[name] = route

@@ -1,7 +1,7 @@
 """What a call spent its time on: runs of engines, transfers, and waiting for them.
 
 Times are those of the device: CUDA events around what is queued on a stream (inside a captured graph, too), or the
-host's clock on the CPU. A transfer is *exposed* as far as the compute stream had to wait for it, else *hidden*.
+host's clock on the CPU. A transfer is *exposed* as far as the compute stream made it or waited for it, else *hidden*.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Trace:
         rows = []
         for phase, spans in self.calls:
             transfer = _covered((s.start, s.end) for s in spans if s.kind == "post")
-            exposed = sum(s.ms for s in spans if s.kind in ("wait", "join"))
+            exposed = sum(s.ms for s in spans if s.kind != "run" and s.lane == "compute")
             rows.append({
                 "phase": phase,
                 "total_ms": round(max((s.end for s in spans), default=0.0), 4),
