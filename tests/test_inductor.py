@@ -18,6 +18,7 @@ import districompile as dc
 from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor import InductorBackend
 from districompile.backends.inductor_compiler import choose_compiler, links_shared
+from districompile.backends.inductor_forms import linear
 from districompile.backends.inductor_graph import image_values
 from districompile.passes.leave_room import LeaveRoom
 from tests.helpers_net import images, make_program
@@ -51,6 +52,16 @@ def test_agrees_with_eager(tmp_path: Path) -> None:
     got = run_segment(InductorBackend("cpu"), segment, inputs, weights, tmp_path)
     want = run_segment(EagerBackend(), segment, inputs, weights, tmp_path)
     assert max(error(got[n], want[n]) for n in want) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_linears_whose_bias_joins_what_follows(dtype: torch.dtype, rows: int) -> None:
+    x, w, b = torch.randn(2, rows, 32).to(dtype), torch.randn(48, 32).to(dtype), torch.randn(48).to(dtype)
+    want = torch.nn.functional.linear(x.double(), w.double(), b.double())
+    for got, exact in ((linear(x, w, b), want), (linear(x, w), want - b.double())):
+        assert got.dtype == dtype and got.shape == want.shape
+        assert (got - exact).norm() / exact.norm() <= 2 * torch.finfo(dtype).eps
 
 
 def test_own_rows_are_written_where_others_arrive(tmp_path: Path) -> None:

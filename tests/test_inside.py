@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from districompile.backends.base import Engine
 from districompile.errors import BackendError, ConvertError
 from districompile.ir.inside import NAME, delivered, gathered, run_joined, whole_plan, whole_segment
 from districompile.ir.plan import Deliver, Exchange, Plan, Run, Take
+from districompile.passes.leave_room import LeaveRoom
 from districompile.runtime.executor import Executor
 from districompile.runtime.inputs import InputChecker
 from districompile.runtime.lockstep import LockstepLinks
@@ -38,11 +40,15 @@ def taken(plan: Plan, steps: Any, rank: int, values: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize(
-    "name, height, ranks", [("sd15", 24, 3), ("sdxl", 20, 2), ("unet2d", 20, 4), ("vae_decoder", 7, 2)]
-)
-def test_joined_phase_equals_the_original(name: str, height: int, ranks: int) -> None:
+    "name, height, ranks, passes",
+    [
+        ("sd15", 24, 3, []), ("sdxl", 20, 2, [LeaveRoom(math.inf, 1)]), ("unet2d", 20, 4, []),
+        ("vae_decoder", 7, 2, []),
+    ],
+)  # fmt: skip
+def test_joined_phase_equals_the_original(name: str, height: int, ranks: int, passes: list[Any]) -> None:
     module, kwargs, want = reference(name, 1, height, 8)
-    program = dc.convert(module, kwargs=kwargs, ranks=ranks)
+    program = dc.convert(module, kwargs=kwargs, ranks=ranks, passes=passes)
     left = delivered(program.plan.phases["steady"])
     plan = whole_plan(program._phases["warmup"], left, ranks)
     segments = [whole_segment(program._phases["warmup"], left, r) for r in range(ranks)]

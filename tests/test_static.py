@@ -23,7 +23,8 @@ from districompile.runtime.arena import ALIGN, Interval, aligned, allocate, plac
 from districompile.runtime.links import Part, Route, coalesce
 from districompile.runtime.lockstep import LockstepLink, LockstepLinks
 from districompile.runtime.memory import last_uses, plan_memory
-from districompile.runtime.static import StaticExecutor, StaticState
+from districompile.runtime.state import StaticState
+from districompile.runtime.static import StaticExecutor
 
 CPU = torch.device("cpu")
 Steps = Generator[None, None, list[torch.Tensor]]

@@ -176,6 +176,7 @@ class GlooLink:
     a GPU, too, and waits on the host."""
 
     capturable = False
+    symmetric_bytes = 0
     writes_remote = False
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:

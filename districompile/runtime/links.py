@@ -113,6 +113,10 @@ class Link(Protocol):
     writes_remote: bool  #: whether regions have ``remote`` memory
     spans: Spans | None  #: where transfers are recorded, if anybody wants to know
 
+    @property
+    def symmetric_bytes(self) -> int:
+        """Memory of this rank's GPU that PyTorch's allocator, and so its statistics, know nothing of."""
+
     def region(self, nbytes: int, words: int) -> Region:
         """Zeroed memory to receive into, at least ``nbytes`` on every rank. Call :meth:`settle` before its first
         use."""
@@ -154,6 +158,7 @@ class SilentLink:
         self._link = link
         self.rank, self.ranks = link.rank, link.ranks
         self.capturable, self.writes_remote = link.capturable, link.writes_remote
+        self.symmetric_bytes = link.symmetric_bytes
         self.spans: Spans | None = None
 
     def region(self, nbytes: int, words: int) -> Region:

@@ -100,6 +100,7 @@ class LockstepLink:
     """The link of one rank of :class:`LockstepLinks`."""
 
     capturable = False  # ranks take turns
+    symmetric_bytes = 0
     writes_remote = True
 
     def __init__(self, group: LockstepLinks, rank: int) -> None:

@@ -40,6 +40,7 @@ class NcclLink:
     transport. All of a ``Post`` is received before the call ends."""
 
     capturable = True
+    symmetric_bytes = 0
     writes_remote = False
 
     def __init__(self, group: dist.ProcessGroup, host: GlooTransport, device: torch.device) -> None:

@@ -81,7 +81,6 @@ class PeerLink:
 
     @property
     def symmetric_bytes(self) -> int:
-        """Memory of this GPU that PyTorch's allocator, and so its statistics, know nothing of."""
         return sum(region.local.nbytes for region, _, _ in self._regions)
 
     def settle(self) -> None:

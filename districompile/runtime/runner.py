@@ -19,7 +19,8 @@ from districompile.runtime.executor import Engines, Executor
 from districompile.runtime.gloo import GlooTransport, new_group
 from districompile.runtime.lockstep import LockstepGroup, LockstepLinks
 from districompile.runtime.nccl import NcclCollectives
-from districompile.runtime.static import StaticExecutor, StaticState
+from districompile.runtime.state import StaticState
+from districompile.runtime.static import StaticExecutor
 from districompile.runtime.streams import Decision
 from districompile.runtime.transport import Message, Slot
 
@@ -192,7 +193,7 @@ class ProcessRunner:
     @property
     def symmetric_bytes(self) -> int:
         """Device memory of this rank outside of PyTorch's allocator."""
-        return int(getattr(self._link, "symmetric_bytes", 0))
+        return self._link.symmetric_bytes
 
     @contextlib.contextmanager
     def transfers_free(self) -> Iterator[None]:

@@ -1,0 +1,74 @@
+"""When transfers start, and what they have to hide under."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import districompile as dc
+from districompile.ir.ops import ops
+from districompile.ir.plan import Post, Run
+from districompile.ir.program import _last_cut
+from districompile.runtime.phases import phase_needs
+from tests.helpers_net import make_program
+from tests.small_models import reference
+
+
+def test_what_is_waited_for_at_once() -> None:
+    plan = make_program(2).plan
+    needs = phase_needs(plan)
+    posts = {name: [n for n, s in enumerate(p.steps) if isinstance(s, Post)] for name, p in plan.phases.items()}
+    assert needs["warmup"].at_once == set(posts["warmup"])  # each is waited for before the next engine
+    beside = set(posts["steady"]) - needs["steady"].at_once
+    assert beside and needs["steady"].at_once  # the output is gathered at the end
+    for n in needs["steady"].at_once:
+        assert not any(isinstance(s, Run) for s in plan.phases["steady"].steps[n:])
+    assert needs["warmup"].received == () and needs["steady"].received
+    assert needs["warmup"].inputs == needs["steady"].inputs == ("sample", "timestep")
+
+
+def test_inputs_that_only_the_exact_phase_reads() -> None:
+    module, kwargs, _ = reference("sdxl", 1, 12, 8)
+    program = dc.convert(module, kwargs=kwargs, ranks=2, optimise="hoist-conditioning")
+    needs = phase_needs(program.plan)
+    assert "encoder_hidden_states" in needs["warmup"].inputs
+    assert "encoder_hidden_states" not in needs["steady"].inputs
+
+
+@dataclasses.dataclass
+class Sends:
+    """A collective, as far as it matters here."""
+
+    nbytes: int
+    displaced: bool = True
+    specs: tuple[int, ...] = (0, 1)
+
+    def sent_bytes(self, rank: int) -> int:
+        return self.nbytes if rank else 0
+
+
+@pytest.mark.parametrize(
+    "flops, sent, begins",
+    [
+        ([100] * 8, {}, 4),  # at its turn
+        ([100] * 8, {6: 1000}, 4),  # 100 operations hide a tenth of a byte: nothing is gained by waiting
+        ([1e6] * 8, {6: 1000}, 7),  # after what sends much
+        ([1e6] * 8, {6: 1000, 7: 9000}, 7),  # the last result has nothing to hide under wherever it is sent
+        ([1e5] * 8, {3: 300, 5: 2}, 4),  # two bytes are less than a hundredth
+        ([1e5] * 8, {2: 400, 5: 300}, 4),  # later, less work would be left to hide all that is sent before
+        ([1e6] * 8, {2: 400, 5: 300}, 6),
+    ],
+)
+def test_where_the_last_segment_begins(flops: list[float], sent: dict[int, int], begins: int) -> None:
+    graph = torch.fx.Graph()
+    node = graph.placeholder("x")
+    work = {}
+    for i, n in enumerate(flops):
+        node = graph.call_function(torch.relu, (node,))
+        work[node] = n
+        if i in sent:
+            graph.call_function(ops.exchange.default, (node, [1])).meta["collective"] = Sends(sent[i])
+    last = _last_cut(work, 2)
+    assert last is not None and list(work).index(last) + 1 == begins
