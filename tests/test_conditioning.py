@@ -96,6 +96,12 @@ def test_the_same_memory_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "equal", None)
     assert follow.check(Decision("steady", 0, False), {"text": text.detach()}).phase == "steady"
     monkeypatch.undo()
+    other = torch.frombuffer(text.numpy(), dtype=text.dtype).reshape(2, 3)  # at the same address, by another way
+    text.numpy().fill(2)
+    assert other.data_ptr() == text.data_ptr()
+    assert follow.check(Decision("steady", 0, False), {"text": other}).phase == "warmup"
+    text.zero_()
+    assert follow.check(Decision("steady", 0, False), {"text": text}).phase == "warmup"
     assert follow.check(Decision("steady", 0, False), {"text": text.add_(1).detach()}).phase == "warmup"
     assert follow.check(Decision("steady", 0, False), {"text": text.as_strided((2, 3), (0, 1))}).phase == "steady"
     assert follow.check(Decision("steady", 0, False), {"text": text[:1].expand(2, 3) * 2}).phase == "warmup"

@@ -37,8 +37,10 @@ class _Seen:
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What memory a tensor reads, and how."""
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
+    """What memory a tensor reads, and how. The storage itself, not its address: a compiled encoder may give another
+    result at the same address."""
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _version(tensor: torch.Tensor) -> int | None:
