@@ -47,7 +47,7 @@ class Engine(abc.ABC):
     The contract with the runtime, in the order in which it calls:
 
     1. ``use_scratch`` once, before the first ``enqueue``, where ``scratch_bytes`` is not 0.
-    2. ``bind`` for every input and, where ``binds_outputs``, for any of the outputs. What the runtime binds is dense in
+    2. ``bind`` for every input and, where ``binds_outputs``, for any of the outputs but ``rooms``. What the runtime binds is dense in
        row-major order, lies at an address that 256 divides, and stays valid and in place until the work is done: the
        same addresses come back with every call of the same kind, so that a captured call may be replayed. An output's
        memory overlaps neither an input's, nor another output's, nor the scratch memory.
