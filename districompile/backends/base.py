@@ -47,10 +47,10 @@ class Engine(abc.ABC):
     The contract with the runtime, in the order in which it calls:
 
     1. ``use_scratch`` once, before the first ``enqueue``, where ``scratch_bytes`` is not 0.
-    2. ``bind`` for every input and, where ``binds_outputs``, for any of the outputs but ``rooms``. What the runtime binds is dense in
-       row-major order, lies at an address that 256 divides, and stays valid and in place until the work is done: the
-       same addresses come back with every call of the same kind, so that a captured call may be replayed. An output's
-       memory overlaps neither an input's, nor another output's, nor the scratch memory.
+    2. ``bind`` for every input and, where ``binds_outputs``, for any of the outputs but ``rooms``. What the runtime
+       binds is dense in row-major order, lies at an address that 256 divides, and stays valid and in place until the
+       work is done: the same addresses come back with every call of the same kind, so that a captured call may be
+       replayed. An output's memory overlaps neither an input's, nor another output's, nor the scratch memory.
     3. ``enqueue``. On a GPU: all work goes to ``torch.cuda.current_stream()`` of the engine's device (looked up at each
        call), the host waits for nothing, and, unless ``capturable`` is False, the call may happen while that stream is
        being captured into a CUDA graph. The first ``enqueue`` after loading is never captured: an engine sets up there
@@ -63,9 +63,7 @@ class Engine(abc.ABC):
 
     binds_outputs: bool = False  #: whether ``bind`` takes outputs, too, and ``enqueue`` then writes straight into them
     capturable: bool = True  #: whether ``enqueue`` may be captured into a CUDA graph; means nothing on the CPU
-    rooms: Mapping[
-        str, Any
-    ] = {}  #: outputs that ``enqueue`` writes into an input: they are not bound, but read in place
+    rooms: Mapping[str, Any] = {}  #: outputs that ``enqueue`` writes into an input, where they are read
     scratch_bytes: int = 0  #: memory that ``enqueue`` needs and whose contents it neither expects nor leaves
 
     @abc.abstractmethod
