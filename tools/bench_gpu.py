@@ -6,7 +6,8 @@ Parts, each in processes of its own:
 
   single      one GPU: eager, and torch.compile (default and max-autotune), as CUDA graphs
   free        one rank's engines of both phases, transfers free (upper bound), checked against the eager oracle
-  predict     the same for ``--predict-ranks`` (4 and 8): a rank's compute at a quarter and an eighth of the rows, and
+  passes      the displaced step of free with no optimisation, with each alone, and with all
+  predict     as free for ``--predict-ranks`` (4 and 8): a rank's compute at a quarter and an eighth of the rows, and
               the transfers at ``--bandwidth``
   ours        the bundle on ``--ranks`` GPUs: exact and displaced step (``districompile bench``)
   steps       as ours, and ``--steps`` calls, the first ``--warmup-steps`` exact
@@ -33,7 +34,7 @@ from typing import Any
 
 TOOLS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOOLS.parent))  # where it is not installed
-ONE_GPU = ("single", "free", "predict")
+ONE_GPU = ("single", "free", "predict", "passes")
 PARTS = (*ONE_GPU, "ours", "steps", "distrifuser")
 
 
@@ -74,6 +75,8 @@ def main() -> None:
 
 def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What is to be run, in order: by model and size, so that figures to be compared are taken close together."""
+    from districompile.unit import OPTIMISATIONS
+
     found: list[dict[str, Any]] = []
     models = [args.models] if args.models.startswith("{") else args.models.split(",")
     for model in models:
@@ -81,7 +84,9 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
             for part in args.only.split(","):
                 base = {"part": part, "model": model, "latent": latent, "optimise": args.optimise,
                         "inductor": args.inductor, "max_autotune": args.max_autotune}  # fmt: skip
-                if part == "predict":
+                if part == "passes":
+                    found += [{**base, "ranks": args.ranks, "optimise": o} for o in ("none", *OPTIMISATIONS, "all")]
+                elif part == "predict":
                     found += [{**base, "ranks": int(n)} for n in args.predict_ranks.split(",")]
                 else:
                     found.append({**base, "ranks": 1 if part == "single" else args.ranks})
@@ -179,15 +184,15 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
     predict = job["part"] == "predict"
     gpu_parts.free(
         predicting if predict else say, turn, job["model"], height, width, job["ranks"], job["ranks"] // 2,
-        tuple(args.phases.split(",")),
+        ("steady",) if job["part"] == "passes" else tuple(args.phases.split(",")),
         {"max_autotune": args.max_autotune, "options": json.loads(args.inductor), "workers": args.workers},
-        args.work / f"free-{os.getpid()}", not (args.no_check or predict), args.profile,
-        _optimise(args), args.segments,
+        args.work / f"free-{os.getpid()}", job["part"] == "free" and not args.no_check, args.profile,
+        _optimise(job), args.segments,
     )  # fmt: skip
 
 
-def _optimise(args: argparse.Namespace) -> str:
-    return "" if args.optimise == "none" else str(args.optimise)
+def _optimise(job: dict[str, Any]) -> str:
+    return "" if job["optimise"] == "none" else str(job["optimise"])
 
 
 def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: int) -> None:
@@ -211,7 +216,7 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
         began = time.perf_counter()
         program = dc.convert(
             module, kwargs=gpu_parts.example(module, device, height, width), ranks=job["ranks"],
-            warmup_steps=args.warmup_steps, optimise=_optimise(args), segments=args.segments,
+            warmup_steps=args.warmup_steps, optimise=_optimise(job), segments=args.segments,
         )  # fmt: skip
         converted = time.perf_counter()
         program.save(folder, backend=InductorBackend(device.type, **options))
