@@ -37,7 +37,8 @@ class LeaveRoom:
 
     def run(self, unit: Unit) -> None:
         found = [n for n in unit.graph.nodes if n.target is ops.fetch.default and _whole(n) and _bytes(n) >= self.least]
-        weights = sum(spec.nbytes for spec, _ in unit.captured.weights.values())
+        used = {str(n.target) for n in unit.graph.nodes if n.op == "get_attr"}  # passes may have joined some
+        weights = sum(spec.nbytes for name, (spec, _) in unit.captured.weights.items() if name in used)
         if _COPIES * sum(map(_bytes, found)) <= self.share * weights:
             for node in found:
                 node.meta["room"] = True

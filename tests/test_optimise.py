@@ -48,6 +48,22 @@ def test_room_for_own_rows(name: str, ranks: int) -> None:
         assert [a.sent_bytes(r) for r in range(ranks)] == [b.sent_bytes(r) for r in range(ranks)]
 
 
+def test_room_is_less_than_a_share_of_the_weights() -> None:
+    module, kwargs, _ = reference("sdxl", 1, 20, 8)
+
+    def inserts(share: float) -> int:
+        passes = [LeaveRoom(share, 1)]
+        options = {"optimise": "merge-linears,hoist-fetches", "passes": passes}
+        return dc.convert(module, kwargs=kwargs, ranks=2, **options).graph_text("steady").count("dc.insert")
+
+    plan = dc.convert(module, kwargs=kwargs, ranks=2, optimise="merge-linears,hoist-fetches").plan
+    weights = sum(spec.nbytes for spec in plan.weights.values())
+    whole = [c for c in plan.collectives.values() if c.kind == "attention"]
+    room = sum(2 * c.specs[0].nbytes for c in whole)  # both ranks have half of the rows
+    assert inserts(room / weights * 1.01) == len(whole) > 0
+    assert inserts(room / weights * 0.99) == 0
+
+
 def test_merged_weights_can_be_refitted(tmp_path: Path) -> None:
     module, kwargs, want = reference("sdxl", 1, 12, 8)
     program = dc.convert(module, kwargs=kwargs, ranks=2, optimise="merge-linears")
