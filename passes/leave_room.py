@@ -19,7 +19,7 @@ from torch import fx
 from districompile.ir.ops import ops
 from districompile.unit import Stage, Unit
 
-_COPIES = 2
+_COPIES = 2  # places of what is displaced
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,7 +63,7 @@ class Engine(abc.ABC):
 
     binds_outputs: bool = False  #: whether ``bind`` takes outputs, too, and ``enqueue`` then writes straight into them
     capturable: bool = True  #: whether ``enqueue`` may be captured into a CUDA graph; means nothing on the CPU
-    rooms: Mapping[str, Any] = {}  #: outputs that ``enqueue`` writes into an input, where they are read
+    rooms: Collection[str] = ()  #: outputs that ``enqueue`` writes into an input, where they are read
     scratch_bytes: int = 0  #: memory that ``enqueue`` needs and whose contents it neither expects nor leaves
 
     @abc.abstractmethod

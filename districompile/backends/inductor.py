@@ -65,7 +65,7 @@ class InductorEngine(Engine):
         self, loader: Any, inputs: Mapping[str, Operand], weights: Sequence[Tensor], outputs: Mapping[str, Operand],
         parts: Mapping[str, Sequence[Part]], rooms: Mapping[str, Room], device: torch.device,
     ) -> None:  # fmt: skip
-        self.rooms = dict(rooms)
+        self.rooms = self._rooms = dict(rooms)
         self._loader, self._weights, self._device = loader, list(weights), device
         self._inputs, self._outputs, self._parts = dict(inputs), dict(outputs), dict(parts)
         self._specs = {name: o.spec for name, o in (*self._outputs.items(), *self._inputs.items())}
@@ -100,7 +100,7 @@ class InductorEngine(Engine):
         inputs = []
         for name, operand in self._inputs.items():
             tensor = self._as_compiled(operand, self._bound.pop(name))
-            for output, room in self.rooms.items():
+            for output, room in self._rooms.items():
                 if room.source == name:
                     self._results[output] = tensor[room.start : room.stop]
             inputs += [part.of(tensor) for part in self._parts[name]] if name in self._parts else [tensor]

@@ -1,40 +1,41 @@
 """Operators in the form that Inductor makes the fewest kernels of, and the fewest passes over memory.
 
 A group norm's statistics are pairs (mean, variance). Stacked into one tensor, as plans hold them, Inductor would write
-and read each pair on its way through merging and correction; so a stacked tensor remembers here what it was made of.
+and read each pair on its way through merging and correction; so what a stacked tensor was made of is remembered here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from districompile.ir import ops as plain
 from districompile.ir.ops import ops
 
 _ROWS = 64  # of one partial sum: the partial results are then a few per cent of what is read
-_FEW = 32
+_FEW = 32  # rows: a product that loads its weights, and does little else
 _UNROLLED = 16  # ranks whose statistics are merged without a loop
 
 Pair = tuple[Tensor, Tensor]
+_PAIRS: MutableMapping[Tensor, list[Pair]] = WeakIdKeyDictionary()  # what stacked statistics were made of
 
 
 def _stacked(mean: Tensor, var: Tensor, *, rows: bool = False) -> Tensor:
     """(2, B, G), or (1, 2, B, G) with ``rows``."""
     both = torch.stack([mean, var])
     both = both.unsqueeze(0) if rows else both
-    both.districompile_pairs = [(mean, var)]  # type: ignore[attr-defined]
+    _PAIRS[both] = [(mean, var)]
     return both
 
 
 def _pairs(stats: Tensor) -> list[Pair]:
     """Mean and variance, each (B, G), of every row of (R, 2, B, G), or of (2, B, G)."""
-    known: list[Pair] | None = getattr(stats, "districompile_pairs", None)
-    if known is not None:
-        return known
+    if stats in _PAIRS:
+        return _PAIRS[stats]
     return [(row[0], row[1]) for row in (stats if stats.ndim == 4 else stats.unsqueeze(0))]
 
 
@@ -62,11 +63,9 @@ def moments(x: Tensor, groups: int) -> Tensor:
 def place(foreign: Tensor, x: Tensor, dim: int, before: int, after: int, start: int, stop: int) -> Tensor:
     """:func:`districompile.ir.ops.place`; statistics of several ranks stay pairs."""
     whole = plain.place(foreign, x, dim, before, after, start, stop)
-    if hasattr(x, "districompile_pairs") and (start, stop) == (0, 1) and before + after < _UNROLLED:
+    if x in _PAIRS and (start, stop) == (0, 1) and before + after < _UNROLLED:
         others = _pairs(foreign)
-        whole.districompile_pairs = [  # type: ignore[attr-defined]
-            *others[:before], *_pairs(x), *others[before : before + after]
-        ]  # fmt: skip
+        _PAIRS[whole] = [*others[:before], *_pairs(x), *others[before : before + after]]
     return whole
 
 

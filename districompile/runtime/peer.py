@@ -91,7 +91,7 @@ class PeerLink:
         if route not in self._copies:
             self._copies[route] = [(p, coalesce(route.outgoing[p])) for p in self._peers if p in route.outgoing]
         self._watchdog.busy()
-        if route.at_once:  # leaving the stream and coming back costs more than the copies
+        if route.at_once:  # nothing would run beside it: no other stream to wait for
             self._send(route, "compute")
             return
         self._side.wait_stream(torch.cuda.current_stream(self._device))
