@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -15,6 +16,9 @@ from helpers_net import images, make_bundle
 import districompile as dc
 from districompile import cli
 from districompile.errors import LaunchError
+from districompile.runtime.driver import call
+from districompile.runtime.graph_edit import replace_memsets
+from districompile.runtime.kernels import kernels
 from districompile.runtime.launcher import launch
 from districompile.runtime.trace import write_chrome_trace
 
@@ -79,6 +83,46 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert cli.main(words) == 0
     pictures = [np.asarray(Image.open(f"{d}.png"), dtype=np.float64) for d in ("cuda", "cpu")]
     assert np.abs(pictures[0] - pictures[1]).mean() < 2  # of 255; matrix products on a GPU may round to TF32
+
+
+def test_small_memsets_become_kernels() -> None:
+    x, y = (torch.full((n,), 7, dtype=torch.int32, device="cuda") for n in (3, 5000))
+    own = kernels(x.device)
+    assert own is not None
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+
+    def memset(t: torch.Tensor, value: int, count: int) -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        call("cuMemsetD32Async", ctypes.c_uint64(t.data_ptr()), value, ctypes.c_size_t(count), stream)
+
+    with torch.cuda.graph(graph):
+        x += 1
+        memset(x, 5, 2)
+        x += 1
+        memset(y, 6, 5000)  # large
+        y += 1
+    assert replace_memsets(graph.raw_cuda_graph(), own.fill_words) == 1
+    assert replace_memsets(graph.raw_cuda_graph(), own.fill_words) == 0
+    graph.instantiate()
+    for i in range(2):
+        graph.replay()
+        assert x.tolist() == [6, 6, 9 + 2 * i] and set(y.tolist()) == {7}
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [16, 100, 4096], [3_000_001, 48], [64] * 96])
+def test_the_exchange_kernel_copies_and_signals(sizes: list[int]) -> None:
+    own = kernels(torch.device("cuda", 0))
+    assert own is not None
+    words = torch.zeros(2, dtype=torch.int32, device="cuda")
+    sources = [torch.randint(256, (n + 1,), dtype=torch.uint8, device="cuda") for n in sizes]
+    targets = [torch.zeros_like(s) for s in sources]
+    for start in (0, 1):  # aligned, and not
+        own.exchange([(s[start:], t[start:]) for s, t in zip(sources, targets, strict=True)],
+                     [words.data_ptr(), words.data_ptr() + 4], [words.data_ptr()])  # fmt: skip
+        assert words.tolist() == [0, 1]  # the first was waited for, and taken back
+        assert all(torch.equal(s[start:], t[start:]) for s, t in zip(sources, targets, strict=True))
+    own.exchange([], [], [])
+    torch.cuda.synchronize()
 
 
 @two_gpus

@@ -25,6 +25,9 @@ def test_what_is_waited_for_at_once() -> None:
     assert beside and needs["steady"].at_once  # the output is gathered at the end
     for n in needs["steady"].at_once:
         assert not any(isinstance(s, Run) for s in plan.phases["steady"].steps[n:])
+    assert needs["warmup"].answered == set(posts["warmup"])
+    assert len(needs["steady"].answered) == 1  # the next call finds the rest
+    assert needs["steady"].overlapped and not needs["warmup"].overlapped
     assert needs["warmup"].received == () and needs["steady"].received
     assert needs["warmup"].inputs == needs["steady"].inputs == ("sample", "timestep")
 

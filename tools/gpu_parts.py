@@ -178,6 +178,7 @@ class OneRank:
 
     def __init__(self, program: Any, phase: str, rank: int, backend: Any, device: torch.device, folder: Path) -> None:
         from districompile.backends.build import build_segments
+        from districompile.ir.plan import Keep
 
         self.plan, self.rank, self.device = program.plan, rank, device
         self.phase = program.plan.phases[phase]
@@ -194,12 +195,14 @@ class OneRank:
         self.received = {}
         for name, collective in program.plan.collectives.items():
             spec = collective.results[rank]
-            self.received[name] = _random(spec, device, generator)
+            self.received[name] = _random(spec, device, generator, collective.kind == "norm")
         self.state: dict[str, torch.Tensor] = {}
+        norms = {c.source for c in program.plan.collectives.values() if c.kind == "norm"}
+        kept = {s.state for s in self.phase.steps if isinstance(s, Keep) and s.value in norms}
         for segment in self.segments.values():
             for name, spec in segment.inputs:
                 if name.endswith(".previous"):
-                    self.state[name] = _random(spec, device, generator)
+                    self.state[name] = _random(spec, device, generator, name in kept)
 
     def step(self, inputs: Mapping[str, torch.Tensor], run: Callable[..., Any] | None = None) -> dict[str, Any]:
         """All steps of the phase but the transfers; ``run(segment, inputs)`` stands in for the engines if given."""
@@ -246,12 +249,13 @@ class OneRank:
         return found
 
 
-def _random(spec: Any, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    """Values between 0 and 1: also what a variance may be."""
+def _random(spec: Any, device: torch.device, generator: torch.Generator, statistics: bool = False) -> torch.Tensor:
+    """Values between 0 and 1; statistics of norms are alike, as a correction by their difference needs: of others, a
+    variance may come out as nothing, and then an error is as large as one likes."""
     if not spec.dtype.is_floating_point:
         return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
     drawn = torch.rand(spec.shape, device=device, generator=generator, dtype=torch.float32)
-    return drawn.to(spec.dtype)
+    return (1 + drawn / 10 if statistics else drawn).to(spec.dtype)
 
 
 @torch.no_grad()

@@ -194,6 +194,9 @@ class GlooLink:
     def settle(self) -> None:
         """Nobody writes into a region from outside."""
 
+    def begin(self, overlapped: bool) -> None:
+        """Nothing is prepared."""
+
     def post(self, route: Route) -> None:
         with recorded(self.spans, "post", route.name, "compute", route.sent_bytes):
             messages = {}

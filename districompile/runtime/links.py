@@ -8,7 +8,8 @@ What keeps ranks from overwriting what another one still reads (and a run repeat
 
 - A result that the next call reads is received into two places in turn.
 - No rank posts in a call before every rank has finished the call before it (:meth:`Link.finish`).
-- A route is announced by a signal of its own (two in turn, as the places), which the receiver takes back.
+- A route that is waited for in the call that posts it is announced by a signal of its own (two in turn, as the
+  places), which the receiver takes back. What the next call waits for has arrived by the end of its own call.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class Part:
 @dataclasses.dataclass(eq=False)
 class Route:
     """One ``Post`` between fixed places. ``word`` is the number of its signal in ``region``, the same on all ranks.
-    ``at_once``: it is waited for before anything else is computed, so that nothing is gained beside the compute stream.
+    ``at_once``: nothing is computed before it is waited for, or the call ends, so that nothing is gained beside the
+    compute stream. ``answered``: the call that posts it waits for it.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Route:
     outgoing: Mapping[int, tuple[Part, ...]]
     incoming: Mapping[int, tuple[torch.Tensor, ...]]
     at_once: bool = False
+    answered: bool = True
 
     @property
     def sent_bytes(self) -> int:
@@ -124,6 +127,9 @@ class Link(Protocol):
     def settle(self) -> None:
         """Every rank has prepared its regions. Waits on the host."""
 
+    def begin(self, overlapped: bool) -> None:
+        """A call begins; ``overlapped``: something is posted in it that is not ``at_once``."""
+
     def post(self, route: Route) -> None:
         """Start to send the sources, as they are when the work queued so far is done."""
 
@@ -141,7 +147,8 @@ class Link(Protocol):
         """Work queued from here on may overwrite whatever was posted."""
 
     def finish(self) -> None:
-        """End of a call: work queued from here on comes after the call's reads of all ranks. Never captured."""
+        """End of a call: work queued from here on comes after the call's reads, and finds what was posted, of all ranks
+        (where ranks write each other's regions). Never captured."""
 
     def together(self) -> bool:
         """As :meth:`ready`, for :meth:`finish`."""
@@ -166,6 +173,9 @@ class SilentLink:
 
     def settle(self) -> None:
         self._link.settle()
+
+    def begin(self, overlapped: bool) -> None:
+        pass
 
     def post(self, route: Route) -> None:
         for source, target in route.own:

@@ -86,7 +86,8 @@ class LockstepLinks:
     def __init__(self, ranks: int, device: torch.device) -> None:
         self.ranks, self.device = ranks, device
         self.memory: list[list[torch.Tensor]] = []  # region -> by rank
-        self.signals: set[tuple[int, int, int, int]] = set()  # region, word, src, dst
+        # region, word, src, dst -> whether the call that posted it waits for it, and how many src had finished before
+        self.signals: dict[tuple[int, int, int, int], tuple[bool, int]] = {}
         self.finished = [0] * ranks  # calls
         self.links = tuple(LockstepLink(self, rank) for rank in range(ranks))
 
@@ -120,6 +121,9 @@ class LockstepLink:
     def settle(self) -> None:
         """Ranks in lockstep prepare before any of them runs."""
 
+    def begin(self, overlapped: bool) -> None:
+        """Nothing is prepared."""
+
     def post(self, route: Route) -> None:
         with recorded(self.spans, "post", route.name, "transfer", route.sent_bytes):
             for source, target in route.own:
@@ -132,17 +136,24 @@ class LockstepLink:
                 signal = (route.region.number, route.word, self.rank, peer)
                 if signal in self.group.signals:
                     raise RuntimeError(f"rank {self.rank} posts {route.name} again before rank {peer} has read it")
-                self.group.signals.add(signal)
+                self.group.signals[signal] = route.answered, self.group.finished[self.rank]
+
+    def arrived(self, route: Route) -> bool:
+        """Whether every rank has posted ``route`` and, where no signal tells it, ended the call in which it did."""
+        found = [self.group.signals.get((route.region.number, route.word, p, self.rank)) for p in route.incoming]
+        return all(
+            s is not None and (s[0] or self.group.finished[p] > s[1])
+            for p, s in zip(route.incoming, found, strict=True)
+        )
 
     def ready(self, route: Route) -> bool:
         return True  # it is a defect if not: see wait
 
     def wait(self, route: Route) -> None:
+        if not self.arrived(route):
+            raise RuntimeError(f"rank {self.rank} waits for {route.name}, which has not come so far from every rank")
         for peer in route.incoming:
-            signal = (route.region.number, route.word, peer, self.rank)
-            if signal not in self.group.signals:
-                raise RuntimeError(f"rank {self.rank} waits for {route.name} of rank {peer}, which has not come so far")
-            self.group.signals.remove(signal)
+            del self.group.signals[route.region.number, route.word, peer, self.rank]
 
     def sent(self, route: Route) -> None:
         """What was posted has been copied."""

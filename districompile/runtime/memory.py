@@ -11,7 +11,7 @@ What one ``Post`` sends lies together in the order in which the others receive i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from districompile.errors import BundleError
 from districompile.ir.plan import (
@@ -29,6 +29,10 @@ from districompile.ir.plan import (
 )
 from districompile.runtime.arena import Interval, aligned, place
 from districompile.runtime.links import ReceiveLayout
+
+# What is sent is kept to the end of a call, so that nothing waits for its transfer in between, if that takes no more
+# than this share of the weights' memory
+_SPARE = 1 / 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +67,9 @@ class MemoryPlan:
         return max((p.nbytes for p in self.phases.values()), default=0)
 
 
-def plan_memory(plan: Plan, rank: int) -> MemoryPlan:
-    """Raises :class:`BundleError` for a plan that does not say how large its values are."""
+def plan_memory(plan: Plan, rank: int, elsewhere: Mapping[str, Collection[str]] | None = None) -> MemoryPlan:
+    """``elsewhere``: by phase, values that engines put into places of their own. Raises :class:`BundleError` for a plan
+    that does not say how large its values are."""
     remembered = frozenset().union(*(p.waited_before_posted for p in plan.phases.values()))
     specs = {name: _specs(plan, phase, rank) for name, phase in plan.phases.items()}
     kept: dict[str, TensorSpec] = {}
@@ -82,11 +87,14 @@ def plan_memory(plan: Plan, rank: int) -> MemoryPlan:
         for twice in (False, True)
     ]
     messages = 0
+    spare = _SPARE * sum(spec.nbytes for spec in plan.weights.values())
     phases: dict[str, PhaseMemory] = {}
     sources = {c.source: order[c.name] for c in reversed(collectives)}
     kept_order = sorted(kept, key=lambda s: sources.get(_kept_value(plan, s), len(order)))
     for name, phase in plan.phases.items():
-        phases[name] = _phase(plan, phase, specs[name], kept, order, messages)
+        alone = (elsewhere or {}).get(name, ())
+        held, released = (_phase(plan, phase, specs[name], kept, order, messages, alone, h) for h in (True, False))
+        phases[name] = held if held.nbytes - released.nbytes <= spare else released
         messages += len(phases[name].messages)
     offsets: dict[str, int] = {}
     end = 0
@@ -144,8 +152,9 @@ def _specs(plan: Plan, phase: PhasePlan, rank: int) -> dict[str, TensorSpec]:
 
 def _phase(
     plan: Plan, phase: PhasePlan, specs: Mapping[str, TensorSpec], kept: Mapping[str, TensorSpec],
-    order: Mapping[str, int], messages: int,
+    order: Mapping[str, int], messages: int, elsewhere: Collection[str], held: bool,
 ) -> PhaseMemory:  # fmt: skip
+    """``held``: what is sent is kept to the end of the call."""
     steps = phase.steps
     made: dict[str, int] = {}
     for i, step in enumerate(steps):
@@ -155,14 +164,14 @@ def _phase(
     for step in steps:
         if isinstance(step, Keep) and step.value in made and specs[step.value] == kept[step.state]:
             states.setdefault(step.value, step.state)
-    last = last_uses(plan, phase)
+    last = last_uses(plan, phase, held)
     first = made | {s.value: i for i, s in enumerate(steps) if isinstance(s, Take)}
     # The combined result of a reduction is a value of the call; what arrives for an exchange lies in a region.
     for i, step in enumerate(steps):
         if isinstance(step, Wait):
             reduced = (n for n in step.collectives if isinstance(plan.collectives[n], Reduction))
             first.update((n, min(i, first.get(n, i))) for n in reduced)
-    local = {v for v in first if v not in states}
+    local = {v for v in first if v not in states and v not in elsewhere}
     intervals: list[Interval] = []
     inside: dict[str, tuple[str, int]] = {}
     numbers: dict[int, int] = {}
@@ -186,7 +195,7 @@ def _phase(
     offsets, nbytes = place(intervals)
     found = {v: offsets[inside[v][0]] + inside[v][1] if v in inside else offsets[v] for v in local}
     releases: dict[int, tuple[int, ...]] = {}
-    for i in numbers:
+    for i in () if held else numbers:
         after = _in_use(phase, i)
         if after < len(steps):
             releases[after + 1] = (*releases.get(after + 1, ()), i)
@@ -199,9 +208,10 @@ def _in_use(phase: PhasePlan, post: int) -> int:
     return next((j for j, s in enumerate(phase.steps) if j > post and isinstance(s, Run)), len(phase.steps))
 
 
-def last_uses(plan: Plan, phase: PhasePlan) -> dict[str, int]:
+def last_uses(plan: Plan, phase: PhasePlan, held: bool) -> dict[str, int]:
     """The last step at which each value must be in its place (``len(steps)``: to the end of the call). What is sent
-    stays until its transfer is waited for; what a later call waits for stays under the next segment."""
+    stays until its transfer is waited for; what a later call waits for stays to the end if it is ``held``, else under
+    the next segment."""
     end = len(phase.steps)
     last: dict[str, int] = {}
 
@@ -223,6 +233,6 @@ def last_uses(plan: Plan, phase: PhasePlan) -> dict[str, int]:
                 waits = [
                     j for j, s in enumerate(phase.steps) if j > i and isinstance(s, Wait) and name in s.collectives
                 ]
-                use([plan.collectives[name].source], waits[0] if waits else _in_use(phase, i))
+                use([plan.collectives[name].source], waits[0] if waits else end if held else _in_use(phase, i))
     use(phase.outputs, end)
     return last

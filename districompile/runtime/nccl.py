@@ -63,6 +63,9 @@ class NcclLink:
         torch.cuda.synchronize(self._device)
         self._host.barrier()
 
+    def begin(self, overlapped: bool) -> None:
+        """Nothing is prepared."""
+
     def post(self, route: Route) -> None:
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         self._posted = True

@@ -7,7 +7,7 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from districompile.runtime.executor import Engines, Executor
 from districompile.runtime.gloo import GlooTransport, new_group
 from districompile.runtime.lockstep import LockstepGroup, LockstepLinks
 from districompile.runtime.nccl import NcclCollectives
+from districompile.runtime.peer import PeerLink, PeerShares
 from districompile.runtime.state import StaticState
 from districompile.runtime.static import StaticExecutor
 from districompile.runtime.streams import Decision
@@ -158,11 +159,15 @@ class ProcessRunner:
         self.transport = choose_transport(transport, device, plan.ranks, self._world)
         self._link = make_link(self.transport, patch[self._half], self._half, parts, device, timeout)
         # What concerns the whole call goes from device to device where ranks have GPUs of their own
-        self._shares: NcclCollectives | None = None
+        self._shares: PeerShares | NcclCollectives | None = None
         self._across: GlooTransport | NcclCollectives | None = None
         direct = self.transport != "gloo" and dist.is_nccl_available()
         backend = "nccl" if direct else "gloo"
-        if direct:
+        cut = [i for i in plan.inputs if i.rows is not None]
+        self._shared = Message.of(Slot(i.path, i.path, None, 0, 0, called_spec(plan, i)) for i in cut)
+        if self.transport == "peer" and parts == 1:
+            self._shares = PeerShares(cast(PeerLink, self._link), self._shared.nbytes)
+        elif direct:
             self._shares = NcclCollectives(new_group(range(plan.ranks * parts), timeout, backend), device)
         if parts > 1:
             pairs = [new_group(range(r, plan.ranks * parts, plan.ranks), timeout, backend) for r in range(plan.ranks)]
@@ -173,8 +178,6 @@ class ProcessRunner:
         self.executor = StaticExecutor(plan, patch_rank, engines, self._link, device, cuda_graph)
         self._states: dict[int, StaticState] = {}
         self._failure: BaseException | None = None
-        cut = [i for i in plan.inputs if i.rows is not None]
-        self._shared = Message.of(Slot(i.path, i.path, None, 0, 0, called_spec(plan, i)) for i in cut)
         self._message = torch.zeros(self._shared.nbytes, dtype=torch.uint8, device=device if direct else "cpu")
         self._closed = False
         atexit.register(_close_at_exit, weakref.ref(self))

@@ -19,6 +19,8 @@ from districompile.errors import InputError
 from districompile.ir.plan import Collective, Deliver, Keep, Plan, Post, Reduction, Run, Take, Wait
 from districompile.runtime.arena import allocate
 from districompile.runtime.executor import Engines, result_of
+from districompile.runtime.graph_edit import replace_memsets
+from districompile.runtime.kernels import kernels
 from districompile.runtime.links import Link, ReceiveLayout, Region, Route, SilentLink, build_route, recorded, view
 from districompile.runtime.memory import MemoryPlan, plan_memory
 from districompile.runtime.phases import phase_needs
@@ -47,7 +49,7 @@ class StaticExecutor:
         self, plan: Plan, rank: int, engines: Engines, link: Link, device: torch.device, cuda_graph: bool = True
     ) -> None:
         self.plan, self.rank, self.link, self.device = plan, rank, link, device
-        self.memory: MemoryPlan = plan_memory(plan, rank)
+        self.memory: MemoryPlan = plan_memory(plan, rank, _elsewhere(plan, engines))
         self._engines = engines
         used = {id(e): e for by_segment in engines.values() for e in by_segment.values()}
         self._graphs = cuda_graph and device.type == "cuda" and link.capturable
@@ -165,6 +167,7 @@ class StaticExecutor:
                 self.drop(state)
 
     def _begin(self, phase: str, inputs: Mapping[str, torch.Tensor], state: StaticState) -> None:
+        self.link.join()  # what a reset, or a call that failed, left open would be no part of what is captured
         advice = (
             "Run the warm-up phase first: leave `phase` unset, or set it to 'warmup' for the first calls of an image"
         )
@@ -190,6 +193,7 @@ class StaticExecutor:
         for name, copy in book.kept.items():
             values.setdefault(name, self._kept(state, name, copy))
         posted: dict[int, Route] = {}
+        self.link.begin(self._phases[phase].overlapped)
         for number, step in enumerate(plan.steps):
             for post in memory.releases.get(number, ()):
                 with recorded(spans, "wait", posted[post].name, "compute"):
@@ -201,9 +205,7 @@ class StaticExecutor:
                 with recorded(spans, "run", step.segment, "compute"):
                     self._run(phase, step, values, places)
             elif isinstance(step, Post):
-                at_once = number in self._phases[phase].at_once
-                message = memory.messages[number]
-                posted[number] = yield from self._post(step, message, at_once, values, state, book, spans)
+                posted[number] = yield from self._post(phase, number, step, values, state, book, spans)
             elif isinstance(step, Wait):
                 for name in step.collectives:
                     yield from self._arrived(book, name, spans)
@@ -255,9 +257,10 @@ class StaticExecutor:
         engine.release()
 
     def _post(
-        self, step: Post, message: int, at_once: bool, values: Mapping[str, torch.Tensor], state: StaticState,
+        self, phase: str, number: int, step: Post, values: Mapping[str, torch.Tensor], state: StaticState,
         book: Book, spans: Spans | None,
     ) -> Generator[None, None, Route]:  # fmt: skip
+        message, needs = self.memory.phases[phase].messages[number], self._phases[phase]
         for name in step.collectives:  # posted again before it was read: the earlier transfer must still complete
             yield from self._arrived(book, name, spans)
         half = 1 - book.half.get(message, 1)
@@ -271,7 +274,7 @@ class StaticExecutor:
         route = state.routes.get(key)
         if route is None:
             route = self._route(step, message, half, values, state, dict(book.turn))
-            route.at_once = at_once
+            route.at_once, route.answered = number in needs.at_once, number in needs.answered
             state.routes[key] = route
         self.link.post(route)
         for name in step.collectives:
@@ -350,7 +353,8 @@ class StaticExecutor:
     def _capture(self, phase: str, state: StaticState) -> _Captured:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        own = kernels(self.device)
+        graph = torch.cuda.CUDAGraph(keep_graph=own is not None)
         book = state.book
         # Other threads (watchdogs of transports) may go on using the device meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -358,6 +362,9 @@ class StaticExecutor:
             with self._recording(spans):
                 outputs = result_of(self._steps(phase, state, spans))
         after, state.book = state.book, book
+        if own is not None:
+            replace_memsets(graph.raw_cuda_graph(), own.fill_words)
+            graph.instantiate()
         return _Captured(graph, after, outputs, spans)
 
     def _new_spans(self) -> Spans | None:
@@ -374,3 +381,11 @@ class StaticExecutor:
     def _finish_trace(self, phase: str, spans: Spans | None) -> None:
         if self._trace is not None and spans is not None:
             self._trace.calls.append((phase, spans.read()))
+
+
+def _elsewhere(plan: Plan, engines: Engines) -> dict[str, set[str]]:
+    """What engines leave in their inputs, by phase: it needs no place."""
+    return {
+        phase: {n for s in p.segments.values() for n in s.outputs if n in engines[phase][s.name].rooms}
+        for phase, p in plan.phases.items()
+    }
