@@ -4,8 +4,8 @@
 %y = dc.place(%f, %x, 1, 0, 512, 0, 512)       ->   %y = dc.insert(%f, %x, 1, 0, 0, 512)
 
 ``place`` copies what was received and what is the rank's own into a tensor of their own at every step; with room, an
-engine that may write its inputs copies the own rows alone. Room is memory, twice for what is displaced (decision 11):
-it is left only as long as all room together is less than ``share`` of the weights.
+engine that may write its inputs copies the own rows alone. Room is memory, once where it is much and twice where it is
+little (decision 30): it is left only as long as all rooms together are less than ``share`` of the weights.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from torch import fx
 from districompile.ir.ops import ops
 from districompile.unit import Stage, Unit
 
-_COPIES = 2  # places of what is displaced
-
 
 @dataclasses.dataclass(frozen=True)
 class LeaveRoom:
     """Marks fetches (``meta["room"]``) for ``lower-collectives``. Requires the local stage. Rows of less than ``least``
     bytes are left: what reads them puts them together in passing."""
 
-    share: float = 0.5
+    share: float = 0.75
     least: int = 1 << 16
 
     name: ClassVar[str] = "leave-room"
@@ -39,7 +37,7 @@ class LeaveRoom:
         found = [n for n in unit.graph.nodes if n.target is ops.fetch.default and _whole(n) and _bytes(n) >= self.least]
         used = {str(n.target) for n in unit.graph.nodes if n.op == "get_attr"}  # passes may have joined some
         weights = sum(spec.nbytes for name, (spec, _) in unit.captured.weights.items() if name in used)
-        if _COPIES * sum(map(_bytes, found)) <= self.share * weights:
+        if sum(map(_bytes, found)) <= self.share * weights:
             for node in found:
                 node.meta["room"] = True
 

@@ -3,7 +3,8 @@
     x = 2 * sample;  y[i] = x[i-1] + x[i] + x[i+1] + timestep;  z = y - mean(y)
 
 cut along ``ROWS`` rows. In the steady phase the neighbours' rows and the others' part of the mean are those of the last
-call. Engines overwrite their outputs at every call, as the protocol allows.
+call. Engines overwrite their outputs at every call, as the protocol allows. With ``parted`` the steady phase has two
+segments, and is done with the neighbours' rows before it sends its own.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def bounds_of(rows: int, ranks: int) -> list[int]:
     return [0, *(1 + (rows - 1) * r // ranks for r in range(1, ranks)), rows]
 
 
-def make_plan(ranks: int = 2, rows: int = 7, batch: int = 2, warmup_steps: int = 2, cfg: str = "none") -> Plan:
+def make_plan(ranks: int = 2, rows: int = 7, batch: int = 2, warmup_steps: int = 2, cfg: str = "none",
+              parted: bool = False) -> Plan:  # fmt: skip
     b = bounds_of(rows, ranks)
     f32 = torch.float32
 
@@ -91,6 +93,19 @@ def make_plan(ranks: int = 2, rows: int = 7, batch: int = 2, warmup_steps: int =
         ("out",),
         {"x": own, "sum": one, "z": own},
     )  # fmt: skip
+    if parted:
+        steady = PhasePlan(
+            (
+                Wait(("halo",)), Run("parts"), Keep("own_sum", "sum"), Post(("halo",)), Wait(("total",)), Run("end"),
+                Post(("total",)), Post(("out",)), Wait(("out",)),
+            ),
+            {s.name: s for s in (
+                segment("parts", "sample timestep halo", "x y sum", ("first.weight",)),
+                segment("end", "y sum total own_sum", "z"),
+            )},
+            ("out",),
+            {"x": own, "y": own, "sum": one, "z": own},
+        )  # fmt: skip
     options: dict[str, Any] = {"warmup_steps": warmup_steps, "cfg": cfg}
     return Plan(
         ranks=ranks,
@@ -126,10 +141,14 @@ def function_of(plan: Plan, engine: str) -> Function:
             return {"y": y, "sum": y.sum(1, keepdim=True)}
         if name == "norm":
             return {"z": v["y"] - v["total"] / rows}
+        if name == "end":
+            return {"z": v["y"] - (v["total"] + v["sum"] - v["own_sum"]) / rows}
         x = v["sample"][:, b[r] : b[r + 1]] * 2
         wide = torch.cat([v["halo"][:, :1], x, v["halo"][:, -1:]], 1)
         y = stencil(wide, v["timestep"])
         own = y.sum(1, keepdim=True)
+        if name == "parts":
+            return {"x": x, "y": y, "sum": own}
         return {"x": x, "sum": own, "z": y - (v["total"] + own - v["own_sum"]) / rows}
 
     return run

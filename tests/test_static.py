@@ -70,15 +70,19 @@ def binding_engines(plan: Plan, rank: int) -> dict[str, dict[str, Engine]]:
 
 class AsyncLink(LockstepLink):
     """Says whether a wait can go on, so that ranks may run in any order that the signals allow; and copies what is
-    posted as late as it may."""
+    posted at once, or as late as it may."""
 
-    def __init__(self, group: LockstepLinks, rank: int) -> None:
+    def __init__(self, group: LockstepLinks, rank: int, seed: int) -> None:
         super().__init__(group, rank)
         self.late: dict[Route, None] = {}
+        self.random = random.Random(f"{seed} {rank}")
 
     def post(self, route: Route) -> None:
         assert route not in self.late
-        self.late[route] = None
+        if self.random.random() < 0.5:
+            self.late[route] = None
+        else:
+            super().post(route)
 
     def sent(self, route: Route) -> None:
         if route in self.late:
@@ -101,7 +105,7 @@ class Ranks:
         self.plan = plan
         self.links = LockstepLinks(plan.ranks, CPU)
         if seed is not None:
-            self.links.links = tuple(AsyncLink(self.links, r) for r in range(plan.ranks))
+            self.links.links = tuple(AsyncLink(self.links, r, seed) for r in range(plan.ranks))
         self.random = random.Random(seed) if seed is not None else None
         self.executors = [StaticExecutor(plan, r, engines(plan, r), k, CPU) for r, k in enumerate(self.links.links)]
 
@@ -132,8 +136,9 @@ PHASES = ["warmup", "warmup", "steady", "steady", "steady", "warmup", "steady", 
 
 @pytest.mark.parametrize("engines", [make_engines, binding_engines])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_both_phases_streams_and_reset(ranks: int, engines: Any) -> None:
-    plan = make_plan(ranks)
+@pytest.mark.parametrize("parted", [False, True])
+def test_both_phases_streams_and_reset(ranks: int, engines: Any, parted: bool) -> None:
+    plan = make_plan(ranks, parted=parted)
     run = Ranks(plan, engines)
     states = [run.new_states(), run.new_states()]
     torch.manual_seed(0)
@@ -204,11 +209,11 @@ def test_what_is_sent_is_overwritten_only_afterwards(segments: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 4))
-def test_any_order_of_the_ranks_gives_the_same_bits(seed: int, ranks: int) -> None:
+@given(st.integers(0, 10**6), st.integers(2, 4), st.booleans())
+def test_any_order_of_the_ranks_gives_the_same_bits(seed: int, ranks: int, parted: bool) -> None:
     """Each rank goes through all its calls on its own; signals alone hold it up. Whoever overtakes must not be able to
     overwrite what another rank still reads."""
-    plan = make_plan(ranks)
+    plan = make_plan(ranks, parted=parted)
     turns, free = Ranks(plan), Ranks(plan, seed=seed)
     calls = [(torch.randn(2, 7, generator=torch.Generator().manual_seed(i)), p, i % 2) for i, p in enumerate(
         [p for p in PHASES for _ in (0, 1)])]  # fmt: skip
@@ -256,6 +261,22 @@ def test_places_of_values_alive_together_do_not_overlap(items: list[tuple[int, i
     assert total <= sum(aligned(max(1, i.nbytes)) for i in intervals)
     busiest = max((sum(i.nbytes for i in intervals if i.first <= s <= i.last) for s in range(20)), default=0)
     assert total >= busiest
+
+
+def test_one_place_for_what_is_read_before_it_is_posted() -> None:
+    assert plan_memory(make_plan(2), 0).once == frozenset()  # nothing runs after the steady phase's posts
+    plan = make_plan(2, parted=True)
+    memory = plan_memory(plan, 0)
+    assert memory.remembered == {"halo", "total"} and memory.once == {"halo"}
+    for rank in (0, 1):
+        one, two = memory.single[rank], memory.twice[rank]
+        assert list(one.offsets) == ["halo"] and list(two.offsets) == ["total"]
+        assert one.offsets["halo"] == two.nbytes == 2 * two.stride and one.nbytes == two.nbytes + one.stride
+    steady = plan.phases["steady"]
+    later = dataclasses.replace(steady, segments=dict(steady.segments))
+    later.segments["end"] = dataclasses.replace(steady.segments["end"], inputs=("y", "sum", "total", "own_sum", "halo"))
+    changed = dataclasses.replace(plan, phases={**plan.phases, "steady": later})
+    assert plan_memory(changed, 0).once == frozenset()  # it is read again after it is posted
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

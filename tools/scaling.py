@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,7 +27,8 @@ import bench_convert
 import gpu_parts
 
 import districompile as dc
-from districompile.ir.plan import Plan
+from districompile.backends.inductor_graph import rooms
+from districompile.ir.plan import Phase, Plan
 from districompile.runtime.memory import plan_memory
 
 MB = 1e6
@@ -72,7 +73,11 @@ def case(
         segments=args.segments, optimise="" if args.optimise == "none" else args.optimise,
     )  # fmt: skip
     plan: Plan = program.plan
-    memories = [plan_memory(plan, r) for r in range(plan.ranks)]
+    elsewhere = {
+        phase: {name for _, segment in program.segments(cast(Phase, phase)) for name in rooms(segment)}
+        for phase in plan.phases
+    }
+    memories = [plan_memory(plan, r, elsewhere) for r in range(plan.ranks)]
     work = max(program.work("steady"))
     report = program.report()
     sent = max(report.sent("steady"))
@@ -80,7 +85,7 @@ def case(
         "tflop": round(work / 1e12, 3),
         "rows": {size: [b - a for a, b in itertools.pairwise(bounds)] for size, bounds in plan.bounds.items()},
         "sent_mb": round(sent / MB, 1), "transfer_ms": round(sent / args.bandwidth / MB, 3),
-        "receive_mb": round(max(m.shared[r].nbytes + m.streams[r].nbytes for r, m in enumerate(memories)) / MB, 1),
+        "receive_mb": round(max(m.received_bytes(r) for r, m in enumerate(memories)) / MB, 1),
         "arena_mb": round(max(m.arena_bytes for m in memories) / MB, 1),
         "kept_mb": round(max(2 * m.kept_stride for m in memories) / MB, 1),
         "weights_mb": round(sum(s.nbytes for s in plan.weights.values()) / MB, 1),

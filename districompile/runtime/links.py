@@ -6,7 +6,8 @@ whom belongs. Routes are worked out once; what happens at every call is copies, 
 
 What keeps ranks from overwriting what another one still reads (and a run repeatable):
 
-- A result that the next call reads is received into two places in turn.
+- A result that the next call reads is received into two places in turn; into one, if the next call is done with it
+  when it posts it again: then no rank sends it before the receiver has posted, too (:attr:`Route.meets`).
 - No rank posts in a call before every rank has finished the call before it (:meth:`Link.finish`).
 - A route that is waited for in the call that posts it is announced by a signal of its own (two in turn, as the
   places), which the receiver takes back. What the next call waits for has arrived by the end of its own call.
@@ -36,24 +37,22 @@ def gathered(c: Collective, rank: int) -> TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ReceiveLayout:
-    """Where a rank receives each collective: ``copies`` times at ``offsets[name]``, ``stride`` bytes apart."""
+    """Where a rank receives each collective: ``copies`` times from ``offsets[name]`` on, ``stride`` bytes apart. All of
+    it ends at ``nbytes``."""
 
     offsets: Mapping[str, int]
     stride: int
+    nbytes: int
     copies: int
 
     @staticmethod
-    def of(collectives: Sequence[Collective], rank: int, copies: int) -> ReceiveLayout:
+    def of(collectives: Sequence[Collective], rank: int, copies: int, start: int = 0) -> ReceiveLayout:
         offsets: dict[str, int] = {}
-        end = 0
+        end = start
         for c in collectives:
             offsets[c.name] = end
             end += aligned(gathered(c, rank).nbytes)
-        return ReceiveLayout(offsets, end, copies)
-
-    @property
-    def nbytes(self) -> int:
-        return self.stride * self.copies
+        return ReceiveLayout(offsets, end - start, start + (end - start) * copies, copies)
 
     def inside(self, memory: torch.Tensor, c: Collective, rank: int, copy: int) -> torch.Tensor:
         """The place of ``c`` in a region's ``memory`` (uint8) of ``rank``."""
@@ -90,7 +89,8 @@ class Part:
 class Route:
     """One ``Post`` between fixed places. ``word`` is the number of its signal in ``region``, the same on all ranks.
     ``at_once``: nothing is computed before it is waited for, or the call ends, so that nothing is gained beside the
-    compute stream. ``answered``: the call that posts it waits for it.
+    compute stream. ``answered``: the call that posts it waits for it. ``meets``: the number of another signal, by which
+    a rank says that it has read what the route overwrites; nothing is sent to it before.
     """
 
     name: str
@@ -101,6 +101,7 @@ class Route:
     incoming: Mapping[int, tuple[torch.Tensor, ...]]
     at_once: bool = False
     answered: bool = True
+    meets: int | None = None
 
     @property
     def sent_bytes(self) -> int:

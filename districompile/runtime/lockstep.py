@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -88,12 +89,16 @@ class LockstepLinks:
         self.memory: list[list[torch.Tensor]] = []  # region -> by rank
         # region, word, src, dst -> whether the call that posted it waits for it, and how many src had finished before
         self.signals: dict[tuple[int, int, int, int], tuple[bool, int]] = {}
+        self.met: set[tuple[int, int | None, int, int]] = set()  # likewise: what rank src lets rank dst overwrite
+        self.held: dict[tuple[int, int, int, int], Callable[[], None]] = {}  # sends that wait for that
         self.finished = [0] * ranks  # calls
         self.links = tuple(LockstepLink(self, rank) for rank in range(ranks))
 
     def clear(self) -> None:
         """Forget what is under way, after a call that failed half way."""
         self.signals.clear()
+        self.met.clear()
+        self.held.clear()
         self.finished = [0] * self.ranks
 
 
@@ -125,18 +130,44 @@ class LockstepLink:
         """Nothing is prepared."""
 
     def post(self, route: Route) -> None:
+        calls = self.group.finished[self.rank]
         with recorded(self.spans, "post", route.name, "transfer", route.sent_bytes):
             for source, target in route.own:
                 target.copy_(source)
             for peer, parts in route.outgoing.items():
                 if (route, peer) not in self._copies:
                     self._copies[route, peer] = coalesce(parts)
-                for source, target in self._copies[route, peer]:
-                    target.copy_(source)
-                signal = (route.region.number, route.word, self.rank, peer)
-                if signal in self.group.signals:
-                    raise RuntimeError(f"rank {self.rank} posts {route.name} again before rank {peer} has read it")
-                self.group.signals[signal] = route.answered, self.group.finished[self.rank]
+                copies = self._copies[route, peer]
+                if route.meets is not None and not self._met(route, peer):
+                    copies = [(source.clone(), target) for source, target in copies]
+                    self.group.held[self._word(route, peer)] = functools.partial(self._send, route, peer, copies, calls)
+                else:
+                    self._send(route, peer, copies, calls)
+        if route.meets is not None:
+            for peer in route.incoming:
+                self.group.met.add((route.region.number, route.meets, self.rank, peer))
+                held = self.group.held.pop((route.region.number, route.word, peer, self.rank), None)
+                if held is not None:
+                    held()
+
+    def _send(
+        self, route: Route, peer: int, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], calls: int
+    ) -> None:  # fmt: skip
+        """``calls``: that this rank had finished when it posted."""
+        if route.meets is not None:
+            self.group.met.remove((route.region.number, route.meets, peer, self.rank))
+        for source, target in copies:
+            target.copy_(source)
+        if self._word(route, peer) in self.group.signals:
+            raise RuntimeError(f"rank {self.rank} posts {route.name} again before rank {peer} has read it")
+        self.group.signals[self._word(route, peer)] = route.answered, calls
+
+    def _word(self, route: Route, peer: int) -> tuple[int, int, int, int]:
+        return route.region.number, route.word, self.rank, peer
+
+    def _met(self, route: Route, peer: int) -> bool:
+        """Whether ``peer`` has read what ``route`` overwrites there."""
+        return (route.region.number, route.meets, peer, self.rank) in self.group.met
 
     def arrived(self, route: Route) -> bool:
         """Whether every rank has posted ``route`` and, where no signal tells it, ended the call in which it did."""

@@ -2,7 +2,7 @@
 
 - *arena*: values of one call, placed by liveness; shared by both phases, all segments and all streams of calls.
 - *regions*: where others' rows arrive. What only lives within a call has one place, for all streams of calls; what a
-  later call reads has two places, for each stream.
+  later call reads has two places for each stream, or one, if that call has read it when it posts it again.
 - *kept*: values that the next call reads (``Keep``): two places for each stream.
 
 What one ``Post`` sends lies together in the order in which the others receive it, so that few copies carry it.
@@ -33,6 +33,8 @@ from districompile.runtime.links import ReceiveLayout
 # What is sent is kept to the end of a call, so that nothing waits for its transfer in between, if that takes no more
 # than this share of the weights' memory
 _SPARE = 1 / 32
+# Second places are given up where all of them take more than this share. Where they take less, ranks need not meet
+_SECOND = 1 / 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +53,15 @@ class PhaseMemory:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """``shared`` and ``streams`` are the layouts of the two kinds of regions on every rank."""
+    """``remembered``: collectives that a later call reads; ``once``: those of them with one place. Layouts on every
+    rank: ``shared`` of the region for all streams; in that of each stream ``twice``, and ``single`` behind it."""
 
     phases: Mapping[str, PhaseMemory]
     remembered: frozenset[str]
+    once: frozenset[str]
     shared: tuple[ReceiveLayout, ...]
-    streams: tuple[ReceiveLayout, ...]
+    twice: tuple[ReceiveLayout, ...]
+    single: tuple[ReceiveLayout, ...]
     kept: Mapping[str, TensorSpec]
     kept_offsets: Mapping[str, int]
     kept_stride: int
@@ -65,6 +70,16 @@ class MemoryPlan:
     @property
     def arena_bytes(self) -> int:
         return max((p.nbytes for p in self.phases.values()), default=0)
+
+    def received_bytes(self, rank: int) -> int:
+        """What others write into on ``rank``, with one stream of calls."""
+        return self.shared[rank].nbytes + self.single[rank].nbytes
+
+    def layout(self, name: str, rank: int) -> ReceiveLayout:
+        """Where ``rank`` receives the collective ``name``."""
+        if name not in self.remembered:
+            return self.shared[rank]
+        return (self.single if name in self.once else self.twice)[rank]
 
 
 def plan_memory(plan: Plan, rank: int, elsewhere: Mapping[str, Collection[str]] | None = None) -> MemoryPlan:
@@ -79,15 +94,18 @@ def plan_memory(plan: Plan, rank: int, elsewhere: Mapping[str, Collection[str]] 
                 kept[step.state] = specs[name][step.value]
     order = _order(plan)
     collectives = sorted(plan.collectives.values(), key=lambda c: order[c.name])
-    layouts = [
-        tuple(
-            ReceiveLayout.of([c for c in collectives if (c.name in remembered) == twice], r, 1 + twice)
-            for r in range(plan.ranks)
-        )
-        for twice in (False, True)
-    ]
+    ranks, weights = range(plan.ranks), sum(spec.nbytes for spec in plan.weights.values())
+    once = frozenset(n for n in remembered if all(_read_before_posted(p, n) for p in plan.phases.values()))
+    if (
+        max(ReceiveLayout.of([c for c in collectives if c.name in once], r, 1).nbytes for r in ranks)
+        <= _SECOND * weights
+    ):
+        once = frozenset()
+    shared = tuple(ReceiveLayout.of([c for c in collectives if c.name not in remembered], r, 1) for r in ranks)
+    twice = tuple(ReceiveLayout.of([c for c in collectives if c.name in remembered - once], r, 2) for r in ranks)
+    single = tuple(ReceiveLayout.of([c for c in collectives if c.name in once], r, 1, twice[r].nbytes) for r in ranks)
     messages = 0
-    spare = _SPARE * sum(spec.nbytes for spec in plan.weights.values())
+    spare = _SPARE * weights
     phases: dict[str, PhaseMemory] = {}
     sources = {c.source: order[c.name] for c in reversed(collectives)}
     kept_order = sorted(kept, key=lambda s: sources.get(_kept_value(plan, s), len(order)))
@@ -101,7 +119,23 @@ def plan_memory(plan: Plan, rank: int, elsewhere: Mapping[str, Collection[str]] 
     for state in kept_order:
         offsets[state] = end
         end += aligned(kept[state].nbytes)
-    return MemoryPlan(phases, remembered, layouts[0], layouts[1], kept, offsets, end, messages)
+    return MemoryPlan(phases, remembered, once, shared, twice, single, kept, offsets, end, messages)
+
+
+def _read_before_posted(phase: PhasePlan, name: str) -> bool:
+    """Whether a phase that reads an earlier call's result is done with it when it posts the next one, and goes on
+    computing: where nothing runs beside a transfer, ranks do not meet for it."""
+    if name not in phase.waited_before_posted:
+        return True
+    posts = [i for i, s in enumerate(phase.steps) if isinstance(s, Post) and name in s.collectives]
+    runs = [i for i, s in enumerate(phase.steps) if isinstance(s, Run)]
+    if len(posts) != 1 or runs[-1] < posts[0] or name in phase.outputs:
+        return False
+    for i, step in enumerate(phase.steps):
+        later = i > posts[0] and isinstance(step, Run) and name in phase.segments[step.segment].inputs
+        if later or (isinstance(step, Keep) and step.value == name):
+            return False
+    return True
 
 
 def _kept_value(plan: Plan, state: str) -> str:

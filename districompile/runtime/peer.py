@@ -111,6 +111,11 @@ class PeerLink:
 
     def _send(self, route: Route, lane: str) -> None:
         """On the current stream."""
+        if route.meets is not None:
+            told = [self._address(route.region, route.meets, self.rank, p) for p in route.incoming]
+            self._signal([(_WRITE, address, 1, 0) for address in told])
+            heard = [self._address(route.region, route.meets, p, self.rank) for p in route.outgoing]
+            self._signal([op for a in heard for op in ((_WAIT, a, 1, _EQUAL), (_WRITE, a, 0, 0))])
         with recorded(self.spans, "post", route.name, lane, route.sent_bytes):
             for source, target in self._copies[route]:
                 target.copy_(source)
@@ -128,7 +133,7 @@ class PeerLink:
             self._kernels.exchange(list(filter(_dense, pairs)), self._signals(route), self._awaited(route))
 
     def _by_kernel(self, route: Route) -> bool:
-        if self._kernels is None or not route.at_once:
+        if self._kernels is None or not route.at_once or route.meets is not None:
             return False
         return fits(self._copies[route], self._signals(route), self._awaited(route))
 

@@ -21,7 +21,7 @@ from districompile.runtime.arena import allocate
 from districompile.runtime.executor import Engines, result_of
 from districompile.runtime.graph_edit import replace_memsets
 from districompile.runtime.kernels import kernels
-from districompile.runtime.links import Link, ReceiveLayout, Region, Route, SilentLink, build_route, recorded, view
+from districompile.runtime.links import Link, Region, Route, SilentLink, build_route, recorded, view
 from districompile.runtime.memory import MemoryPlan, plan_memory
 from districompile.runtime.phases import phase_needs
 from districompile.runtime.state import Book, StaticState
@@ -62,7 +62,7 @@ class StaticExecutor:
                 engine.use_scratch(self._scratch)
         self._inputs = {i.value: view(allocate(i.spec.nbytes, device), 0, i.spec) for i in plan.inputs}
         self._phases = phase_needs(plan)
-        layouts = (self.memory.shared[rank], self.memory.streams[rank])
+        layouts = (self.memory.shared[rank], self.memory.twice[rank], self.memory.single[rank])
         self._order = {name: i for i, name in enumerate(n for layout in layouts for n in layout.offsets)}
         self._shared = link.region(max(layout.nbytes for layout in self.memory.shared), 0)
         self._fill(self._shared, shared=True)
@@ -88,7 +88,7 @@ class StaticExecutor:
 
     def new_state(self) -> StaticState:
         """Memory for a stream of calls. All ranks must ask for one at the same time."""
-        region = self.link.region(max(layout.nbytes for layout in self.memory.streams), 2 * self.memory.messages)
+        region = self.link.region(max(layout.nbytes for layout in self.memory.single), 4 * self.memory.messages)
         self._fill(region, shared=False)
         kept = allocate(2 * self.memory.kept_stride, self.device)
         self._states += 1
@@ -109,7 +109,7 @@ class StaticExecutor:
         """Rows that nobody sends keep the value of their border."""
         for c in self.plan.collectives.values():
             if (c.name in self.memory.remembered) != shared and not isinstance(c, Reduction):
-                layout = self._layout(c, self.rank)
+                layout = self.memory.layout(c.name, self.rank)
                 for copy in range(layout.copies):
                     layout.inside(region.local, c, self.rank, copy).fill_(c.fill)
 
@@ -266,8 +266,7 @@ class StaticExecutor:
         half = 1 - book.half.get(message, 1)
         book.half[message] = half
         for name in step.collectives:
-            if name in self.memory.remembered:
-                book.turn[name] = 1 - book.turn.get(name, 1)
+            self._turn(book, name)
         sources = {self.plan.collectives[n].source for n in step.collectives}
         turns = tuple(book.turn.get(n, 0) for n in step.collectives)
         key = (message, half, turns, tuple(values[s].data_ptr() for s in sorted(sources)))
@@ -275,6 +274,8 @@ class StaticExecutor:
         if route is None:
             route = self._route(step, message, half, values, state, dict(book.turn))
             route.at_once, route.answered = number in needs.at_once, number in needs.answered
+            if any(n in self.memory.once and n in needs.received for n in step.collectives):
+                route.meets = route.word + 2 * self.memory.messages
             state.routes[key] = route
         self.link.post(route)
         for name in step.collectives:
@@ -289,7 +290,8 @@ class StaticExecutor:
         def result(c: Collective, rank: int) -> torch.Tensor | None:
             region = state.region if c.name in self.memory.remembered else self._shared
             memory = region.local if rank == self.rank else region.remote.get(rank)
-            return None if memory is None else self._layout(c, rank).inside(memory, c, rank, turn.get(c.name, 0))
+            layout = self.memory.layout(c.name, rank)
+            return None if memory is None else layout.inside(memory, c, rank, turn.get(c.name, 0))
 
         # In the order in which sources and results lie in memory, which is the same on all ranks
         collectives = [self.plan.collectives[n] for n in sorted(step.collectives, key=self._order.__getitem__)]
@@ -313,7 +315,8 @@ class StaticExecutor:
     def _received(self, book: Book, name: str, state: StaticState, places: Mapping[str, torch.Tensor]) -> torch.Tensor:
         c = self.plan.collectives[name]
         region = state.region if name in self.memory.remembered else self._shared
-        received = self._layout(c, self.rank).inside(region.local, c, self.rank, book.turn.get(name, 0))
+        layout = self.memory.layout(name, self.rank)
+        received = layout.inside(region.local, c, self.rank, book.turn.get(name, 0))
         if not isinstance(c, Reduction):
             return received
         return places[name].copy_(combine(c.op, received.unbind(0)))
@@ -321,17 +324,20 @@ class StaticExecutor:
     def _deliver(self, book: Book, name: str, state: StaticState, value: torch.Tensor) -> None:
         """Put a result that an engine made to where one is received."""
         c = self.plan.collectives[name]
-        book.turn[name] = 1 - book.turn.get(name, 1)
+        self._turn(book, name)
         book.last[name] = None
-        place = self._layout(c, self.rank).inside(state.region.local, c, self.rank, book.turn[name])
+        layout = self.memory.layout(name, self.rank)
+        place = layout.inside(state.region.local, c, self.rank, book.turn.get(name, 0))
         if isinstance(c, Reduction):  # what is there is combined when it is read
             place.fill_(0) if c.op == "sum" else place.copy_(value.expand_as(place))
             place[0].copy_(value)
         else:
             place.copy_(value)
 
-    def _layout(self, c: Collective, rank: int) -> ReceiveLayout:
-        return (self.memory.streams if c.name in self.memory.remembered else self.memory.shared)[rank]
+    def _turn(self, book: Book, name: str) -> None:
+        """What is received twice goes to the other place next."""
+        if name in self.memory.remembered and name not in self.memory.once:
+            book.turn[name] = 1 - book.turn.get(name, 1)
 
     def _kept(self, state: StaticState, name: str, copy: int) -> torch.Tensor:
         offset = self.memory.kept_offsets[name] + copy * self.memory.kept_stride
