@@ -6,6 +6,7 @@ the run within seconds, and are told as one line that names the rank which faile
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -103,10 +104,12 @@ def _shutdown() -> dict[str, Any]:
 
 
 class _Worker:
-    """Runs the worker in a rank's process, and makes sure that the process ends when the worker fails."""
+    """Runs the worker in a rank's process, and makes sure that the process ends when the worker fails, and well when it
+    does not."""
 
     def __init__(self, worker: Callable[..., Any]) -> None:
         self._worker = worker
+        self._done = False
         # The launcher names what it runs.
         self.__name__ = getattr(worker, "__name__", type(worker).__name__)
         self.__qualname__ = getattr(worker, "__qualname__", self.__name__)
@@ -115,14 +118,31 @@ class _Worker:
         # A rank that waits inside gloo never gets to Python's handlers: let signals end it there and then.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+        atexit.register(self._leave)  # before the worker's own, which are called first
         try:
-            return self._worker(*args)
+            result = self._worker(*args)
+            self._done = True
+            return result
         except SystemExit as e:
             if e.code in (None, 0):
+                self._done = True
                 return None
             fail_process(LaunchError(f"the worker exited with {e.code!r}"))
         except Exception as e:
             fail_process(e)
+
+    def _leave(self) -> None:
+        """End without tearing down libraries: their threads may still run, and a process that was done has been seen to
+        abort in the destructor of one."""
+        if self._done:
+            _flush()
+            os._exit(0)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
 
 
 def fail_process(error: Exception) -> None:
@@ -130,9 +150,7 @@ def fail_process(error: Exception) -> None:
     get_error_handler().record_exception(error)
     if not isinstance(error, Error):
         traceback.print_exception(error)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
+    _flush()
     if _follows(error):
         # A follower: the rank that failed first must be the one that is found. This one is ended meanwhile.
         time.sleep(_FOLLOWER_WAITS)
