@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from districompile.runtime import kernels as module
-from districompile.runtime.driver import DriverError, KernelNode, MemoryOperation, MemsetNode, call
+from districompile.runtime.driver import DriverError, KernelNode, MemoryOperation, MemsetNode, call, function
 from districompile.runtime.graph_edit import replace_memsets, words_of
 from districompile.runtime.kernels import COPIES, SIGNALS, Exchange, kernels
 
@@ -61,8 +61,12 @@ def test_memsets_that_a_kernel_does(
     assert words_of(MemsetNode(target, 0, value, element, width, height)) == want
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
-def test_without_a_driver() -> None:
+def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    function.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(DriverError, match="has no cuInit"):
         call("cuInit", 0)
     assert replace_memsets(0, ctypes.c_void_p()) == 0
