@@ -79,6 +79,10 @@ MaxAutotuneOption = Annotated[
     bool | None,
     typer.Option("--max-autotune", help="inductor: measure several kernels for each product and convolution; slow."),
 ]
+AttentionOption = Annotated[
+    Literal["auto", "torch", "flash3"] | None,
+    typer.Option(help="inductor: whose kernels: FlashAttention-3 where it is installed and faster [auto], or not."),
+]
 DeviceOption = Annotated[
     Literal["cpu", "cuda"] | None,
     typer.Option(help="Where an eager bundle runs [cpu]; others run where they were made for."),
@@ -122,6 +126,7 @@ def convert(
     engine_weights: EngineWeightsOption = None,
     collectives: CollectivesOption = None,
     max_autotune: MaxAutotuneOption = None,
+    attention: AttentionOption = None,
     as_json: Json = False,
 ) -> int:
     """Compile MODEL for N processes into a bundle on disk."""
@@ -132,7 +137,7 @@ def convert(
         warmup_steps=warmup_steps, displace=displace, backend=backend, dtype=dtype, segments=segments, strict=strict,
         dump=dump, passes=tuple(passes or ()), rules=tuple(rules or ()), stop_after=stop_after, skip=tuple(skip or ()),
         optimise=optimise, target=target, tensorrt_flavour=tensorrt_flavour, engine_weights=engine_weights,
-        collectives=collectives, max_autotune=max_autotune,
+        collectives=collectives, max_autotune=max_autotune, attention=attention,
     )  # fmt: skip
     return command.main(settings, out, as_json)
 
@@ -221,6 +226,7 @@ def run(
     engine_weights: EngineWeightsOption = None,
     collectives: CollectivesOption = None,
     max_autotune: MaxAutotuneOption = None,
+    attention: AttentionOption = None,
     transport: Annotated[
         str, typer.Option(help="What moves bytes between the processes: auto, peer, nccl or gloo.")
     ] = "auto",
@@ -238,7 +244,7 @@ def run(
         conversion={
             "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
             "displace": displace, "backend": backend, "dtype": dtype, "segments": segments, "target": target,
-            "optimise": optimise, "max_autotune": max_autotune,
+            "optimise": optimise, "max_autotune": max_autotune, "attention": attention,
             "tensorrt_flavour": tensorrt_flavour, "engine_weights": engine_weights, "collectives": collectives,
         },
     )  # fmt: skip

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--phases", default="steady,warmup")
     parser.add_argument("--modes", default="eager,default,max-autotune-no-cudagraphs", help="of single")
     parser.add_argument("--max-autotune", action="store_true", help="for our engines")
+    parser.add_argument("--attention", default="auto", help="of our engines: auto, torch or flash3")
     parser.add_argument("--inductor", default="{}", help="further Inductor options for our engines, as JSON")
     parser.add_argument("--optimise", default="all", help="exact passes for speed, or all, or none")
     parser.add_argument("--segments", type=int, default=4)
@@ -83,7 +84,8 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
         for latent in args.latents.split(","):
             for part in args.only.split(","):
                 base = {"part": part, "model": model, "latent": latent, "optimise": args.optimise,
-                        "inductor": args.inductor, "max_autotune": args.max_autotune}  # fmt: skip
+                        "inductor": args.inductor, "max_autotune": args.max_autotune,
+                        "attention": args.attention}  # fmt: skip
                 if part == "passes":
                     found += [{**base, "ranks": args.ranks, "optimise": o} for o in ("none", *OPTIMISATIONS, "all")]
                 elif part == "predict":
@@ -185,10 +187,15 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
     gpu_parts.free(
         predicting if predict else say, turn, job["model"], height, width, job["ranks"], job["ranks"] // 2,
         ("steady",) if job["part"] == "passes" else tuple(args.phases.split(",")),
-        {"max_autotune": args.max_autotune, "options": json.loads(args.inductor), "workers": args.workers},
+        _backend_options(args),
         args.work / f"free-{os.getpid()}", job["part"] == "free" and not args.no_check, args.profile,
         _optimise(job), args.segments,
     )  # fmt: skip
+
+
+def _backend_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"max_autotune": args.max_autotune, "attention": args.attention, "options": json.loads(args.inductor),
+            "workers": args.workers}  # fmt: skip
 
 
 def _optimise(job: dict[str, Any]) -> str:
@@ -204,12 +211,9 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
     import districompile as dc
     from districompile.backends.inductor import InductorBackend
 
-    options = {
-        "max_autotune": args.max_autotune, "options": json.loads(args.inductor), "workers": args.workers,
-    }  # fmt: skip
     turn = gpu_parts.Turn(args.work / "turn")
     name = f"{job['model'] if len(job['model']) < 9 else 'custom'}-{height}x{width}-{job['ranks']}-{args.warmup_steps}"
-    folder = args.work / (name + ("-autotuned" if args.max_autotune else ""))
+    folder = args.work / (name + ("-autotuned" if args.max_autotune else "") + f"-{args.attention}")
     if not (folder / "manifest.json").exists():
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         module = gpu_parts.network(job["model"], device)
@@ -219,7 +223,7 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
             warmup_steps=args.warmup_steps, optimise=_optimise(job), segments=args.segments,
         )  # fmt: skip
         converted = time.perf_counter()
-        program.save(folder, backend=InductorBackend(device.type, **options))
+        program.save(folder, backend=InductorBackend(device.type, **_backend_options(args)))
         figure = {"figure": "convert", "cut_s": round(converted - began, 1),
                   "build_s": round(time.perf_counter() - converted, 1),
                   "packages": len(list((folder / "engines").glob("*.pt2")))}  # fmt: skip

@@ -126,7 +126,8 @@ def peak_gib() -> float | None:
 
 @torch.no_grad()
 def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tuple[str, ...]) -> None:
-    """One GPU: eager, and ``torch.compile`` with each of ``modes``, all as CUDA graphs, channels last."""
+    """One GPU: eager, and ``torch.compile`` with each of ``modes``, all as CUDA graphs, channels last. A mode that ends
+    in ``+flash3`` has FlashAttention-3 in PyTorch's place, for all attention."""
     device = torch.device("cuda")
     module = network(model, device)
     kwargs = example(module, device, height, width)
@@ -140,20 +141,35 @@ def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tup
     for mode in (m for m in modes if m != "eager"):  # first what has to be compiled, as others do meanwhile
         torch.compiler.reset()
         start = time.perf_counter()
-        compiled = torch.compile(module, fullgraph=True, dynamic=False, mode=None if mode == "default" else mode)
+        name, _, flash = mode.partition("+")
+        compiled = torch.compile(module, fullgraph=True, dynamic=False, mode=None if name == "default" else name)
 
         def step(compiled: Any = compiled) -> Any:
             return compiled(**kwargs, return_dict=False)[0]
 
-        step()
-        seconds = round(time.perf_counter() - start, 1)
-        with turn.alone():
-            ms = median_ms(captured(step), count)
+        with flash_attention() if flash else contextlib.nullcontext():
+            step()
+            seconds = round(time.perf_counter() - start, 1)
+            with turn.alone():
+                ms = median_ms(captured(step), count)
         say(figure=f"1 GPU torch.compile {mode} + CUDA graph", ms=ms, compile_s=seconds, peak_gib=peak_gib())
         gc.collect()
     if "eager" in modes:
         with turn.alone():
             say(figure="1 GPU eager + CUDA graph", ms=median_ms(captured(eager), count))
+
+
+@contextlib.contextmanager
+def flash_attention() -> Iterator[None]:
+    """FlashAttention-3, by PyTorch's own switch for it, in what is traced or run inside."""
+    from torch.nn import attention
+
+    attention.activate_flash_attention_impl("FA3")
+    try:
+        with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+            yield
+    finally:
+        attention.restore_flash_attention_impl()
 
 
 class LiveWeights:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -25,17 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from districompile.backends import flash_attention
 from districompile.backends.base import BuildSegment, Engine, check_input
 from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor_compiler import choose_compiler
 from districompile.backends.inductor_graph import Job, Operand, Part, Room, image_values, lift_parts, rooms
 from districompile.backends.inductor_pool import Pool, compile_here
+from districompile.backends.inductor_target import capability, check_here, default_workers, target_of, torch_version
 from districompile.errors import BackendError, BundleError, InputError
 from districompile.ir.plan import TensorSpec
 from districompile.ir.serialize import content_hash, graph_to_json
 from districompile.weights import WeightFile
 
-_FORMAT = "districompile inductor 2"
+_FORMAT = "districompile inductor 3"
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 # How many operands an expression may have that each of its readers computes anew. A group norm has its table, what a
 # convolution gave with its bias, and the time embedding or the other summand of a residual, with its bias. By default
@@ -135,27 +136,31 @@ class InductorBackend:
     """Compiles for ``device``, a kind of device of this machine ("cuda", "cpu"); by default the GPU if there is one.
 
     ``max_autotune`` measures several kernels for each matrix product and convolution: slower to compile, usually
-    faster to run. ``channels_last`` stores weights of convolutions with their channels innermost (by default on GPUs;
-    on the CPU it would cost each process a copy of them). ``workers`` is how many processes compile. ``options`` are
-    further settings of ``torch._inductor.config``, as ``{"coordinate_descent_tuning": True}``.
+    faster to run. ``attention``: "torch" for the kernels that PyTorch chooses, "flash3" for FlashAttention-3,
+    "auto" for whichever is faster if that can be used here. ``channels_last`` stores weights of convolutions
+    with their channels innermost (by default on GPUs; on the CPU it would cost each process a copy of them).
+    ``workers`` is how many processes compile. ``options`` are further settings of ``torch._inductor.config``, as
+    ``{"coordinate_descent_tuning": True}``.
     """
 
     name = "inductor"
     suffix = ".aoti.json"
 
     def __init__(
-        self, device: str | None = None, *, max_autotune: bool = False, channels_last: bool | None = None,
-        workers: int | None = None, options: Mapping[str, Any] | None = None,
+        self, device: str | None = None, *, max_autotune: bool = False, attention: str = "auto",
+        channels_last: bool | None = None, workers: int | None = None, options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._channels_last = self._kind == "cuda" if channels_last is None else channels_last
-        self._workers = workers if workers is not None else _default_workers(self._kind, max_autotune)
+        self._workers = workers if workers is not None else default_workers(self._kind, max_autotune)
         # What a GPU's program does on the host needs no vector instructions, which take a minute to try out, and no
         # optimising compiler
         gpu = {"cpp.vec_isa_ok": False, _OPTIMISE_HOST: "O0", **_FUSION} if self._kind == "cuda" else {}
         self._options = tuple(sorted({"max_autotune": max_autotune, **gpu, **(options or {})}.items()))
+        self._flash = flash_attention.choose(attention, self._kind) == "flash3"
+        self._always_flash = attention == "flash3"
         # Engines differ by torch, by the machine's device and by the options
-        target = _target(self._kind)
+        target = target_of(self._kind)
         self.version = f"2, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
         self._plans: dict[int, tuple[BuildSegment, _Package]] = {}  # by id of the segment, which is kept alive
         self._images: set[str] = set()  # values that go from segment to segment as images
@@ -169,7 +174,7 @@ class InductorBackend:
         """What a bundle's manifest says of the device its engines are for."""
         if self._kind != "cuda":
             return self._kind
-        return f"cuda: {torch.cuda.get_device_name()}, compute capability {_capability()}"
+        return f"cuda: {torch.cuda.get_device_name()}, compute capability {capability()}"
 
     def unavailable(self) -> str | None:
         if not hasattr(torch._inductor, "aoti_compile_and_package"):
@@ -240,13 +245,16 @@ class InductorBackend:
             package = str(data["package"])
             parts = {str(n): [Part(*map(int, p)) for p in listed] for n, listed in data["parts"].items()}
             found = {str(n): Room(str(source), int(a), int(b)) for n, (source, a, b) in data["rooms"].items()}
+            calls = [str(name) for name in data["calls"]]
             target, kind, built = str(data["target"]), str(data["device"]), str(data["torch"])
         except (OSError, ValueError, KeyError, TypeError, BundleError) as e:
             raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e
         inputs, needed, outputs = groups
         if {*outputs, *found} != set(segment) or any(room.source not in inputs for room in found.values()):
             raise BackendError(f"{path} is another segment: it gives {(*outputs, *found)}, not {tuple(segment)}")
-        _check_here(kind, target, built, device)
+        check_here(kind, target, built, device)
+        if calls:
+            flash_attention.load(device)
         if str(device) == "cuda":  # without a number
             device = torch.device("cuda", torch.cuda.current_device())
         if not re.fullmatch(r"[0-9a-f]+\.pt2", package):
@@ -263,7 +271,7 @@ class InductorBackend:
             index = device.index if device.type == "cuda" else -1
             try:
                 # What torch's aoti_load_package ends in. Before, that compiles probes for vector instructions, only to
-                # compare them with those of the machine that compiled; _check_here does its own comparison.
+                # compare them with those of the machine that compiled; check_here does its own comparison.
                 loader = torch._C._aoti.AOTIModelPackageLoader
                 self._loaded[key] = loader(str(path), "model", True, 1, index)  # one thread, one runner
             except Exception as e:  # it has no error class of its own
@@ -281,6 +289,7 @@ class InductorBackend:
         kept = [i for i, (name, _) in enumerate(segment.outputs) if name not in inside]
         written = [segment.outputs[i] for i in kept]
         graph, parts = lift_parts(segment.graph.graph, len(segment.inputs), kept)
+        calls_flash = self._flash and flash_attention.use_flash(graph.graph, self._always_flash)
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
         weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]
         outputs = [Operand(s, self._value_format(name, s)) for name, s in written]
@@ -303,7 +312,7 @@ class InductorBackend:
             if taken is not None
         }
         places = {name: dataclasses.astuple(room) for name, room in inside.items()}
-        return _Package(key, job, {**named, "parts": views, "rooms": places})
+        return _Package(key, job, calls_flash, {**named, "parts": views, "rooms": places})
 
     def _value_format(self, name: str, spec: TensorSpec) -> str:
         """Images that go from segment to segment keep the format convolutions want; what transports move is plain."""
@@ -322,13 +331,14 @@ class _Package:
 
     key: str
     job: Job
+    calls_flash: bool
     operands: dict[str, Any]
 
     def describe(self, kind: str) -> dict[str, Any]:
         """The JSON beside the package."""
         return {
-            "format": _FORMAT, "package": f"{self.key}.pt2", "device": kind, "target": _target(kind),
-            "torch": _torch_version(), **self.operands,
+            "format": _FORMAT, "package": f"{self.key}.pt2", "device": kind, "target": target_of(kind),
+            "torch": torch_version(), "calls": [flash_attention.PACKAGE] if self.calls_flash else [], **self.operands,
         }  # fmt: skip
 
 
@@ -355,42 +365,3 @@ def _weight_formats(segment: BuildSegment) -> dict[str, str]:
 def _check_weight(path: Path, weights: WeightFile, name: str, spec: TensorSpec) -> None:
     if weights.spec(name) != spec:
         raise BackendError(f"{path} needs the weight {name!r} as {spec}, not as {weights.spec(name)}")
-
-
-def _default_workers(kind: str, max_autotune: bool) -> int:
-    """One a core on a CPU; fewer on a GPU, of which each takes some memory. Measurements are not to disturb another."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if kind == "cuda":
-        return max(1, min(cores // 2, 2 if max_autotune else 8))
-    return cores
-
-
-def _torch_version() -> str:
-    return ".".join(torch.__version__.split(".")[:2])
-
-
-def _capability(device: torch.device | None = None) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{major}.{minor}"
-
-
-def _target(kind: str, device: torch.device | None = None) -> str:
-    """What machine code compiled here needs: the GPU's compute capability, or the CPU's vector instructions."""
-    if kind == "cuda":
-        return f"compute capability {_capability(device)}" if torch.cuda.is_available() else "no GPU"
-    return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _check_here(kind: str, target: str, built: str, device: torch.device) -> None:
-    """Raise :class:`BackendError` unless code for ``kind`` and ``target``, of torch ``built``, runs on ``device``."""
-    again = "convert again on this machine"
-    if device.type != kind:
-        raise BackendError(f"this bundle was compiled for {kind}, not for {device}: {again}, or load it on {kind}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"this bundle was compiled for a GPU with {target}, and there is no GPU here")
-    if (here := _target(kind, device if kind == "cuda" else None)) != target:
-        raise BackendError(f"this bundle was compiled for another device, a {target}, and this is a {here}: {again}")
-    if built != _torch_version():
-        raise BackendError(
-            f"this bundle was compiled with torch {built}, and this is torch {_torch_version()}: {again}"
-        )

@@ -50,6 +50,7 @@ class Settings:
     engine_weights: str | None = None
     collectives: str | None = None
     max_autotune: bool | None = None
+    attention: str | None = None
 
 
 _BACKEND_OPTIONS = {  # option -> its flag, and the one backend that takes it
@@ -57,6 +58,7 @@ _BACKEND_OPTIONS = {  # option -> its flag, and the one backend that takes it
     "target": ("--target", "tensorrt"),
     "weights": ("--engine-weights", "tensorrt"),
     "max_autotune": ("--max-autotune", "inductor"),
+    "attention": ("--attention", "inductor"),
 }
 
 
@@ -66,7 +68,7 @@ def make_backend(settings: Settings) -> Backend:
     name = settings.backend or DEFAULT_BACKEND
     options = {
         "flavour": settings.tensorrt_flavour, "target": settings.target, "weights": settings.engine_weights,
-        "max_autotune": settings.max_autotune,
+        "max_autotune": settings.max_autotune, "attention": settings.attention,
     }  # fmt: skip
     given = {key: value for key, value in options.items() if value is not None}
     for flag, owner in (_BACKEND_OPTIONS[key] for key in given):

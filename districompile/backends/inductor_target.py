@@ -1,0 +1,46 @@
+"""What code that AOTInductor compiles here needs of the machine that runs it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from districompile.errors import BackendError
+
+
+def default_workers(kind: str, max_autotune: bool) -> int:
+    """One a core on a CPU; fewer on a GPU, of which each takes some memory. Measurements are not to disturb another."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if kind == "cuda":
+        return max(1, min(cores // 2, 2 if max_autotune else 8))
+    return cores
+
+
+def torch_version() -> str:
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def capability(device: torch.device | None = None) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def target_of(kind: str, device: torch.device | None = None) -> str:
+    """What machine code compiled here needs: the GPU's compute capability, or the CPU's vector instructions."""
+    if kind == "cuda":
+        return f"compute capability {capability(device)}" if torch.cuda.is_available() else "no GPU"
+    return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+
+
+def check_here(kind: str, target: str, built: str, device: torch.device) -> None:
+    """Raise :class:`BackendError` unless code for ``kind`` and ``target``, of torch ``built``, runs on ``device``."""
+    again = "convert again on this machine"
+    if device.type != kind:
+        raise BackendError(f"this bundle was compiled for {kind}, not for {device}: {again}, or load it on {kind}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"this bundle was compiled for a GPU with {target}, and there is no GPU here")
+    if (here := target_of(kind, device if kind == "cuda" else None)) != target:
+        raise BackendError(f"this bundle was compiled for another device, a {target}, and this is a {here}: {again}")
+    if built != torch_version():
+        raise BackendError(f"this bundle was compiled with torch {built}, and this is torch {torch_version()}: {again}")

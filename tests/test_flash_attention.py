@@ -1,0 +1,143 @@
+"""Attention by FlashAttention-3: what is handed to it, and what is said where it is missing. On the CPU its operator is
+PyTorch's attention; ``test_gpu.py`` runs the library where it is installed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import districompile as dc
+from districompile.backends import flash_attention
+from districompile.backends.eager import EagerBackend
+from districompile.backends.inductor import InductorBackend
+from districompile.errors import BackendError
+from tests.helpers_segments import error, make_segment, run_segment
+
+_REASON = InductorBackend("cpu").cannot_build()
+_FLASH = torch.ops.districompile.flash_attention.default
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.reshape(*x.shape[:-1], 2, -1).transpose(1, 2)
+
+
+def _attend(x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+    q, k, v = torch.nn.functional.linear(x, weight).chunk(3, -1)
+    seen = torch.nn.functional.scaled_dot_product_attention(_heads(q), _heads(k), _heads(v), **kwargs)
+    return seen.transpose(1, 2).flatten(2) + x
+
+
+def _graph(dtype: torch.dtype, length: int, width: int, **kwargs: Any) -> fx.Graph:
+    inputs = {"x": torch.randn(1, length, 2 * width).to(dtype)}
+    weights = {"w": torch.randn(6 * width, 2 * width).to(dtype)}
+    return make_segment(lambda x, w: _attend(x, w, **kwargs), inputs, weights).graph.graph
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "width", "kwargs", "taken"),
+    [
+        (torch.float16, 1024, 64, {}, True),
+        (torch.bfloat16, 1200, 40, {"scale": 0.3}, True),
+        (torch.float16, 1024, 256, {}, True),
+        (torch.float32, 1024, 64, {}, False),
+        (torch.float16, 7, 64, {}, True),
+        (torch.float16, 1024, 264, {}, False),
+        (torch.float16, 1024, 36, {}, False),
+        (torch.float16, 1024, 64, {"is_causal": True}, False),
+        (torch.float16, 1024, 64, {"attn_mask": torch.zeros(1, 1024).half()}, False),
+    ],
+)
+def test_what_is_handed_over(dtype: torch.dtype, length: int, width: int, kwargs: Any, taken: bool) -> None:
+    graph = _graph(dtype, length, width, **kwargs)
+    assert flash_attention.use_flash(graph, always=True) == taken
+    calls = [n for n in graph.nodes if n.target is _FLASH]
+    assert len(calls) == taken
+    if taken:
+        scale: Any = calls[0].args[3]
+        assert scale == pytest.approx(kwargs.get("scale", 1 / math.sqrt(width)))
+
+
+@pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+def test_an_engine_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention, "choose", lambda asked, kind: "flash3")
+    monkeypatch.setattr(flash_attention, "fastest", lambda *size: 2)
+    inputs, weights = {"x": torch.randn(1, 1024, 128).half()}, {"w": torch.randn(384, 128).half() / 10}
+    segment = make_segment(_attend, inputs, weights)
+    got = run_segment(InductorBackend("cpu"), segment, inputs, weights, tmp_path)
+    want = run_segment(EagerBackend(), segment, inputs, weights, tmp_path)
+    assert max(error(got[n], want[n]) for n in want) < 2e-3
+    [engine] = (json.loads(p.read_text()) for p in tmp_path.rglob("*.aoti.json"))
+    assert engine["calls"] == ["flash_attn_3"]
+
+
+def test_the_faster_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times as they come: PyTorch's, then the library's with the keys in one part, two and three."""
+    graph, asked = _graph(torch.float16, 16, 8), []
+
+    def fastest(*times: float) -> int:
+        left = iter(times)
+        monkeypatch.setattr(flash_attention, "_milliseconds", lambda call: next(left))
+        return flash_attention.fastest.__wrapped__(1, 2, 16, 8, 16, torch.float16)
+
+    def slower(*size: Any) -> int:
+        asked.append(size)
+        return 0
+
+    monkeypatch.setattr(flash_attention, "load", lambda device: None)
+    monkeypatch.setattr(torch, "randn", lambda *size, **kwargs: None)
+    assert fastest(1.0, 0.8, 0.9, 0.9) == 1 and fastest(1.0, 0.9, 0.8, 0.9) == 2
+    assert fastest(1.0, 1.1, 1.2, 1.3) == 0 and fastest(1.0, 0.99, 1.2, 1.3) == 0
+    monkeypatch.setattr(flash_attention, "fastest", slower)
+    assert not flash_attention.use_flash(graph) and asked == [(1, 2, 16, 8, 16, torch.float16)]
+
+
+def test_chosen_where_it_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flash_attention.choose("auto", "cpu") == flash_attention.choose("torch", "cpu") == "torch"
+    with pytest.raises(BackendError, match="flash3 needs a GPU"):
+        flash_attention.choose("flash3", "cpu")
+    with pytest.raises(BackendError, match="no attention 'fast': auto, torch, flash3"):
+        flash_attention.choose("fast", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert flash_attention.choose("auto", "cuda") == "torch"
+    with pytest.raises(BackendError, match="for Hopper GPUs, and this is an NVIDIA A100"):
+        flash_attention.choose("flash3", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(flash_attention, "PACKAGE", "not_a_package")
+    assert flash_attention.choose("auto", "cuda") == "torch"
+    with pytest.raises(BackendError, match="not_a_package, which is not installed"):
+        flash_attention.choose("flash3", "cuda")
+    monkeypatch.setattr(flash_attention, "PACKAGE", "json")
+    assert flash_attention.choose("auto", "cuda") == "flash3"
+
+
+def test_missing_where_an_engine_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_attention.load(torch.device("cpu"))
+    monkeypatch.setattr(flash_attention, "PACKAGE", "not_a_package")
+    with pytest.raises(dc.Error, match="not_a_package cannot be imported.*--attention torch"):
+        flash_attention.load(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(flash_attention.unusable("cuda") is not None, reason=str(flash_attention.unusable("cuda")))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("start", "splits"), [(0, 1), (0, 2), (3, 1)])
+def test_the_library_agrees(dtype: torch.dtype, start: int, splits: int) -> None:
+    """Keys and values of one product, as engines hand them over; those that are not at 16 bytes are copied."""
+    packed = torch.randn(2, 1500, 2 * 5 * 64 + start, device="cuda").to(dtype)[..., start:].view(2, 1500, 2, 5, 64)
+    q, k, v = torch.randn(2, 700, 5, 64, device="cuda").to(dtype), packed[:, :, 0], packed[:, :, 1]
+    _FLASH(q, k, v, 0.2, splits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = _FLASH(q, k, v, 0.2, splits)
+    graph.replay()
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.2).transpose(1, 2)
+    assert got.is_contiguous() and error(got.double(), want) <= 2 * torch.finfo(dtype).eps
