@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from districompile.commands.bench import transfers_of
 from districompile.errors import InputError, LaunchError
 from districompile.runtime.choose import Facts, check_transport, decide
 from districompile.runtime.trace import Span, Spans, Trace, write_chrome_trace
@@ -68,6 +69,8 @@ def test_hidden_and_exposed_transfer_time(tmp_path: Path) -> None:
     row = trace.summary()[0]
     assert row == {"phase": "steady", "total_ms": 6.5, "run_ms": 4, "transfer_ms": 5, "exposed_ms": 2, "hidden_ms": 3,
                    "sent_bytes": 150}  # fmt: skip
+    faster = Trace(0, [("steady", [Span("run", "a", "compute", 0, 3), Span("wait", "y", "compute", 3, 6.5)])])
+    assert transfers_of([faster.summary()[0], row]) == {**row, "uneven_ms": 1}  # it waits for the other
     write_chrome_trace(tmp_path / "t.json", [trace])
     events = [e for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"] if e["ph"] == "X"]
     assert len(events) == 10 and {e["pid"] for e in events} == {1}

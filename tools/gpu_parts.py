@@ -162,11 +162,12 @@ def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tup
 @contextlib.contextmanager
 def flash_attention() -> Iterator[None]:
     """FlashAttention-3, by PyTorch's own switch for it, in what is traced or run inside."""
+    from torch._functorch import config
     from torch.nn import attention
 
     attention.activate_flash_attention_impl("FA3")
-    try:
-        with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+    try:  # a cached program has the kernels of attention it was made with
+        with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION), config.patch(enable_autograd_cache=False):
             yield
     finally:
         attention.restore_flash_attention_impl()

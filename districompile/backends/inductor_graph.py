@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import districompile.backends.flash_attention  # noqa: F401  (an operator of graphs, in processes that compile, too)
 from districompile.backends.base import BuildSegment
 from districompile.backends.inductor_forms import FUSED, insert_in_place
 from districompile.ir.ops import ops

@@ -171,14 +171,13 @@ def _kernels(timer: Calls) -> str:
 
 
 def _traced(module: DistributedModule, timer: Calls) -> Trace:
-    """Three steady calls and one exact one, each with what it waited for."""
-    module.phase = "steady"
+    """Some calls of each phase, each with what it waited for; those that are captured for it come first."""
+    phases: tuple[Phase, ...] = ("steady", "warmup")
     with module.trace() as trace:
-        for _ in range(6):  # those that are captured for it come first
-            timer.call()
-        module.phase = "warmup"
-        for _ in range(3):
-            timer.call()
+        for phase in phases:
+            module.phase = phase
+            for _ in range(6):
+                timer.call()
     return trace
 
 
@@ -195,9 +194,7 @@ def _lines(ranks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     if first["traces"] is not None:
         for phase, name in names.items():
             rows = [[s for s in r["traces"].summary() if s["phase"] == phase][-1] for r in ranks]
-            worst = max(rows, key=lambda s: s["exposed_ms"])
-            sent = max(s["sent_bytes"] for s in rows)
-            yield {"figure": f"{name}, transfers", **{**worst, "sent_bytes": sent}, **common}
+            yield {"figure": f"{name}, transfers", **transfers_of(rows), **common}
     for phase, name in names.items():
         if f"{phase} free" in first["figures"]:
             medians = [statistics.median(r["figures"][f"{phase} free"]) for r in ranks]
@@ -209,6 +206,14 @@ def _lines(ranks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     if peak := max(r["peak"] for r in ranks):
         yield {"figure": "peak memory of a GPU", "gib": round(peak / 2**30, 3), **common}
     yield {"figure": "load", "seconds": round(max(r["load_s"] for r in ranks), 2), **common}
+
+
+def transfers_of(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """A traced call, of the rank that computes longest. The others wait for that rank besides, as long as it computes
+    more than they do: ``uneven_ms`` for the first of them."""
+    slowest = max(ranks, key=lambda s: s["run_ms"])
+    uneven = slowest["run_ms"] - min(s["run_ms"] for s in ranks)
+    return {**slowest, "sent_bytes": max(s["sent_bytes"] for s in ranks), "uneven_ms": round(uneven, 4)}
 
 
 def random_call(plan: Plan, device: torch.device, seed: int = 0) -> dict[str, Any]:
