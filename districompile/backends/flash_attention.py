@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 import districompile.ir.ops  # noqa: F401  (defines the library that this adds to)
+from districompile.backends.timing import milliseconds
 from districompile.errors import BackendError
 
 PACKAGE = "flash_attn_3"
@@ -130,32 +130,10 @@ def fastest(batch: int, heads: int, queries: int, width: int, keys: int, dtype: 
     load(torch.device("cuda"))
     q, k, v = (torch.randn(batch, n, heads, width, dtype=dtype, device="cuda") for n in (queries, keys, keys))
     scale = 1 / math.sqrt(width)
-    usual = _milliseconds(functools.partial(_elsewhere, q, k, v, scale, 1))
-    times = {n: _milliseconds(functools.partial(_on_gpu, q, k, v, scale, n)) for n in _SPLITS}
+    usual = milliseconds(functools.partial(_elsewhere, q, k, v, scale, 1))
+    times = {n: milliseconds(functools.partial(_on_gpu, q, k, v, scale, n)) for n in _SPLITS}
     best = min(_SPLITS, key=times.__getitem__)
     return best if times[best] < _GAIN * usual else 0
-
-
-def _milliseconds(call: Callable[[], Tensor]) -> float:
-    """The least of some times, in a CUDA graph, as the host takes longer to launch short ones than they run."""
-    call()  # the first one chooses and loads kernels
-    once = _elapsed(call)
-    count = max(1, min(20, int(5 / once)))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            call()
-    graph.replay()
-    return min(_elapsed(graph.replay) for _ in range(4)) / count
-
-
-def _elapsed(call: Callable[[], object]) -> float:
-    events: Any = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-    events[0].record()
-    call()
-    events[1].record()
-    torch.cuda.synchronize()
-    return float(events[0].elapsed_time(events[1]))
 
 
 def _scale(node: fx.Node) -> float | None:

@@ -28,6 +28,7 @@ from districompile.backends import flash_attention
 from districompile.backends.base import BuildSegment, Engine, check_input
 from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor_compiler import choose_compiler
+from districompile.backends.inductor_direct import split_products, splits_products
 from districompile.backends.inductor_graph import Job, Operand, Part, Room, image_values, lift_parts, rooms
 from districompile.backends.inductor_pool import Pool, compile_here
 from districompile.backends.inductor_target import capability, check_here, default_workers, target_of, torch_version
@@ -289,6 +290,8 @@ class InductorBackend:
         kept = [i for i, (name, _) in enumerate(segment.outputs) if name not in inside]
         written = [segment.outputs[i] for i in kept]
         graph, parts = lift_parts(segment.graph.graph, len(segment.inputs), kept)
+        if splits_products(self._kind):
+            split_products(graph.graph)
         calls_flash = self._flash and flash_attention.use_flash(graph.graph, self._always_flash)
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
         weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 import districompile.backends.flash_attention  # noqa: F401  (an operator of graphs, in processes that compile, too)
 from districompile.backends.base import BuildSegment
+from districompile.backends.inductor_direct import INSERT_PRODUCT, insert_product_in_place
 from districompile.backends.inductor_forms import FUSED, insert_in_place
 from districompile.ir.ops import ops
 from districompile.ir.plan import TensorSpec, dtype_name, dtype_of
@@ -266,6 +267,8 @@ class _Tracer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if _in_place(n):
             return insert_in_place(*self.fetch_args_kwargs_from_env(n)[0])
+        if n.target is INSERT_PRODUCT:
+            return insert_product_in_place(*self.fetch_args_kwargs_from_env(n)[0])
         return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -1,0 +1,143 @@
+"""Products written where they are sent from.
+
+Own keys and values go between those of other ranks, into memory that was received (decision 28). They are columns of
+one product with the queries, so a copy puts them there. Two products, of which one writes there itself, spare the
+copy; where rows are few, one product of all columns fills the GPU better. Both ways are measured, once for each size.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from districompile.backends.timing import milliseconds
+from districompile.ir.ops import ops
+
+_GAIN = 0.98
+_LINEAR = torch.ops.aten.linear.default
+_SLICE = torch.ops.aten.slice.Tensor
+
+_LIB: Any = torch.library.Library("districompile", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIB.define("product_into(Tensor(a!) place, Tensor x, Tensor weight) -> ()")
+_LIB.define(
+    "insert_product(Tensor foreign, Tensor x, Tensor weight, int dim, int before, int[] sent, int[] rest)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def product_into(place: Tensor, x: Tensor, weight: Tensor) -> None:
+    """``place[...] = x @ weight.T``, without a result of its own. All are matrices."""
+    torch.mm(x, weight.t(), out=place)
+
+
+def insert_product(
+    foreign: Tensor, x: Tensor, weight: Tensor, dim: int, before: int, sent: list[int], rest: list[int]
+) -> tuple[Tensor, Tensor]:
+    """``linear(x, weight)`` by columns: ``sent`` (start, stop) inserted into ``foreign`` as
+    :func:`districompile.ir.ops.insert` does, and ``rest``."""
+    y = torch.nn.functional.linear(x, weight)
+    own = y.narrow(-1, sent[0], sent[1] - sent[0])
+    whole = ops.insert(foreign, own, dim, before, 0, own.shape[dim])
+    return whole, y.narrow(-1, rest[0], rest[1] - rest[0]).contiguous()
+
+
+def insert_product_in_place(
+    foreign: Tensor, x: Tensor, weight: Tensor, dim: int, before: int, sent: list[int], rest: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The same into an input that nothing else reads, by two products."""
+    x = x.as_strided(x.shape, x.stride())  # Inductor writes to memory what is read with strides, once for both
+    rows = x.reshape(-1, x.shape[-1])
+    place = foreign.narrow(0, before, rows.shape[0]).view(rows.shape[0], -1)
+    ops.product_into(place, rows, weight[sent[0] : sent[1]])
+    left = torch.mm(rows, weight[rest[0] : rest[1]].t())
+    return foreign.movedim(0, dim), left.reshape(*x.shape[:-1], -1)
+
+
+_LIB.impl("product_into", product_into, "CompositeExplicitAutograd")
+torch.library.register_fake("districompile::product_into", lambda place, x, weight: None, lib=_LIB)
+_LIB.impl("insert_product", insert_product, "CompositeImplicitAutograd")
+INSERT_PRODUCT = torch.ops.districompile.insert_product.default
+
+
+def splits_products(kind: str) -> bool:
+    """Whether products are to be split for such a device at all."""
+    return kind == "cuda"
+
+
+def split_products(graph: fx.Graph) -> None:
+    """Make one ``insert_product`` of every ``insert`` of columns of a product into an input, where two products are
+    faster here than one and a copy."""
+    insert: Any
+    for insert in list(graph.nodes):
+        found = _columns(insert) if insert.target is ops.insert.default else None
+        if found is None:
+            continue
+        product, sent, rest = found
+        x = product.args[0].meta["val"]
+        rows = x.numel() // x.shape[-1]
+        if not split_pays(rows, x.shape[-1], sent[1] - sent[0], rest[1] - rest[0], x.dtype):
+            continue
+        foreign, own, dim, before, _, _ = insert.args
+        with graph.inserting_before(product):
+            both = graph.call_function(
+                INSERT_PRODUCT, (foreign, *product.args[:2], dim, before, list(sent), list(rest))
+            )
+            whole, left = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+        whole.meta = dict(insert.meta)
+        insert.replace_all_uses_with(whole)
+        graph.erase_node(insert)
+        graph.erase_node(own)
+        for part in list(product.users):
+            part.args = (left, part.args[1], part.args[2] - rest[0], part.args[3] - rest[0], *part.args[4:])
+        graph.erase_node(product)
+
+
+def _columns(insert: Any) -> tuple[Any, tuple[int, int], tuple[int, int]] | None:
+    """The product of whose columns ``insert`` puts all rows into an input; which columns, and which others are read."""
+    foreign, own, dim, _, start, stop = insert.args
+    if foreign.op != "placeholder" or len(foreign.users) != 1 or own.target is not _SLICE or len(own.users) != 1:
+        return None
+    product = own.args[0]
+    if product.target is not _LINEAR or any(a is not None for a in product.args[2:]) or product.kwargs:
+        return None
+    shape = product.meta["val"].shape
+    if dim != len(shape) - 2 or any(s != 1 for s in shape[:dim]) or (start, stop) != (0, shape[dim]):
+        return None
+    ranges = {user: _range(user, len(shape) - 1) for user in product.users}
+    sent = ranges.pop(own)
+    others = [r for r in ranges.values() if r is not None]
+    if sent is None or not others or len(others) != len(ranges):
+        return None
+    rest = min(a for a, _ in others), max(b for _, b in others)
+    return (product, sent, rest) if rest[1] <= sent[0] or rest[0] >= sent[1] else None
+
+
+def _range(node: fx.Node, last: int) -> tuple[int, int] | None:
+    """[start, stop) of the columns that ``node`` takes of what it slices."""
+    args: Any = node.args
+    if node.target is not _SLICE or len(args) < 4 or node.kwargs or args[1] != last or args[4:] not in ((), (1,)):
+        return None
+    width = args[0].meta["val"].shape[last]
+    return (args[2], args[3]) if 0 <= args[2] < args[3] <= width else None
+
+
+@functools.cache
+def split_pays(rows: int, inner: int, sent: int, rest: int, dtype: torch.dtype) -> bool:
+    """Whether two products are faster than one and a copy, on this GPU."""
+    if not torch.cuda.is_available():
+        return False
+    x, weight = (torch.randn(n, inner, dtype=dtype, device="cuda") for n in (rows, rest + sent))
+    place = torch.empty(rows, sent, dtype=dtype, device="cuda")
+
+    def together() -> None:
+        place.copy_(torch.mm(x, weight.t())[:, rest:])
+
+    def apart() -> None:
+        torch.mm(x, weight[:rest].t())
+        product_into(place, x, weight[rest:])
+
+    return milliseconds(apart) < _GAIN * milliseconds(together)
