@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from districompile.backends import inductor, inductor_direct
+from districompile.backends import inductor_direct
 from districompile.backends.base import BuildSegment
 from districompile.backends.inductor import InductorBackend
 from districompile.backends.inductor_direct import (
@@ -77,7 +77,6 @@ def test_in_place() -> None:
 def test_an_engine_writes_where_others_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what it sends from there is no output of its own."""
     monkeypatch.setattr(inductor_direct, "split_pays", lambda *size: True)
-    monkeypatch.setattr(inductor, "splits_products", lambda kind: True)
 
     def attend(received: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.nn.functional.linear(torch.nn.functional.layer_norm(x, (12,)), weight)
@@ -88,7 +87,7 @@ def test_an_engine_writes_where_others_arrive(tmp_path: Path, monkeypatch: pytes
 
     inputs, weights = {"received": torch.randn(10, 1, 16), "x": torch.randn(1, 5, 12)}, {"w": torch.randn(24, 12)}
     want = attend(*inputs.values(), *weights.values())
-    backend = InductorBackend("cpu")
+    backend = InductorBackend("cpu", split_products=True)
     got = run_segment(backend, make_segment(attend, inputs, weights), inputs, weights, tmp_path)
     [(_, package)] = backend._plans.values()
     assert "insert_product" in package.job.graph and list(package.operands["rooms"]) == ["y1"]

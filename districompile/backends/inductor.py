@@ -28,7 +28,7 @@ from districompile.backends import flash_attention
 from districompile.backends.base import BuildSegment, Engine, check_input
 from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor_compiler import choose_compiler
-from districompile.backends.inductor_direct import split_products, splits_products
+from districompile.backends.inductor_direct import split_products
 from districompile.backends.inductor_graph import Job, Operand, Part, Room, image_values, lift_parts, rooms
 from districompile.backends.inductor_pool import Pool, compile_here
 from districompile.backends.inductor_target import capability, check_here, default_workers, target_of, torch_version
@@ -137,11 +137,12 @@ class InductorBackend:
     """Compiles for ``device``, a kind of device of this machine ("cuda", "cpu"); by default the GPU if there is one.
 
     ``max_autotune`` measures several kernels for each matrix product and convolution: slower to compile, usually
-    faster to run. ``attention``: "torch" for the kernels that PyTorch chooses, "flash3" for FlashAttention-3,
-    "auto" for whichever is faster if that can be used here. ``channels_last`` stores weights of convolutions
-    with their channels innermost (by default on GPUs; on the CPU it would cost each process a copy of them).
-    ``workers`` is how many processes compile. ``options`` are further settings of ``torch._inductor.config``, as
-    ``{"coordinate_descent_tuning": True}``.
+    faster to run. ``attention``: "torch" for the kernels that PyTorch chooses, "flash3" for FlashAttention-3, "auto"
+    for whichever is faster if that can be used here. ``split_products``: write own keys and values where they are sent
+    from by a product of their own, where that is timed to be faster (see ``inductor_direct``). ``channels_last`` stores
+    weights of convolutions with their channels innermost (by default on GPUs; on the CPU it would cost each process a
+    copy of them). ``workers`` is how many processes compile. ``options`` are further settings of
+    ``torch._inductor.config``, as ``{"coordinate_descent_tuning": True}``.
     """
 
     name = "inductor"
@@ -149,7 +150,8 @@ class InductorBackend:
 
     def __init__(
         self, device: str | None = None, *, max_autotune: bool = False, attention: str = "auto",
-        channels_last: bool | None = None, workers: int | None = None, options: Mapping[str, Any] | None = None,
+        split_products: bool = False, channels_last: bool | None = None, workers: int | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._channels_last = self._kind == "cuda" if channels_last is None else channels_last
@@ -160,6 +162,7 @@ class InductorBackend:
         self._options = tuple(sorted({"max_autotune": max_autotune, **gpu, **(options or {})}.items()))
         self._flash = flash_attention.choose(attention, self._kind) == "flash3"
         self._always_flash = attention == "flash3"
+        self._splits = split_products
         # Engines differ by torch, by the machine's device and by the options
         target = target_of(self._kind)
         self.version = f"2, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
@@ -290,7 +293,7 @@ class InductorBackend:
         kept = [i for i, (name, _) in enumerate(segment.outputs) if name not in inside]
         written = [segment.outputs[i] for i in kept]
         graph, parts = lift_parts(segment.graph.graph, len(segment.inputs), kept)
-        if splits_products(self._kind):
+        if self._splits:
             split_products(graph.graph)
         calls_flash = self._flash and flash_attention.use_flash(graph.graph, self._always_flash)
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]

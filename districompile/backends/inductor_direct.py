@@ -63,11 +63,6 @@ _LIB.impl("insert_product", insert_product, "CompositeImplicitAutograd")
 INSERT_PRODUCT = torch.ops.districompile.insert_product.default
 
 
-def splits_products(kind: str) -> bool:
-    """Whether products are to be split for such a device at all."""
-    return kind == "cuda"
-
-
 def split_products(graph: fx.Graph) -> None:
     """Make one ``insert_product`` of every ``insert`` of columns of a product into an input, where two products are
     faster here than one and a copy."""

@@ -19,7 +19,7 @@ from districompile.models.sources import DEMO
 from districompile.progress import terminal_progress
 
 PACKAGES = ("districompile", "torch", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime", "tensorrt",
-            "tensorrt_rtx", "diffusers", "transformers", "accelerate")  # fmt: skip
+            "tensorrt_rtx", "diffusers", "transformers", "accelerate", "flash_attn_3")  # fmt: skip
 # Backends, and where they were executed by the tests: nothing else is claimed.
 BACKENDS = {
     "eager": "CPU, H100",
