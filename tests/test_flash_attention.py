@@ -78,21 +78,27 @@ def test_an_engine_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_faster_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times as they come: PyTorch's, then the library's with the keys in one part, two and three."""
-    graph, asked = _graph(torch.float16, 16, 8), []
+    graph, asked, elsewhere = _graph(torch.float16, 16, 8), [], flash_attention._elsewhere
 
     def fastest(*times: float) -> int:
         left = iter(times)
         monkeypatch.setattr(flash_attention, "milliseconds", lambda call: next(left))
         return flash_attention.fastest.__wrapped__(1, 2, 16, 8, 16, torch.float16)
 
+    def refuse(*args: Any) -> Tensor:
+        raise RuntimeError("no heads of 8 in this build\nand a stack")
+
     def slower(*size: Any) -> int:
         asked.append(size)
         return 0
 
-    monkeypatch.setattr(flash_attention, "load", lambda device: None)
     monkeypatch.setattr(torch, "randn", lambda *size, **kwargs: None)
     assert fastest(1.0, 0.8, 0.9, 0.9) == 1 and fastest(1.0, 0.9, 0.8, 0.9) == 2
     assert fastest(1.0, 1.1, 1.2, 1.3) == 0 and fastest(1.0, 0.99, 1.2, 1.3) == 0
+    monkeypatch.setattr(flash_attention, "milliseconds", lambda call: 1.0 if call.func is elsewhere else call())
+    monkeypatch.setattr(flash_attention, "_on_gpu", refuse)
+    with pytest.warns(UserWarning, match=r"not used for heads of 8 torch.float16: no heads of 8 in this build"):
+        assert flash_attention.fastest.__wrapped__(1, 2, 16, 8, 16, torch.float16) == 0
     monkeypatch.setattr(flash_attention, "fastest", slower)
     assert not flash_attention.use_flash(graph) and asked == [(1, 2, 16, 8, 16, torch.float16)]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -68,8 +69,8 @@ def load(device: torch.device) -> None:
         importlib.import_module(f"{PACKAGE}._C")
     except (ImportError, OSError) as e:
         raise BackendError(
-            f"engines of this bundle call FlashAttention-3, and {PACKAGE} cannot be imported ({e}): install it, or "
-            "convert again with --attention torch"
+            f"FlashAttention-3 is called here, and {PACKAGE} cannot be imported ({e}): install it, or convert again "
+            "with --attention torch"
         ) from e
 
 
@@ -126,12 +127,17 @@ def use_flash(graph: fx.Graph, always: bool = False) -> bool:
 
 @functools.cache
 def fastest(batch: int, heads: int, queries: int, width: int, keys: int, dtype: torch.dtype) -> int:
-    """In how many parts the library takes the keys where it is fastest; 0 if PyTorch's kernels are, on this GPU."""
-    load(torch.device("cuda"))
+    """In how many parts the library takes the keys where it is fastest; 0 if PyTorch's kernels are, on this GPU, or if
+    the library, as it was built, cannot do this."""
     q, k, v = (torch.randn(batch, n, heads, width, dtype=dtype, device="cuda") for n in (queries, keys, keys))
     scale = 1 / math.sqrt(width)
     usual = milliseconds(functools.partial(_elsewhere, q, k, v, scale, 1))
-    times = {n: milliseconds(functools.partial(_on_gpu, q, k, v, scale, n)) for n in _SPLITS}
+    try:
+        times = {n: milliseconds(functools.partial(_on_gpu, q, k, v, scale, n)) for n in _SPLITS}
+    except (BackendError, RuntimeError) as e:  # it has no errors of its own
+        reason = str(e).splitlines()[0]
+        warnings.warn(f"FlashAttention-3 is not used for heads of {width} {dtype}: {reason}", stacklevel=2)
+        return 0
     best = min(_SPLITS, key=times.__getitem__)
     return best if times[best] < _GAIN * usual else 0
 
