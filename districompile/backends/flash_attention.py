@@ -75,7 +75,8 @@ def load(device: torch.device) -> None:
 
 
 def choose(asked: str, kind: str) -> str:
-    """``"torch"`` or ``"flash3"`` for what was asked of :data:`KERNELS`, on a device of this machine ("cuda", "cpu").
+    """What was asked of :data:`KERNELS`, or "torch" for "auto" where the library cannot be used, on a kind of device of
+    this machine ("cuda", "cpu").
 
     Raises :class:`BackendError` for another word, and where the library cannot be used though it was asked for.
     """
@@ -86,10 +87,11 @@ def choose(asked: str, kind: str) -> str:
     reason = unusable(kind)
     if asked == "flash3" and reason is not None:
         raise BackendError(f"attention flash3 {reason}")
-    return "torch" if reason is not None else "flash3"
+    return asked if reason is None else "torch"
 
 
 def unusable(kind: str) -> str | None:
+    """Why the library cannot be used on such a device, and the way out; None if it can."""
     if kind != "cuda" or not torch.cuda.is_available():
         return "needs a GPU: give torch"
     if torch.cuda.get_device_capability()[0] != 9:

@@ -30,8 +30,8 @@ from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor_compiler import choose_compiler
 from districompile.backends.inductor_direct import split_products
 from districompile.backends.inductor_graph import Job, Operand, Part, Room, image_values, lift_parts, rooms
-from districompile.backends.inductor_pool import Pool, compile_here
-from districompile.backends.inductor_target import capability, check_here, default_workers, target_of, torch_version
+from districompile.backends.inductor_pool import Pool, compile_here, default_workers
+from districompile.backends.inductor_target import capability, check_here, target_of, torch_version
 from districompile.errors import BackendError, BundleError, InputError
 from districompile.ir.plan import TensorSpec
 from districompile.ir.serialize import content_hash, graph_to_json
@@ -160,8 +160,7 @@ class InductorBackend:
         # optimising compiler
         gpu = {"cpp.vec_isa_ok": False, _OPTIMISE_HOST: "O0", **_FUSION} if self._kind == "cuda" else {}
         self._options = tuple(sorted({"max_autotune": max_autotune, **gpu, **(options or {})}.items()))
-        self._flash = flash_attention.choose(attention, self._kind) == "flash3"
-        self._always_flash = attention == "flash3"
+        self._attention = flash_attention.choose(attention, self._kind)
         self._splits = split_products
         # Engines differ by torch, by the machine's device and by the options
         target = target_of(self._kind)
@@ -295,7 +294,7 @@ class InductorBackend:
         graph, parts = lift_parts(segment.graph.graph, len(segment.inputs), kept)
         if self._splits:
             split_products(graph.graph)
-        calls_flash = self._flash and flash_attention.use_flash(graph.graph, self._always_flash)
+        calls_flash = self._attention != "torch" and flash_attention.use_flash(graph.graph, self._attention == "flash3")
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
         weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]
         outputs = [Operand(s, self._value_format(name, s)) for name, s in written]

@@ -68,7 +68,7 @@ def split_products(graph: fx.Graph) -> None:
     faster here than one and a copy."""
     insert: Any
     for insert in list(graph.nodes):
-        found = _columns(insert) if insert.target is ops.insert.default else None
+        found = _columns(insert) if in_place(insert) else None
         if found is None:
             continue
         product, sent, rest = found
@@ -93,8 +93,8 @@ def split_products(graph: fx.Graph) -> None:
 
 def _columns(insert: Any) -> tuple[Any, tuple[int, int], tuple[int, int]] | None:
     """The product of whose columns ``insert`` puts all rows into an input; which columns, and which others are read."""
-    foreign, own, dim, _, start, stop = insert.args
-    if foreign.op != "placeholder" or len(foreign.users) != 1 or own.target is not _SLICE or len(own.users) != 1:
+    _, own, dim, _, start, stop = insert.args
+    if plain_slice(own) is None or len(own.users) != 1:
         return None
     product = own.args[0]
     if product.target is not _LINEAR or any(a is not None for a in product.args[2:]) or product.kwargs:
@@ -102,22 +102,29 @@ def _columns(insert: Any) -> tuple[Any, tuple[int, int], tuple[int, int]] | None
     shape = product.meta["val"].shape
     if dim != len(shape) - 2 or any(s != 1 for s in shape[:dim]) or (start, stop) != (0, shape[dim]):
         return None
-    ranges = {user: _range(user, len(shape) - 1) for user in product.users}
-    sent = ranges.pop(own)
-    others = [r for r in ranges.values() if r is not None]
-    if sent is None or not others or len(others) != len(ranges):
+    taken = {user: plain_slice(user) for user in product.users}
+    columns = {user: t[1:] for user, t in taken.items() if t is not None and t[0] == len(shape) - 1}
+    if len(columns) != len(taken) or len(columns) < 2:
         return None
-    rest = min(a for a, _ in others), max(b for _, b in others)
+    sent = columns.pop(own)
+    rest = min(a for a, _ in columns.values()), max(b for _, b in columns.values())
     return (product, sent, rest) if rest[1] <= sent[0] or rest[0] >= sent[1] else None
 
 
-def _range(node: fx.Node, last: int) -> tuple[int, int] | None:
-    """[start, stop) of the columns that ``node`` takes of what it slices."""
+def plain_slice(node: fx.Node) -> tuple[int, int, int] | None:
+    """(dim, start, stop) of a node that takes elements in a row, all of them there."""
     args: Any = node.args
-    if node.target is not _SLICE or len(args) < 4 or node.kwargs or args[1] != last or args[4:] not in ((), (1,)):
+    if node.target is not _SLICE or len(args) < 4 or node.kwargs or args[4:] not in ((), (1,)):
         return None
-    width = args[0].meta["val"].shape[last]
-    return (args[2], args[3]) if 0 <= args[2] < args[3] <= width else None
+    if not all(isinstance(a, int) and a >= 0 for a in args[1:4]):
+        return None
+    return args[1:4] if args[3] <= args[0].meta["val"].shape[args[1]] else None
+
+
+def in_place(insert: fx.Node) -> bool:
+    """Whether an ``insert`` may write into what it is given: an input that nothing else reads."""
+    args: Any = insert.args
+    return insert.target is ops.insert.default and args[0].op == "placeholder" and len(args[0].users) == 1
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 import districompile.backends.flash_attention  # noqa: F401  (an operator of graphs, in processes that compile, too)
 from districompile.backends.base import BuildSegment
-from districompile.backends.inductor_direct import INSERT_PRODUCT, insert_product_in_place
+from districompile.backends.inductor_direct import INSERT_PRODUCT, in_place, insert_product_in_place, plain_slice
 from districompile.backends.inductor_forms import FUSED, insert_in_place
 from districompile.ir.ops import ops
 from districompile.ir.plan import TensorSpec, dtype_name, dtype_of
@@ -129,13 +129,13 @@ def lift_parts(graph: fx.Graph, inputs: int, kept: Sequence[int]) -> tuple[fx.Gr
 
 
 def _part(node: fx.Node) -> Part | None:
-    args: Any = node.args
-    plain = node.target is torch.ops.aten.slice.Tensor and len(args) >= 4 and not node.kwargs
-    if not plain or not all(isinstance(a, int) and a >= 0 for a in args[1:]) or args[4:] not in ((), (1,)):
+    taken = plain_slice(node)
+    if taken is None:
         return None
+    args: Any = node.args
     source = args[0].meta["val"]
-    offset = args[2] * math.prod(source.shape[args[1] + 1 :]) * source.element_size()
-    return None if offset % 16 or args[3] > source.shape[args[1]] or source.ndim > 3 else Part(*args[1:4])
+    offset = taken[1] * math.prod(source.shape[taken[0] + 1 :]) * source.element_size()
+    return None if offset % 16 or source.ndim > 3 else Part(*taken)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ def rooms(segment: BuildSegment) -> dict[str, Room]:
     graph = segment.graph.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     names = {node: name for node, (name, _) in zip(placeholders, segment.inputs, strict=False)}
-    inserts: dict[Any, fx.Node] = {n.args[1]: n for n in graph.nodes if _in_place(n) and n.args[0] in names}
+    inserts: dict[Any, fx.Node] = {n.args[1]: n for n in graph.nodes if in_place(n) and n.args[0] in names}
     results: Any = next(n for n in graph.nodes if n.op == "output").args[0]
     found: dict[str, Room] = {}
     for node, (name, _) in zip(results, segment.outputs, strict=True):
@@ -166,12 +166,6 @@ def rooms(segment: BuildSegment) -> dict[str, Room]:
         if dim == at and top + bottom >= rows and (start, stop) == (0, rows):
             found[name] = Room(names[source], before, before + rows)
     return found
-
-
-def _in_place(node: fx.Node) -> bool:
-    """Whether an ``insert`` may write into what it is given: an input that nothing else reads."""
-    args: Any = node.args
-    return node.target is ops.insert.default and args[0].op == "placeholder" and len(args[0].users) == 1
 
 
 def image_values(segment: BuildSegment) -> set[str]:
@@ -265,7 +259,7 @@ class _Tracer(fx.Interpreter):
     """Runs the graph with composites in the form that fuses best."""
 
     def run_node(self, n: fx.Node) -> Any:
-        if _in_place(n):
+        if in_place(n):
             return insert_in_place(*self.fetch_args_kwargs_from_env(n)[0])
         if n.target is INSERT_PRODUCT:
             return insert_product_in_place(*self.fetch_args_kwargs_from_env(n)[0])

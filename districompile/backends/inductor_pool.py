@@ -26,6 +26,14 @@ from districompile.backends.inductor_graph import Job, compile_package
 from districompile.errors import BackendError
 
 
+def default_workers(kind: str, max_autotune: bool) -> int:
+    """One a core on a CPU; fewer on a GPU, of which each takes some memory. Measurements are not to disturb another."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if kind == "cuda":
+        return max(1, min(cores // 2, 2 if max_autotune else 8))
+    return cores
+
+
 class Pool:
     """Up to ``workers`` processes, started when there is work. Results are files; errors are :class:`BackendError`."""
 
