@@ -94,7 +94,7 @@ def test_an_engine_writes_where_others_arrive(tmp_path: Path, monkeypatch: pytes
 
     inputs, weights = {"received": torch.randn(10, 1, 16), "x": torch.randn(1, 5, 12)}, {"w": torch.randn(24, 12)}
     want = attend(*inputs.values(), *weights.values())
-    backend = InductorBackend("cpu", split_products=True)
+    backend = InductorBackend("cpu", timed=["products"])
     got = run_segment(backend, make_segment(attend, inputs, weights), inputs, weights, tmp_path)
     [(_, package)] = backend._plans.values()
     assert "insert_product" in package.job.graph and list(package.operands["rooms"]) == ["y1"]

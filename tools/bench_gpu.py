@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--modes", default="eager,default,max-autotune-no-cudagraphs", help="of single")
     parser.add_argument("--max-autotune", action="store_true", help="for our engines")
     parser.add_argument("--attention", default="auto", help="of our engines: auto, torch or flash3")
-    parser.add_argument("--split-products", action="store_true", help="of our engines; see decision 32")
+    parser.add_argument("--timed", default="products,convolutions", help="what our engines decide by timing, or none")
     parser.add_argument("--inductor", default="{}", help="further Inductor options for our engines, as JSON")
     parser.add_argument("--optimise", default="all", help="exact passes for speed, or all, or none")
     parser.add_argument("--segments", type=int, default=4)
@@ -86,7 +86,7 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
             for part in args.only.split(","):
                 base = {"part": part, "model": model, "latent": latent, "optimise": args.optimise,
                         "inductor": args.inductor, "max_autotune": args.max_autotune,
-                        "attention": args.attention, "split_products": args.split_products}  # fmt: skip
+                        "attention": args.attention, "timed": args.timed}  # fmt: skip
                 if part == "passes":
                     found += [{**base, "ranks": args.ranks, "optimise": o} for o in ("none", *OPTIMISATIONS, "all")]
                 elif part == "predict":
@@ -196,7 +196,7 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
 
 def _backend_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"max_autotune": args.max_autotune, "attention": args.attention,
-            "split_products": args.split_products, "options": json.loads(args.inductor),
+            "timed": [t for t in args.timed.split(",") if t != "none"], "options": json.loads(args.inductor),
             "workers": args.workers}  # fmt: skip
 
 
@@ -215,9 +215,7 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
 
     turn = gpu_parts.Turn(args.work / "turn")
     name = f"{job['model'] if len(job['model']) < 9 else 'custom'}-{height}x{width}-{job['ranks']}-{args.warmup_steps}"
-    folder = args.work / (
-        name + ("-autotuned" if args.max_autotune else "") + f"-{args.attention}" + "-split" * args.split_products
-    )
+    folder = args.work / (name + ("-autotuned" if args.max_autotune else "") + f"-{args.attention}-{args.timed}")
     if not (folder / "manifest.json").exists():
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         module = gpu_parts.network(job["model"], device)

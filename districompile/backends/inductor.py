@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ from districompile.backends.inductor_direct import split_products
 from districompile.backends.inductor_graph import Job, Operand, Part, Room, image_values, lift_parts, rooms
 from districompile.backends.inductor_pool import Pool, compile_here, default_workers
 from districompile.backends.inductor_target import capability, check_here, target_of, torch_version
+from districompile.backends.inductor_unfold import use_products
 from districompile.errors import BackendError, BundleError, InputError
 from districompile.ir.plan import TensorSpec
 from districompile.ir.serialize import content_hash, graph_to_json
 from districompile.weights import WeightFile
 
+TIMED = ("products", "convolutions")
 _FORMAT = "districompile inductor 3"
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 # How many operands an expression may have that each of its readers computes anew. A group norm has its table, what a
@@ -138,11 +140,12 @@ class InductorBackend:
 
     ``max_autotune`` measures several kernels for each matrix product and convolution: slower to compile, usually
     faster to run. ``attention``: "torch" for the kernels that PyTorch chooses, "flash3" for FlashAttention-3, "auto"
-    for whichever is faster if that can be used here. ``split_products``: write own keys and values where they are sent
-    from by a product of their own, where that is timed to be faster (see ``inductor_direct``). ``channels_last`` stores
-    weights of convolutions with their channels innermost (by default on GPUs; on the CPU it would cost each process a
-    copy of them). ``workers`` is how many processes compile. ``options`` are further settings of
-    ``torch._inductor.config``, as ``{"coordinate_descent_tuning": True}``.
+    for whichever is faster if that can be used here. ``timed``: what else is decided by measuring, of :data:`TIMED`
+    (by default all of it on GPUs): "products", own keys and values written where they are sent from by a product of
+    their own, and "convolutions" by products. ``channels_last`` stores weights of convolutions with their channels
+    innermost (by default on GPUs; on the CPU it would cost each process a copy of them). ``workers`` is how many
+    processes compile. ``options`` are further settings of ``torch._inductor.config``, as
+    ``{"coordinate_descent_tuning": True}``.
     """
 
     name = "inductor"
@@ -150,7 +153,7 @@ class InductorBackend:
 
     def __init__(
         self, device: str | None = None, *, max_autotune: bool = False, attention: str = "auto",
-        split_products: bool = False, channels_last: bool | None = None, workers: int | None = None,
+        timed: Collection[str] | None = None, channels_last: bool | None = None, workers: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,7 +164,9 @@ class InductorBackend:
         gpu = {"cpp.vec_isa_ok": False, _OPTIMISE_HOST: "O0", **_FUSION} if self._kind == "cuda" else {}
         self._options = tuple(sorted({"max_autotune": max_autotune, **gpu, **(options or {})}.items()))
         self._attention = flash_attention.choose(attention, self._kind)
-        self._splits = split_products
+        self._timed = frozenset((TIMED if self._kind == "cuda" else ()) if timed is None else timed)
+        if unknown := self._timed - {*TIMED}:
+            raise BackendError(f"nothing named {min(unknown)!r} is timed: there are {', '.join(TIMED)}")
         # Engines differ by torch, by the machine's device and by the options
         target = target_of(self._kind)
         self.version = f"2, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
@@ -292,8 +297,10 @@ class InductorBackend:
         kept = [i for i, (name, _) in enumerate(segment.outputs) if name not in inside]
         written = [segment.outputs[i] for i in kept]
         graph, parts = lift_parts(segment.graph.graph, len(segment.inputs), kept)
-        if self._splits:
+        if "products" in self._timed:
             split_products(graph.graph)
+        if "convolutions" in self._timed and self._channels_last:
+            use_products(graph.graph)
         calls_flash = self._attention != "torch" and flash_attention.use_flash(graph.graph, self._attention == "flash3")
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
         weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]

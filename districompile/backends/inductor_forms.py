@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from districompile.backends.inductor_unfold import PRODUCT_CONVOLUTION, unfolded
 from districompile.ir import ops as plain
 from districompile.ir.ops import ops
 
@@ -145,5 +146,5 @@ def _wide(x: Tensor) -> torch.dtype:
 FUSED: dict[Any, Callable[..., Any]] = {
     ops.moments.default: moments, ops.place.default: place, ops.merge_moments.default: merge_moments,
     ops.correct_moments.default: correct_moments, ops.normalize.default: normalize,
-    torch.ops.aten.linear.default: linear,
+    torch.ops.aten.linear.default: linear, PRODUCT_CONVOLUTION: unfolded,
 }  # fmt: skip
