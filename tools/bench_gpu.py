@@ -215,7 +215,9 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
 
     turn = gpu_parts.Turn(args.work / "turn")
     name = f"{job['model'] if len(job['model']) < 9 else 'custom'}-{height}x{width}-{job['ranks']}-{args.warmup_steps}"
-    folder = args.work / (name + ("-autotuned" if args.max_autotune else "") + f"-{args.attention}-{args.timed.replace(',', '+')}")
+    folder = args.work / (
+        name + ("-autotuned" if args.max_autotune else "") + f"-{args.attention}-{args.timed.replace(',', '+')}"
+    )
     if not (folder / "manifest.json").exists():
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         module = gpu_parts.network(job["model"], device)

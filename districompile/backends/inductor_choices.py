@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch._inductor.choices import InductorChoices
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
@@ -21,3 +24,25 @@ class Choices(InductorChoices):
             return True
         inner = features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction
         return inner and bool(V.graph.sizevars.statically_known_leq(features.reduction_numel, _ROW))
+
+
+@contextlib.contextmanager
+def declared_before_use() -> Iterator[None]:
+    """Inductor as it should be in torch 2.11: it remembers the lists of sizes that it has declared by the ``id`` of the
+    method that wrote them, an object that is gone at once, and whose number the next one may get. A program of a second
+    pass then uses what only stands further down, now and then, and the C++ compiler refuses it. (torch 2.13 looks at
+    what the method belongs to.) Here such methods stay."""
+    usual = CppWrapperCpu.codegen_int_array_var
+    held: dict[tuple[int, str], Callable[..., None]] = {}
+
+    def declare(self: Any, int_array: str, writeline: Callable[..., None], *args: Any, **kwargs: Any) -> str:
+        owner = getattr(writeline, "__self__", None)
+        if owner is not None:
+            writeline = held.setdefault((id(owner), writeline.__name__), writeline)
+        return str(usual(self, int_array, writeline, *args, **kwargs))
+
+    CppWrapperCpu.codegen_int_array_var = declare  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CppWrapperCpu.codegen_int_array_var = usual  # type: ignore[method-assign]

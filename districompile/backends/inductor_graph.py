@@ -229,13 +229,13 @@ def compile_package(job: Job, path: str) -> None:
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from districompile.backends.inductor_choices import Choices
+    from districompile.backends.inductor_choices import Choices, declared_before_use
 
     device = torch.device(job.device)
     module = _Buffered(graph_from_json(job.graph, device), len(job.outputs))
     with FakeTensorMode(), torch.no_grad():
         example = tuple(o.empty(device) for o in (*job.inputs, *job.outputs))
-    with torch.no_grad(), V.set_choices_handler(Choices()):
+    with torch.no_grad(), V.set_choices_handler(Choices()), declared_before_use():
         program = torch.export.export(module, example, strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(job.options))
 

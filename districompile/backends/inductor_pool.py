@@ -132,8 +132,9 @@ def _attempt(job: Job, path: str) -> str | None:
     except Exception as e:  # torch raises whatever the operator's lowering or the C++ compiler raised
         while e.__cause__ is not None and isinstance(e.__cause__, Exception):
             e = e.__cause__
-        text = " ".join(line.strip() for line in str(e).splitlines() if line.strip())
-        return f"{type(e).__name__}: {text[:400]}"
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        named = [i for i, line in enumerate(lines) if " error: " in line]  # a C++ compiler's; before stands its command
+        return f"{type(e).__name__}: {' '.join(lines[named[0] if named else 0 :])[:400]}"
     return None
 
 
