@@ -32,7 +32,10 @@ def declared_before_use() -> Iterator[None]:
     method that wrote them, an object that is gone at once, and whose number the next one may get. A program of a second
     pass then uses what only stands further down, now and then, and the C++ compiler refuses it. (torch 2.13 looks at
     what the method belongs to.) Here such methods stay."""
-    usual = CppWrapperCpu.codegen_int_array_var
+    usual = getattr(CppWrapperCpu, "codegen_int_array_var", None)
+    if usual is None:  # a torch that has none has not this fault
+        yield
+        return
     held: dict[tuple[int, str], Callable[..., None]] = {}
 
     def declare(self: Any, int_array: str, writeline: Callable[..., None], *args: Any, **kwargs: Any) -> str:
