@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from districompile.backends import flash_attention
+from districompile.backends.attention import use_fastest
 from districompile.backends.base import BuildSegment, Engine, check_input
 from districompile.backends.eager import EagerBackend
+from districompile.backends.gpu.gated import use_gated_products
 from districompile.backends.inductor_compiler import choose_compiler
 from districompile.backends.inductor_direct import split_products
 from districompile.backends.inductor_graph import Job, Operand, Part, Room, image_values, lift_parts, rooms
@@ -38,7 +40,7 @@ from districompile.ir.plan import TensorSpec
 from districompile.ir.serialize import content_hash, graph_to_json
 from districompile.weights import WeightFile
 
-TIMED = ("products", "convolutions")
+TIMED = ("products", "convolutions", "kernels")
 _FORMAT = "districompile inductor 3"
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 # How many operands an expression may have that each of its readers computes anew. A group norm has its table, what a
@@ -142,7 +144,7 @@ class InductorBackend:
     faster to run. ``attention``: "torch" for the kernels that PyTorch chooses, "flash3" for FlashAttention-3, "auto"
     for whichever is faster if that can be used here. ``timed``: what else is decided by measuring, of :data:`TIMED`
     (by default all of it on GPUs): "products", own keys and values written where they are sent from by a product of
-    their own, and "convolutions" by products. ``channels_last`` stores weights of convolutions with their channels
+    their own, "convolutions" by products, and "kernels" of our own for attention and gated products. ``channels_last`` stores weights of convolutions with their channels
     innermost (by default on GPUs; on the CPU it would cost each process a copy of them). ``workers`` is how many
     processes compile. ``options`` are further settings of ``torch._inductor.config``, as
     ``{"coordinate_descent_tuning": True}``.
@@ -169,7 +171,7 @@ class InductorBackend:
             raise BackendError(f"nothing named {min(unknown)!r} is timed: there are {', '.join(TIMED)}")
         # Engines differ by torch, by the machine's device and by the options
         target = target_of(self._kind)
-        self.version = f"2, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
+        self.version = f"3, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
         self._plans: dict[int, tuple[BuildSegment, _Package]] = {}  # by id of the segment, which is kept alive
         self._images: set[str] = set()  # values that go from segment to segment as images
         self._futures: dict[str, Future[None]] = {}
@@ -297,11 +299,14 @@ class InductorBackend:
         kept = [i for i, (name, _) in enumerate(segment.outputs) if name not in inside]
         written = [segment.outputs[i] for i in kept]
         graph, parts = lift_parts(segment.graph.graph, len(segment.inputs), kept)
+        own = "kernels" in self._timed
         if "products" in self._timed:
-            split_products(graph.graph)
+            split_products(graph.graph, own)
         if "convolutions" in self._timed and self._channels_last:
             use_products(graph.graph)
-        calls_flash = self._attention != "torch" and flash_attention.use_flash(graph.graph, self._attention == "flash3")
+        if own:
+            use_gated_products(graph.graph)
+        calls_flash = (own or self._attention != "torch") and use_fastest(graph.graph, self._attention, own)
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
         weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]
         outputs = [Operand(s, self._value_format(name, s)) for name, s in written]

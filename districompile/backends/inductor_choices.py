@@ -8,6 +8,7 @@ from typing import Any
 
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
@@ -49,3 +50,27 @@ def declared_before_use() -> Iterator[None]:
         yield
     finally:
         CppWrapperCpu.codegen_int_array_var = usual  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def described_views() -> Iterator[None]:
+    """Inductor as it should be in torch 2.11 to 2.13: what it tries a kernel with is Python, and there it writes in C++
+    which view of a tensor a descriptor (of the GPU's tensor memory accelerator) is made of."""
+    usual = getattr(PythonWrapperCodegen, "_generate_tma_descriptor_call_stable", None)
+    if usual is None:
+        yield
+        return
+
+    def call(self: Any, desc: Any, apply_size_hints: bool = False) -> str:
+        if not apply_size_hints:
+            return str(usual(self, desc, apply_size_hints))
+        shapes = desc.tensor.get_size(), desc.tensor.get_stride(), desc.block_shape
+        size, stride, block = ([int(n) for n in shape] for shape in shapes)
+        view = f"torch.as_strided({desc.get_tensor().get_name()}, {size}, {stride}, 0)"
+        return f"triton.tools.tensor_descriptor.TensorDescriptor.from_tensor({view}, {block})"
+
+    PythonWrapperCodegen._generate_tma_descriptor_call_stable = call
+    try:
+        yield
+    finally:
+        PythonWrapperCodegen._generate_tma_descriptor_call_stable = usual

@@ -14,18 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from districompile.backends.timing import milliseconds
+from districompile.backends.gpu.launch import unusable
+from districompile.backends.timing import fastest
 from districompile.ir.ops import ops
 
-_GAIN = 0.98
 _LINEAR = torch.ops.aten.linear.default
 _SLICE = torch.ops.aten.slice.Tensor
+# Blocks of rows, columns, and of what is summed over; warps, stages
+_WAYS = ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4))
 
 _LIB: Any = torch.library.Library("districompile", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIB.define("product_into(Tensor(a!) place, Tensor x, Tensor weight) -> ()")
 _LIB.define(
-    "insert_product(Tensor foreign, Tensor x, Tensor weight, int dim, int before, int[] sent, int[] rest)"
-    " -> (Tensor, Tensor)"
+    "insert_product(Tensor foreign, Tensor x, Tensor weight, int dim, int before, int[] sent, int[] rest,"
+    " int[] blocks) -> (Tensor, Tensor)"
 )
 
 
@@ -35,8 +37,9 @@ def product_into(place: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def insert_product(
-    foreign: Tensor, x: Tensor, weight: Tensor, dim: int, before: int, sent: list[int], rest: list[int]
-) -> tuple[Tensor, Tensor]:
+    foreign: Tensor, x: Tensor, weight: Tensor, dim: int, before: int, sent: list[int], rest: list[int],
+    blocks: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``linear(x, weight)`` by columns: ``sent`` (start, stop) inserted into ``foreign`` as
     :func:`districompile.ir.ops.insert` does, and ``rest``."""
     y = torch.nn.functional.linear(x, weight)
@@ -46,11 +49,18 @@ def insert_product(
 
 
 def insert_product_in_place(
-    foreign: Tensor, x: Tensor, weight: Tensor, dim: int, before: int, sent: list[int], rest: list[int]
-) -> tuple[Tensor, Tensor]:
-    """The same into an input that nothing else reads, by two products."""
+    foreign: Tensor, x: Tensor, weight: Tensor, dim: int, before: int, sent: list[int], rest: list[int],
+    blocks: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same into an input that nothing else reads: by a kernel with two results, or, without ``blocks``, by two
+    products."""
     x = x.as_strided(x.shape, x.stride())  # Inductor writes to memory what is read with strides, once for both
     rows = x.reshape(-1, x.shape[-1])
+    if blocks and x.device.type == "cuda":
+        from districompile.backends.gpu import operators
+
+        left = operators.PRODUCT_APART(foreign, rows, weight, rest[1], before * (sent[1] - sent[0]), blocks)
+        return foreign.movedim(0, dim), left.reshape(*x.shape[:-1], -1)
     place = foreign.narrow(0, before, rows.shape[0]).view(rows.shape[0], -1)
     ops.product_into(place, rows, weight[sent[0] : sent[1]])
     left = torch.mm(rows, weight[rest[0] : rest[1]].t())
@@ -63,9 +73,9 @@ _LIB.impl("insert_product", insert_product, "CompositeImplicitAutograd")
 INSERT_PRODUCT = torch.ops.districompile.insert_product.default
 
 
-def split_products(graph: fx.Graph) -> None:
-    """Make one ``insert_product`` of every ``insert`` of columns of a product into an input, where two products are
-    faster here than one and a copy."""
+def split_products(graph: fx.Graph, own: bool = False) -> None:
+    """Make one ``insert_product`` of every ``insert`` of columns of a product into an input, where two products, or a
+    kernel of our ``own`` with two results, are faster here than one product and a copy."""
     insert: Any
     for insert in list(graph.nodes):
         found = _columns(insert) if in_place(insert) else None
@@ -74,12 +84,15 @@ def split_products(graph: fx.Graph) -> None:
         product, sent, rest = found
         x = product.args[0].meta["val"]
         rows = x.numel() // x.shape[-1]
-        if not split_pays(rows, x.shape[-1], sent[1] - sent[0], rest[1] - rest[0], x.dtype):
+        columns = product.args[1].meta["val"].shape[0]
+        whole_product = own and rest[0] == 0 and (rest[1], sent[1]) == (sent[0], columns)
+        blocks = split_pays(rows, x.shape[-1], sent[1] - sent[0], rest[1] - rest[0], x.dtype, whole_product)
+        if blocks is None:
             continue
         foreign, own, dim, before, _, _ = insert.args
         with graph.inserting_before(product):
             both = graph.call_function(
-                INSERT_PRODUCT, (foreign, *product.args[:2], dim, before, list(sent), list(rest))
+                INSERT_PRODUCT, (foreign, *product.args[:2], dim, before, list(sent), list(rest), list(blocks))
             )
             whole, left = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
         whole.meta = dict(insert.meta)
@@ -128,10 +141,13 @@ def in_place(insert: fx.Node) -> bool:
 
 
 @functools.cache
-def split_pays(rows: int, inner: int, sent: int, rest: int, dtype: torch.dtype) -> bool:
-    """Whether two products are faster than one and a copy, on this GPU."""
+def split_pays(
+    rows: int, inner: int, sent: int, rest: int, dtype: torch.dtype, whole: bool = False
+) -> tuple[int, ...] | None:
+    """How columns are written apart fastest, if that is faster than one product and a copy, on this GPU: in blocks of
+    our own kernel, which takes a product ``whole``, or () for two products."""
     if not torch.cuda.is_available():
-        return False
+        return None
     x, weight = (torch.randn(n, inner, dtype=dtype, device="cuda") for n in (rows, rest + sent))
     place = torch.empty(rows, sent, dtype=dtype, device="cuda")
 
@@ -142,4 +158,13 @@ def split_pays(rows: int, inner: int, sent: int, rest: int, dtype: torch.dtype) 
         torch.mm(x, weight[:rest].t())
         product_into(place, x, weight[rest:])
 
-    return milliseconds(apart) < _GAIN * milliseconds(together)
+    ways: dict[tuple[int, ...], Any] = {(): apart}
+    if whole and unusable() is None and inner % 8 == 0 and dtype.itemsize == 2:
+        from districompile.backends.gpu import operators
+
+        ways |= {
+            way: functools.partial(operators.product_apart, place, x, weight, rest, 0, list(way))
+            for way in _WAYS
+            if sent % way[1] == 0 and rest % way[1] == 0
+        }
+    return fastest("a product with two results", together, ways)

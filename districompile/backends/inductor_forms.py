@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from districompile.backends import attention
+from districompile.backends.gpu import gated
 from districompile.backends.inductor_unfold import PRODUCT_CONVOLUTION, unfolded
 from districompile.ir import ops as plain
 from districompile.ir.ops import ops
@@ -147,4 +149,5 @@ FUSED: dict[Any, Callable[..., Any]] = {
     ops.moments.default: moments, ops.place.default: place, ops.merge_moments.default: merge_moments,
     ops.correct_moments.default: correct_moments, ops.normalize.default: normalize,
     torch.ops.aten.linear.default: linear, PRODUCT_CONVOLUTION: unfolded,
+    gated.GATED_PRODUCT: gated.traced, attention.KERNEL_ATTENTION: attention.traced,
 }  # fmt: skip

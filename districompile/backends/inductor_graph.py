@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import districompile.backends.flash_attention  # noqa: F401  (an operator of graphs, in processes that compile, too)
 from districompile.backends.base import BuildSegment
 from districompile.backends.inductor_direct import INSERT_PRODUCT, in_place, insert_product_in_place, plain_slice
 from districompile.backends.inductor_forms import FUSED, insert_in_place
@@ -229,13 +228,13 @@ def compile_package(job: Job, path: str) -> None:
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from districompile.backends.inductor_choices import Choices, declared_before_use
+    from districompile.backends.inductor_choices import Choices, declared_before_use, described_views
 
     device = torch.device(job.device)
     module = _Buffered(graph_from_json(job.graph, device), len(job.outputs))
     with FakeTensorMode(), torch.no_grad():
         example = tuple(o.empty(device) for o in (*job.inputs, *job.outputs))
-    with torch.no_grad(), V.set_choices_handler(Choices()), declared_before_use():
+    with torch.no_grad(), V.set_choices_handler(Choices()), declared_before_use(), described_views():
         program = torch.export.export(module, example, strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(job.options))
 

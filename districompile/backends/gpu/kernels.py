@@ -1,0 +1,173 @@
+"""The kernels. Imports Triton: for processes that compile, or time, on a GPU.
+
+All sizes are known when compiling. Strides are in elements; the last dim's is 1. Accumulation is in float32.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gated_product(
+    x, weight, bias, out,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``out`` (ROWS, COLUMNS) of descriptors of ``x`` (ROWS, INNER) and ``weight`` (2 COLUMNS, INNER): the first COLUMNS
+    columns of the product, times the GELU of the others. GROUP blocks of rows share a block of columns while it is in the
+    cache."""
+    blocks_m: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    blocks_n: tl.constexpr = COLUMNS // BLOCK_N
+    number = tl.program_id(0)
+    group = number // (GROUP * blocks_n)
+    height = min(blocks_m - group * GROUP, GROUP)
+    top = (group * GROUP + number % height) * BLOCK_M
+    left = (number % (GROUP * blocks_n)) // height * BLOCK_N
+    value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, INNER, BLOCK_K):
+        a = x.load([top, k])
+        b = weight.load([left, k])
+        c = weight.load([COLUMNS + left, k])
+        value = tl.dot(a, b.T, value)
+        gate = tl.dot(a, c.T, gate)
+    columns = left + tl.arange(0, BLOCK_N)
+    rows = top + tl.arange(0, BLOCK_M)
+    if BIAS:
+        value += tl.load(bias + columns)[None, :].to(tl.float32)
+        gate += tl.load(bias + COLUMNS + columns)[None, :].to(tl.float32)
+    # The normal distribution's tail, erfc(|gate| / sqrt 2) / 2, to 1e-7 (Abramowitz and Stegun, 7.1.26): less than half
+    # of what erf of the GPU's library takes, which is not hidden behind products
+    z = tl.abs(gate) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * z)
+    series = 0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    tail = 0.5 * t * series * tl.exp(-z * z)
+    y = value * gate * tl.where(gate < 0, tail, 1.0 - tail)
+    places = out + rows[:, None].to(tl.int64) * COLUMNS + columns[None, :]
+    tl.store(places, y.to(out.dtype.element_ty), mask=(rows < ROWS)[:, None])
+
+
+@triton.jit
+def product_apart(
+    x, weight, first, second,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The product of descriptors of ``x`` (ROWS, INNER) and ``weight`` (COLUMNS, INNER): its first SPLIT columns to
+    ``first``, the others to ``second`` from the element OFFSET on, each without gaps. BLOCK_N divides both."""
+    blocks_m: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    blocks_n: tl.constexpr = COLUMNS // BLOCK_N
+    number = tl.program_id(0)
+    group = number // (GROUP * blocks_n)
+    height = min(blocks_m - group * GROUP, GROUP)
+    top = (group * GROUP + number % height) * BLOCK_M
+    left = (number % (GROUP * blocks_n)) // height * BLOCK_N
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, INNER, BLOCK_K):
+        a = x.load([top, k])
+        b = weight.load([left, k])
+        y = tl.dot(a, b.T, y)
+    columns = left + tl.arange(0, BLOCK_N)
+    rows = (top + tl.arange(0, BLOCK_M)).to(tl.int64)
+    inside = (rows < ROWS)[:, None]
+    if left < SPLIT:
+        tl.store(first + rows[:, None] * SPLIT + columns[None, :], y.to(first.dtype.element_ty), mask=inside)
+    else:
+        places = second + OFFSET + rows[:, None] * (COLUMNS - SPLIT) + (columns - SPLIT)[None, :]
+        tl.store(places, y.to(second.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attention_few(
+    q, k, v, out,
+    Q_BATCH: tl.constexpr, Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr,
+    K_BATCH: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr,
+    V_BATCH: tl.constexpr, V_ROW: tl.constexpr, V_HEAD: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Attention to no more keys than fit beside each other: FIRST of them, and up to REST more (0: none), both powers of
+    2. Operands are (batch, length, heads, WIDTH); PADDED is WIDTH or the next power of 2. SCALE is for powers of 2."""
+    batch = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    width = tl.arange(0, PADDED)
+    one = tl.arange(0, FIRST)
+    q += batch * Q_BATCH + head * Q_HEAD
+    k += batch * K_BATCH + head * K_HEAD
+    v += batch * V_BATCH + head * V_HEAD
+    inside = (rows < QUERIES)[:, None] & (width < WIDTH)[None, :]
+    known = (one < KEYS)[:, None] & (width < WIDTH)[None, :]
+    queries = tl.load(q + rows[:, None] * Q_ROW + width[None, :], mask=inside, other=0.0)
+    keys = tl.load(k + one[:, None] * K_ROW + width[None, :], mask=known, other=0.0)
+    values = tl.load(v + one[:, None] * V_ROW + width[None, :], mask=known, other=0.0)
+    scores = tl.dot(queries, tl.trans(keys)) * SCALE
+    scores = tl.where((one < KEYS)[None, :], scores, float("-inf"))
+    if REST == 0:
+        largest = tl.max(scores, 1)
+        shares = tl.exp2(scores - largest[:, None])
+        total = tl.sum(shares, 1)
+        y = tl.dot(shares.to(values.dtype), values)
+    else:
+        two = FIRST + tl.arange(0, REST)
+        more = (two < KEYS)[:, None] & (width < WIDTH)[None, :]
+        keys_2 = tl.load(k + two[:, None] * K_ROW + width[None, :], mask=more, other=0.0)
+        values_2 = tl.load(v + two[:, None] * V_ROW + width[None, :], mask=more, other=0.0)
+        scores_2 = tl.dot(queries, tl.trans(keys_2)) * SCALE
+        scores_2 = tl.where((two < KEYS)[None, :], scores_2, float("-inf"))
+        largest = tl.maximum(tl.max(scores, 1), tl.max(scores_2, 1))
+        shares = tl.exp2(scores - largest[:, None])
+        shares_2 = tl.exp2(scores_2 - largest[:, None])
+        total = tl.sum(shares, 1) + tl.sum(shares_2, 1)
+        y = tl.dot(shares_2.to(values.dtype), values_2, tl.dot(shares.to(values.dtype), values))
+    places = ((batch * QUERIES + rows[:, None]) * HEADS + head) * WIDTH + width[None, :]
+    tl.store(out + places, (y / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attention_many(
+    q, k, v, out,
+    Q_BATCH: tl.constexpr, Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr,
+    K_BATCH: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr,
+    V_BATCH: tl.constexpr, V_ROW: tl.constexpr, V_HEAD: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attention block by block of keys (Dao, arXiv 2307.08691). Operands as of :func:`attention_few`."""
+    batch = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    width = tl.arange(0, PADDED)
+    block = tl.arange(0, BLOCK_N)
+    q += batch * Q_BATCH + head * Q_HEAD
+    inside = (rows < QUERIES)[:, None] & (width < WIDTH)[None, :]
+    queries = tl.load(q + rows[:, None].to(tl.int64) * Q_ROW + width[None, :], mask=inside, other=0.0)
+    keys_at = k + batch * K_BATCH + head * K_HEAD + block[None, :] * K_ROW + width[:, None]
+    values_at = v + batch * V_BATCH + head * V_HEAD + block[:, None] * V_ROW + width[None, :]
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    y = tl.zeros((BLOCK_M, PADDED), tl.float32)
+    for start in range(0, KEYS, BLOCK_N):
+        if KEYS % BLOCK_N == 0 and PADDED == WIDTH:
+            keys = tl.load(keys_at)
+        else:
+            known = (start + block < KEYS)[None, :] & (width < WIDTH)[:, None]
+            keys = tl.load(keys_at, mask=known, other=0.0)
+        scores = tl.dot(queries, keys)
+        if KEYS % BLOCK_N != 0:
+            scores = tl.where((start + block < KEYS)[None, :], scores, float("-inf"))
+        new = tl.maximum(largest, tl.max(scores, 1) * SCALE)
+        shares = tl.exp2(scores * SCALE - new[:, None])
+        less = tl.exp2(largest - new)
+        total = total * less + tl.sum(shares, 1)
+        if KEYS % BLOCK_N == 0 and PADDED == WIDTH:
+            values = tl.load(values_at)
+        else:
+            known = (start + block < KEYS)[:, None] & (width < WIDTH)[None, :]
+            values = tl.load(values_at, mask=known, other=0.0)
+        y = tl.dot(shares.to(values.dtype), values, y * less[:, None])
+        largest = new
+        keys_at += BLOCK_N * K_ROW
+        values_at += BLOCK_N * V_ROW
+    places = ((batch * QUERIES + rows[:, None]) * HEADS + head) * WIDTH + width[None, :]
+    tl.store(out + places, (y / total[:, None]).to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,84 @@
+"""The kernels as operators that the compiler for GPUs takes apart. For processes that compile, or time, on a GPU."""
+
+# No annotations from __future__: the operators' schemas are read from them.
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from districompile.backends.gpu.launch import blocks_of, launch, power_of_two
+
+_GROUP = 8  # blocks of rows that share a block of weights
+
+
+def gated_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], blocks: list[int]) -> Tensor:  # noqa: UP045
+    """Of matrices; ``blocks`` are those of rows, columns and what is summed over, then warps and stages."""
+    block_m, block_n, block_k, warps, stages = blocks
+    rows, columns = x.shape[0], weight.shape[0] // 2
+    out = x.new_empty(rows, columns)
+    launch(
+        "gated_product",
+        [blocks_of(rows, block_m) * (columns // block_n)],
+        {"x": x, "weight": weight, "bias": weight if bias is None else bias, "out": out},
+        {"ROWS": rows, "COLUMNS": columns, "INNER": x.shape[1], "BIAS": bias is not None,
+         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": _GROUP},
+        warps=warps, stages=stages, blocks={"x": (block_m, block_k), "weight": (block_n, block_k)},
+    )  # fmt: skip
+    return out
+
+
+def product_apart(place: Tensor, x: Tensor, weight: Tensor, split: int, offset: int, blocks: list[int]) -> Tensor:
+    """The first ``split`` columns of a product; the others go to ``place``, from its element ``offset`` on."""
+    block_m, block_n, block_k, warps, stages = blocks
+    rows, columns = x.shape[0], weight.shape[0]
+    first = x.new_empty(rows, split)
+    launch(
+        "product_apart",
+        [blocks_of(rows, block_m) * (columns // block_n)],
+        {"x": x, "weight": weight, "first": first, "second": place},
+        {"ROWS": rows, "SPLIT": split, "COLUMNS": columns, "INNER": x.shape[1], "OFFSET": offset,
+         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": _GROUP},
+        warps=warps, stages=stages, blocks={"x": (block_m, block_k), "weight": (block_n, block_k)},
+    )  # fmt: skip
+    return first
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[int]) -> Tensor:
+    """Of (batch, length, heads, width); ``blocks`` are those of queries and of keys (0 for all keys at once), then warps
+    and stages."""
+    block_m, block_n, warps, stages = blocks
+    batch, queries, heads, width = q.shape
+    keys = k.shape[1]
+    out = q.new_empty(q.shape)
+    constants = {f"{n}_{dim}": x.stride(i) for n, x in (("Q", q), ("K", k), ("V", v)) for i, dim in enumerate(_DIMS)}
+    constants |= {"QUERIES": queries, "KEYS": keys, "HEADS": heads, "WIDTH": width, "PADDED": power_of_two(width)}
+    if block_n == 0:
+        first, rest = parts(keys)
+        constants |= {"FIRST": first, "REST": rest}
+    else:
+        constants["BLOCK_N"] = block_n
+    launch(
+        "attention_few" if block_n == 0 else "attention_many",
+        [blocks_of(queries, block_m), heads, batch],
+        {"q": q, "k": k, "v": v, "out": out},
+        {**constants, "SCALE": scale * math.log2(math.e), "BLOCK_M": block_m},
+        warps=warps, stages=stages,
+    )  # fmt: skip
+    return out
+
+
+_DIMS = ("BATCH", "ROW", "HEAD")
+
+
+def parts(keys: int) -> tuple[int, int]:
+    """Two powers of 2, or one and nothing, that hold so many keys and little else."""
+    whole = power_of_two(keys)
+    half = whole // 2
+    rest = power_of_two(keys - half) if half >= 16 else whole
+    return (half, rest) if half + rest < whole else (whole, 0)
+
+
+GATED_PRODUCT = torch.library.triton_op("districompile::gated_product_kernel", gated_product, mutates_args=())
+PRODUCT_APART = torch.library.triton_op("districompile::product_apart_kernel", product_apart, mutates_args={"place"})
+ATTENTION = torch.library.triton_op("districompile::attention_kernel", attention, mutates_args=())
