@@ -106,7 +106,7 @@ def test_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_word() -> None:
-    with pytest.raises(BackendError, match="'attention'.*products, convolutions"):
+    with pytest.raises(BackendError, match="'attention'.*products, convolutions, kernels"):
         InductorBackend("cpu", timed=["attention"])
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 import districompile as dc
-from districompile.backends import flash_attention
+from districompile.backends import attention, flash_attention, timing
 from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor import InductorBackend
 from districompile.errors import BackendError
@@ -55,7 +55,7 @@ def _graph(dtype: torch.dtype, length: int, width: int, **kwargs: Any) -> fx.Gra
 )
 def test_what_is_handed_over(dtype: torch.dtype, length: int, width: int, kwargs: Any, taken: bool) -> None:
     graph = _graph(dtype, length, width, **kwargs)
-    assert flash_attention.use_flash(graph, always=True) == taken
+    assert attention.use_fastest(graph, "flash3", own=False) == taken
     calls = [n for n in graph.nodes if n.target is _FLASH]
     assert len(calls) == taken
     if taken:
@@ -66,7 +66,7 @@ def test_what_is_handed_over(dtype: torch.dtype, length: int, width: int, kwargs
 @pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 def test_an_engine_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_attention, "choose", lambda asked, kind: asked)
-    monkeypatch.setattr(flash_attention, "fastest", lambda *size: 2)
+    monkeypatch.setattr(attention, "choose", lambda *size: (2,))
     inputs, weights = {"x": torch.randn(1, 1024, 128).half()}, {"w": torch.randn(384, 128).half() / 10}
     segment = make_segment(_attend, inputs, weights)
     got = run_segment(InductorBackend("cpu"), segment, inputs, weights, tmp_path)
@@ -76,31 +76,46 @@ def test_an_engine_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert engine["calls"] == ["flash_attn_3"]
 
 
-def test_the_faster_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times as they come: PyTorch's, then the library's with the keys in one part, two and three."""
-    graph, asked, elsewhere = _graph(torch.float16, 16, 8), [], flash_attention._elsewhere
+def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's kernels take 1, the library's, and ours, what is said here."""
+    graph, takes, asked = _graph(torch.float16, 16, 8), dict[Any, float](), list[Any]()
 
-    def fastest(*times: float) -> int:
-        left = iter(times)
-        monkeypatch.setattr(flash_attention, "milliseconds", lambda call: next(left))
-        return flash_attention.fastest.__wrapped__(1, 2, 16, 8, 16, torch.float16)
+    def replay(call: Any) -> Any:
+        way = call.args[-1] if call.func is flash_attention.on_gpu else None
+        if way == 3:
+            raise RuntimeError("no heads of 8 in this build\nand a stack")
+        return lambda: takes.get(way, 1.0)
 
-    def refuse(*args: Any) -> Tensor:
-        raise RuntimeError("no heads of 8 in this build\nand a stack")
-
-    def slower(*size: Any) -> int:
-        asked.append(size)
-        return 0
+    def choose(**given: float) -> Any:
+        takes.clear()
+        takes.update({int(k[1:]): v for k, v in given.items()})
+        with pytest.warns(UserWarning, match=r"for heads of 8 torch.float16 is not used here: no heads of 8"):
+            return attention.choose.__wrapped__(1, 2, 16, 8, 16, torch.float16, True, False)
 
     monkeypatch.setattr(torch, "randn", lambda *size, **kwargs: None)
-    assert fastest(1.0, 0.8, 0.9, 0.9) == 1 and fastest(1.0, 0.9, 0.8, 0.9) == 2
-    assert fastest(1.0, 1.1, 1.2, 1.3) == 0 and fastest(1.0, 0.99, 1.2, 1.3) == 0
-    monkeypatch.setattr(flash_attention, "milliseconds", lambda call: 1.0 if call.func is elsewhere else call())
-    monkeypatch.setattr(flash_attention, "_on_gpu", refuse)
-    with pytest.warns(UserWarning, match=r"not used for heads of 8 torch.float16: no heads of 8 in this build"):
-        assert flash_attention.fastest.__wrapped__(1, 2, 16, 8, 16, torch.float16) == 0
-    monkeypatch.setattr(flash_attention, "fastest", slower)
-    assert not flash_attention.use_flash(graph) and asked == [(1, 2, 16, 8, 16, torch.float16)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(timing, "_replay", replay)
+    assert choose(_1=0.8, _2=0.9) == (1,) and choose(_1=0.9, _2=0.8) == (2,)
+    assert choose(_1=1.1, _2=1.2) is None and choose(_1=0.99, _2=1.2) is None
+
+    def slower(*size: Any) -> None:
+        asked.append(size)
+
+    monkeypatch.setattr(attention, "choose", slower)
+    assert not attention.use_fastest(graph, "auto", own=True)
+    assert asked == [(1, 2, 16, 8, 16, torch.float16, True, True)]
+
+
+def test_ours_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "choose", lambda *size: (64, 0, 4, 1))
+    inputs, weights = {"x": torch.randn(1, 16, 16).half()}, {"w": torch.randn(48, 16).half()}
+    segment = make_segment(_attend, inputs, weights)
+    want = segment.graph(*inputs.values(), *weights.values())[0]
+    assert not attention.use_fastest(segment.graph.graph, "torch", own=True)
+    segment.graph.recompile()
+    [call] = [n for n in segment.graph.graph.nodes if n.target is attention.KERNEL_ATTENTION]
+    assert call.args[4] == [64, 0, 4, 1]
+    assert error(segment.graph(*inputs.values(), *weights.values())[0], want) < 2e-3
 
 
 def test_chosen_where_it_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

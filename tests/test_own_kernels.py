@@ -77,7 +77,9 @@ def test_a_product_that_is_read_elsewhere_stays(monkeypatch: pytest.MonkeyPatch)
     assert not [n for n in graph.nodes if n.target is gated.GATED_PRODUCT]
 
 
-@pytest.mark.parametrize(("keys", "parts"), [(1, (16, 0)), (16, (16, 0)), (77, (64, 16)), (100, (128, 0)), (33, (32, 16))])
+@pytest.mark.parametrize(
+    ("keys", "parts"), [(1, (16, 0)), (16, (16, 0)), (77, (64, 16)), (100, (128, 0)), (33, (32, 16))]
+)
 def test_few_keys_are_held_in_little(keys: int, parts: tuple[int, int]) -> None:
     operators = pytest.importorskip("districompile.backends.gpu.operators")
     assert operators.parts(keys) == parts and sum(parts) >= keys
@@ -107,9 +109,7 @@ def test_which_machines_can(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mark", [pytest.param(0, marks=_on_gpu)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "inner", "columns", "bias"), [(512, 1280, 5120, True), (300, 328, 192, False)])
-def test_gated_products_agree(
-    dtype: torch.dtype, rows: int, inner: int, columns: int, bias: bool, mark: int
-) -> None:
+def test_gated_products_agree(dtype: torch.dtype, rows: int, inner: int, columns: int, bias: bool, mark: int) -> None:
     from districompile.backends.gpu import operators
 
     x, w = (torch.randn(n, inner, device="cuda").to(dtype) for n in (rows, 2 * columns))
@@ -158,9 +158,7 @@ def _run(backend: InductorBackend, segment: BuildSegment, inputs: Any, weights: 
 
 @pytest.mark.parametrize("mark", [pytest.param(0, marks=_on_gpu)])
 @pytest.mark.parametrize("gate_way", gated._WAYS)
-def test_an_engine_has_all_of_them(
-    gate_way: Any, mark: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_has_all_of_them(gate_way: Any, mark: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block of a transformer whose keys and values go between those of others, as a segment of it."""
     rows, inner, heads = 256, 256, 4
 

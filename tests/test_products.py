@@ -43,18 +43,18 @@ def _segment(batch: int = 1, **kwargs: Any) -> tuple[BuildSegment, list[Tensor]]
 def test_a_product_is_split(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[object, ...]] = []
 
-    def pays(*size: object) -> bool:
+    def pays(*size: object) -> tuple[int, ...]:
         sizes.append(size)
-        return True
+        return ()
 
     monkeypatch.setattr(inductor_direct, "split_pays", pays)
     segment, args = _segment(last=last)
     want = segment.graph(*args)[0]
-    split_products(segment.graph.graph)
+    split_products(segment.graph.graph, kernels=True)
     segment.graph.recompile()
     assert [n.target for n in segment.graph.graph.nodes].count(INSERT_PRODUCT) == 1
     assert not any(n.target is torch.ops.aten.linear.default for n in segment.graph.graph.nodes)
-    assert sizes == [(5, 12, 16, 8, torch.float32)]
+    assert sizes == [(5, 12, 16, 8, torch.float32, last)]
     torch.testing.assert_close(segment.graph(*args)[0], want)
 
 
@@ -63,9 +63,9 @@ def test_what_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         split_products(segment.graph.graph)
         return not any(n.target is INSERT_PRODUCT for n in segment.graph.graph.nodes)
 
-    monkeypatch.setattr(inductor_direct, "split_pays", lambda *size: False)
+    monkeypatch.setattr(inductor_direct, "split_pays", lambda *size: None)
     assert left(_segment()[0])
-    monkeypatch.setattr(inductor_direct, "split_pays", lambda *size: True)
+    monkeypatch.setattr(inductor_direct, "split_pays", lambda *size: ())
     assert not left(_segment()[0])
     assert left(_segment(batch=2)[0])  # rows of a batch are not those received, in another order
     assert left(_segment(bias=torch.randn(24))[0])
@@ -73,8 +73,8 @@ def test_what_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_in_place() -> None:
     foreign, x, weight = torch.randn(10, 1, 16), torch.randn(1, 5, 12), torch.randn(24, 12)
-    want = insert_product(foreign, x, weight, 1, 3, [8, 24], [0, 8])
-    got = insert_product_in_place(foreign, x, weight, 1, 3, [8, 24], [0, 8])
+    want = insert_product(foreign, x, weight, 1, 3, [8, 24], [0, 8], [])
+    got = insert_product_in_place(foreign, x, weight, 1, 3, [8, 24], [0, 8], [])
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(foreign[3:8], torch.nn.functional.linear(x, weight)[..., 8:24].transpose(0, 1))
@@ -83,7 +83,7 @@ def test_in_place() -> None:
 @pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 def test_an_engine_writes_where_others_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what it sends from there is no output of its own."""
-    monkeypatch.setattr(inductor_direct, "split_pays", lambda *size: True)
+    monkeypatch.setattr(inductor_direct, "split_pays", lambda *size: ())
 
     def attend(received: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.nn.functional.linear(torch.nn.functional.layer_norm(x, (12,)), weight)
@@ -106,4 +106,4 @@ def test_an_engine_writes_where_others_arrive(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
 def test_products_are_timed() -> None:
-    assert isinstance(inductor_direct.split_pays(256, 64, 128, 64, torch.float16), bool)
+    assert inductor_direct.split_pays(256, 64, 128, 64, torch.float16, True) in (None, (), *inductor_direct._WAYS)

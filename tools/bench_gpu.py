@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--modes", default="eager,default,max-autotune-no-cudagraphs", help="of single")
     parser.add_argument("--max-autotune", action="store_true", help="for our engines")
     parser.add_argument("--attention", default="auto", help="of our engines: auto, torch or flash3")
-    parser.add_argument("--timed", default="products,convolutions,kernels", help="what our engines decide by timing, or none")
+    parser.add_argument(
+        "--timed", default="products,convolutions,kernels", help="what our engines decide by timing, or none"
+    )
     parser.add_argument("--inductor", default="{}", help="further Inductor options for our engines, as JSON")
     parser.add_argument("--optimise", default="all", help="exact passes for speed, or all, or none")
     parser.add_argument("--segments", type=int, default=4)

@@ -55,8 +55,8 @@ def use_fastest(graph: fx.Graph, asked: str, own: bool) -> bool:
     """Replace attention in ``graph`` by what is fastest here; whether any is FlashAttention-3's. ``asked``: one of
     :data:`districompile.backends.flash_attention.KERNELS`. ``own``: whether kernels of our own are tried.
 
-    What can be replaced is plain attention (no mask, not causal) of 16-bit heads of up to 256 elements, a multiple of 8.
-    The operands of what replaces it are (batch, length, heads, elements), with elements next to each other.
+    What can be replaced is plain attention (no mask, not causal) of 16-bit heads of up to 256 elements, a multiple
+    of 8. The operands of what replaces it are (batch, length, heads, elements), with elements next to each other.
     """
     found = False
     for node in list(graph.nodes):

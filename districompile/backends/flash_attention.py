@@ -1,8 +1,8 @@
 """Attention by FlashAttention-3 (Shah et al., arXiv 2407.08608), where that library is installed and faster.
 
-PyTorch chooses among kernels of its own for ``scaled_dot_product_attention``, on Hopper GPUs cuDNN's; which are faster is
-measured (:mod:`districompile.backends.attention`). Nothing of the library is in a bundle: an engine that calls it needs
-it where it runs.
+PyTorch chooses among kernels of its own for ``scaled_dot_product_attention``, on Hopper GPUs cuDNN's; which are faster
+is measured (:mod:`districompile.backends.attention`). Nothing of the library is in a bundle: an engine that calls it
+needs it where it runs.
 """
 
 from __future__ import annotations

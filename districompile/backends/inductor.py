@@ -144,8 +144,9 @@ class InductorBackend:
     faster to run. ``attention``: "torch" for the kernels that PyTorch chooses, "flash3" for FlashAttention-3, "auto"
     for whichever is faster if that can be used here. ``timed``: what else is decided by measuring, of :data:`TIMED`
     (by default all of it on GPUs): "products", own keys and values written where they are sent from by a product of
-    their own, "convolutions" by products, and "kernels" of our own for attention and gated products. ``channels_last`` stores weights of convolutions with their channels
-    innermost (by default on GPUs; on the CPU it would cost each process a copy of them). ``workers`` is how many
+    their own; "convolutions" by products; "kernels" of our own for attention, gated products and products with two
+    results. ``channels_last`` stores weights of convolutions with their channels innermost (by default on GPUs; on the
+    CPU it would cost each process a copy of them). ``workers`` is how many
     processes compile. ``options`` are further settings of ``torch._inductor.config``, as
     ``{"coordinate_descent_tuning": True}``.
     """

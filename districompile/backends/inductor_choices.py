@@ -69,8 +69,8 @@ def described_views() -> Iterator[None]:
         view = f"torch.as_strided({desc.get_tensor().get_name()}, {size}, {stride}, 0)"
         return f"triton.tools.tensor_descriptor.TensorDescriptor.from_tensor({view}, {block})"
 
-    PythonWrapperCodegen._generate_tma_descriptor_call_stable = call
+    PythonWrapperCodegen._generate_tma_descriptor_call_stable = call  # type: ignore[method-assign]
     try:
         yield
     finally:
-        PythonWrapperCodegen._generate_tma_descriptor_call_stable = usual
+        PythonWrapperCodegen._generate_tma_descriptor_call_stable = usual  # type: ignore[method-assign]

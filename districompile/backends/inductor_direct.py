@@ -73,9 +73,9 @@ _LIB.impl("insert_product", insert_product, "CompositeImplicitAutograd")
 INSERT_PRODUCT = torch.ops.districompile.insert_product.default
 
 
-def split_products(graph: fx.Graph, own: bool = False) -> None:
+def split_products(graph: fx.Graph, kernels: bool = False) -> None:
     """Make one ``insert_product`` of every ``insert`` of columns of a product into an input, where two products, or a
-    kernel of our ``own`` with two results, are faster here than one product and a copy."""
+    kernel of our own with two results (if ``kernels``), are faster here than one product and a copy."""
     insert: Any
     for insert in list(graph.nodes):
         found = _columns(insert) if in_place(insert) else None
@@ -85,8 +85,8 @@ def split_products(graph: fx.Graph, own: bool = False) -> None:
         x = product.args[0].meta["val"]
         rows = x.numel() // x.shape[-1]
         columns = product.args[1].meta["val"].shape[0]
-        whole_product = own and rest[0] == 0 and (rest[1], sent[1]) == (sent[0], columns)
-        blocks = split_pays(rows, x.shape[-1], sent[1] - sent[0], rest[1] - rest[0], x.dtype, whole_product)
+        both_whole = kernels and rest[0] == 0 and (rest[1], sent[1]) == (sent[0], columns)
+        blocks = split_pays(rows, x.shape[-1], sent[1] - sent[0], rest[1] - rest[0], x.dtype, both_whole)
         if blocks is None:
             continue
         foreign, own, dim, before, _, _ = insert.args

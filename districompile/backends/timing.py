@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
-_LONG = 5.0  # ms: enough for the clock
-_MOST = 20
+_LONG = 1.0  # ms: enough for the clock, and short enough to fall between the work of other processes
+_MOST = 20  # calls in one measurement
+_ROUNDS = 12
 _GAIN = 0.98  # of the usual time: less is no difference
 
 _Way = TypeVar("_Way")
@@ -22,24 +23,35 @@ def fastest(
     """Which of ``others`` takes the least time on the current GPU, if that is less than ``gain`` of what ``usual``
     takes; else None. One that fails, as a library or a compiler that cannot do this size, is left out with a warning
     that names ``what``."""
-    limit = gain * milliseconds(usual)
-    times = {way: _time_of(what, call) for way, call in others.items()}
+    calls: dict[_Way | None, Callable[[], object]] = {None: usual}
+    calls.update(others)
+    times: dict[_Way | None, float] = {}
+    replays = {}
+    for way, call in calls.items():
+        try:
+            replays[way] = _replay(call)
+        except Exception as e:  # neither libraries nor Triton have errors of one kind
+            if way is None:
+                raise
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            warnings.warn(f"{what} is not used here: {reason}", stacklevel=3)
+    for _ in range(_ROUNDS):  # in turns, so that what else the GPU does, and its clock, are the same to all
+        for way, replay in replays.items():
+            times[way] = min(times.get(way, math.inf), replay())
+    limit = gain * times.pop(None)
     best = min(times, key=times.__getitem__, default=None)
     return best if best is not None and times[best] < limit else None
-
-
-def _time_of(what: str, call: Callable[[], object]) -> float:
-    try:
-        return milliseconds(call)
-    except Exception as e:  # neither libraries nor Triton have errors of one kind
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        warnings.warn(f"{what} is not used here: {reason}", stacklevel=4)
-        return math.inf
 
 
 def milliseconds(call: Callable[[], object]) -> float:
     """How long ``call`` takes on the current GPU: the least of some times, in a CUDA graph, as the host takes longer to
     launch short kernels than they run."""
+    replay = _replay(call)
+    return min(replay() for _ in range(_ROUNDS))
+
+
+def _replay(call: Callable[[], object]) -> Callable[[], float]:
+    """Runs ``call`` some times in a row, and says how long one took."""
     call()  # the first one chooses and loads kernels
     count = max(1, min(_MOST, int(_LONG / _elapsed(call))))
     graph = torch.cuda.CUDAGraph()
@@ -47,7 +59,7 @@ def milliseconds(call: Callable[[], object]) -> float:
         for _ in range(count):
             call()
     graph.replay()
-    return min(_elapsed(graph.replay) for _ in range(4)) / count
+    return lambda: _elapsed(graph.replay) / count
 
 
 def _elapsed(call: Callable[[], object]) -> float:

@@ -4,3 +4,5 @@ Each is an operator that anyone can run, in a graph that can be stored; tracing 
 kernel, which is compiled into the engine: where an engine runs, Triton is not needed. Which are used is decided by
 timing them.
 """
+
+from __future__ import annotations

@@ -3,6 +3,7 @@
 All sizes are known when compiling. Strides are in elements; the last dim's is 1. Accumulation is in float32.
 """
 
+# No annotations from __future__: Triton, and what puts these kernels into a program, read them.
 import triton
 import triton.language as tl
 
@@ -13,9 +14,9 @@ def gated_product(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``out`` (ROWS, COLUMNS) of descriptors of ``x`` (ROWS, INNER) and ``weight`` (2 COLUMNS, INNER): the first COLUMNS
-    columns of the product, times the GELU of the others. GROUP blocks of rows share a block of columns while it is in the
-    cache."""
+    """``out`` (ROWS, COLUMNS) of descriptors of ``x`` (ROWS, INNER) and ``weight`` (2 COLUMNS, INNER): the first
+    COLUMNS columns of the product, times the GELU of the others. GROUP blocks of rows share a block of columns while it
+    is in the cache."""
     blocks_m: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     blocks_n: tl.constexpr = COLUMNS // BLOCK_N
     number = tl.program_id(0)
@@ -45,6 +46,17 @@ def gated_product(
     y = value * gate * tl.where(gate < 0, tail, 1.0 - tail)
     places = out + rows[:, None].to(tl.int64) * COLUMNS + columns[None, :]
     tl.store(places, y.to(out.dtype.element_ty), mask=(rows < ROWS)[:, None])
+
+
+@triton.jit
+def gate(product, out, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """What reads a product of 2 COLUMNS columns where :func:`gated_product` is not used: to compare with."""
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = product + places // COLUMNS * (2 * COLUMNS) + places % COLUMNS
+    value = tl.load(at).to(tl.float32)
+    other = tl.load(at + COLUMNS).to(tl.float32)
+    y = value * other * 0.5 * (1.0 + tl.math.erf(other * 0.7071067811865476))
+    tl.store(out + places, y.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -86,8 +98,9 @@ def attention_few(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
     FIRST: tl.constexpr, REST: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Attention to no more keys than fit beside each other: FIRST of them, and up to REST more (0: none), both powers of
-    2. Operands are (batch, length, heads, WIDTH); PADDED is WIDTH or the next power of 2. SCALE is for powers of 2."""
+    """Attention to no more keys than fit beside each other: FIRST of them, and up to REST more (0: none), both powers
+    of 2. Operands are (batch, length, heads, WIDTH); PADDED is WIDTH or the next power of 2. SCALE is for exponents of
+    2."""
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -38,7 +38,7 @@ def launch(
     from torch._higher_order_ops import triton_kernel_wrap as torch_triton
 
     table: Any = torch_triton.kernel_side_table
-    torch_triton.triton_kernel_wrapper_mutation(  # type: ignore[no-untyped-call]
+    torch_triton.triton_kernel_wrapper_mutation(
         kernel_idx=table.add_kernel(_configured(kernel, warps, stages)),
         constant_args_idx=table.add_constant_args(dict(constants)),
         grid=[tuple(grid) + (1,) * (3 - len(grid))],

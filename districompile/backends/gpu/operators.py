@@ -45,8 +45,8 @@ def product_apart(place: Tensor, x: Tensor, weight: Tensor, split: int, offset: 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[int]) -> Tensor:
-    """Of (batch, length, heads, width); ``blocks`` are those of queries and of keys (0 for all keys at once), then warps
-    and stages."""
+    """Of (batch, length, heads, width); ``blocks`` are those of queries and of keys (0 for all keys at once), then
+    warps and stages."""
     block_m, block_n, warps, stages = blocks
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
