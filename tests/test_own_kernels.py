@@ -124,7 +124,8 @@ def test_gated_products_agree(dtype: torch.dtype, rows: int, inner: int, columns
 @pytest.mark.parametrize("mark", [pytest.param(0, marks=_on_gpu)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("queries", "keys", "width"), [(512, 77, 64), (300, 16, 40), (64, 9, 64), (200, 128, 80), (333, 1000, 64)]
+    ("queries", "keys", "width"),
+    [(512, 77, 64), (300, 16, 40), (64, 9, 64), (200, 128, 80), (333, 1000, 64), (100, 1024, 40), (512, 512, 36)],
 )
 def test_attention_agrees(dtype: torch.dtype, queries: int, keys: int, width: int, mark: int) -> None:
     """Keys and values of one product, of two images."""

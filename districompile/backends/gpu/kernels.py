@@ -144,9 +144,11 @@ def attention_many(
     K_BATCH: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr,
     V_BATCH: tl.constexpr, V_ROW: tl.constexpr, V_HEAD: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Attention block by block of keys (Dao, arXiv 2307.08691). Operands as of :func:`attention_few`."""
+    """Attention block by block of keys (Dao, arXiv 2307.08691). Operands as of :func:`attention_few`, but if DESCRIBED
+    keys and values are descriptors of (batch x length, heads x WIDTH). Those give the next head's elements where a head
+    is narrower than PADDED: queries are 0 there, and results are not written."""
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -155,32 +157,32 @@ def attention_many(
     q += batch * Q_BATCH + head * Q_HEAD
     inside = (rows < QUERIES)[:, None] & (width < WIDTH)[None, :]
     queries = tl.load(q + rows[:, None].to(tl.int64) * Q_ROW + width[None, :], mask=inside, other=0.0)
-    keys_at = k + batch * K_BATCH + head * K_HEAD + block[None, :] * K_ROW + width[:, None]
-    values_at = v + batch * V_BATCH + head * V_HEAD + block[:, None] * V_ROW + width[None, :]
+    if not DESCRIBED:
+        k += batch * K_BATCH + head * K_HEAD + block[None, :] * K_ROW + width[:, None]
+        v += batch * V_BATCH + head * V_HEAD + block[:, None] * V_ROW + width[None, :]
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     y = tl.zeros((BLOCK_M, PADDED), tl.float32)
     for start in range(0, KEYS, BLOCK_N):
-        if KEYS % BLOCK_N == 0 and PADDED == WIDTH:
-            keys = tl.load(keys_at)
+        if DESCRIBED:
+            scores = tl.dot(queries, k.load([(batch * KEYS).to(tl.int32) + start, head * WIDTH]).T)
         else:
             known = (start + block < KEYS)[None, :] & (width < WIDTH)[:, None]
-            keys = tl.load(keys_at, mask=known, other=0.0)
-        scores = tl.dot(queries, keys)
+            scores = tl.dot(queries, tl.load(k, mask=known, other=0.0))
+            k += BLOCK_N * K_ROW
         if KEYS % BLOCK_N != 0:
             scores = tl.where((start + block < KEYS)[None, :], scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, 1) * SCALE)
         shares = tl.exp2(scores * SCALE - new[:, None])
         less = tl.exp2(largest - new)
         total = total * less + tl.sum(shares, 1)
-        if KEYS % BLOCK_N == 0 and PADDED == WIDTH:
-            values = tl.load(values_at)
+        if DESCRIBED:
+            values = v.load([(batch * KEYS).to(tl.int32) + start, head * WIDTH])
         else:
             known = (start + block < KEYS)[:, None] & (width < WIDTH)[None, :]
-            values = tl.load(values_at, mask=known, other=0.0)
+            values = tl.load(v, mask=known, other=0.0)
+            v += BLOCK_N * V_ROW
         y = tl.dot(shares.to(values.dtype), values, y * less[:, None])
         largest = new
-        keys_at += BLOCK_N * K_ROW
-        values_at += BLOCK_N * V_ROW
     places = ((batch * QUERIES + rows[:, None]) * HEADS + head) * WIDTH + width[None, :]
     tl.store(out + places, (y / total[:, None]).to(out.dtype.element_ty), mask=inside)

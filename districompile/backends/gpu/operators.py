@@ -2,7 +2,7 @@
 
 # No annotations from __future__: the operators' schemas are read from them.
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from districompile.backends.gpu.launch import blocks_of, launch, power_of_two
 
 _GROUP = 8  # blocks of rows that share a block of weights
+_SWIZZLED = 128  # bytes of a row of a block, at most, that PyTorch can describe
 
 
 def gated_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], blocks: list[int]) -> Tensor:  # noqa: UP045
@@ -51,21 +52,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[int]) 
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
     out = q.new_empty(q.shape)
-    constants = {f"{n}_{dim}": x.stride(i) for n, x in (("Q", q), ("K", k), ("V", v)) for i, dim in enumerate(_DIMS)}
-    constants |= {"QUERIES": queries, "KEYS": keys, "HEADS": heads, "WIDTH": width, "PADDED": power_of_two(width)}
+    strides = {f"{n}_{dim}": x.stride(i) for n, x in (("Q", q), ("K", k), ("V", v)) for i, dim in enumerate(_DIMS)}
+    padded = power_of_two(width)
+    constants: dict[str, Any] = {
+        **strides, "QUERIES": queries, "KEYS": keys, "HEADS": heads, "WIDTH": width, "PADDED": padded,
+        "SCALE": scale * math.log2(math.e), "BLOCK_M": block_m,
+    }  # fmt: skip
+    kernel, described = "attention_few", dict[str, tuple[int, int]]()
     if block_n == 0:
-        first, rest = parts(keys)
-        constants |= {"FIRST": first, "REST": rest}
+        constants["FIRST"], constants["REST"] = parts(keys)
     else:
-        constants["BLOCK_N"] = block_n
+        kernel = "attention_many"
+        if padded * q.itemsize <= _SWIZZLED and all(_describable(x) for x in (k, v)):
+            described = dict.fromkeys("kv", (block_n, padded))
+            k, v = (x.flatten(2).flatten(0, 1) for x in (k, v))
+        constants |= {"BLOCK_N": block_n, "DESCRIBED": bool(described)}
     launch(
-        "attention_few" if block_n == 0 else "attention_many",
-        [blocks_of(queries, block_m), heads, batch],
-        {"q": q, "k": k, "v": v, "out": out},
-        {**constants, "SCALE": scale * math.log2(math.e), "BLOCK_M": block_m},
-        warps=warps, stages=stages,
+        kernel, [blocks_of(queries, block_m), heads, batch], {"q": q, "k": k, "v": v, "out": out}, constants,
+        warps=warps, stages=stages, blocks=described,
     )  # fmt: skip
     return out
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether (batch, length, heads, width) are a matrix of rows, at multiples of 16 bytes."""
+    batch, length, _, width = x.shape
+    plain = x.stride(3) == 1 and x.stride(2) == width and (batch == 1 or x.stride(0) == length * x.stride(1))
+    return plain and all(n * x.itemsize % 16 == 0 for n in (x.stride(1), x.storage_offset()))
 
 
 _DIMS = ("BATCH", "ROW", "HEAD")
