@@ -69,13 +69,20 @@ def milliseconds(call: Callable[[], object]) -> float:
 def _replay(call: Callable[[], object]) -> Callable[[], float]:
     """Runs ``call`` some times in a row, and says how long one took."""
     call()  # the first one chooses and loads kernels
-    count = max(1, min(_MOST, int(_LONG / _elapsed(call))))
+    once = _captured(call, 1)
+    once.replay()
+    count = max(1, min(_MOST, int(_LONG / _elapsed(once.replay))))  # not of the call, which may be the host's time
+    graph = _captured(call, count)
+    graph.replay()
+    return lambda: _elapsed(graph.replay) / count
+
+
+def _captured(call: Callable[[], object], count: int) -> Any:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(count):
             call()
-    graph.replay()
-    return lambda: _elapsed(graph.replay) / count
+    return graph
 
 
 def _elapsed(call: Callable[[], object]) -> float:
