@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,6 @@ from districompile.weights import WeightFile
 from tests.helpers_segments import error, make_segment, write_weights
 
 _UNUSABLE = launch.unusable()
-_on_gpu = [pytest.mark.gpu, pytest.mark.skipif(_UNUSABLE is not None, reason=str(_UNUSABLE))]
 
 
 def _gated(x: Tensor, w: Tensor, b: Tensor | None = None, *, first: bool = True, approximate: str = "none") -> Tensor:
@@ -49,7 +51,7 @@ def test_which_products_are_gated(kwargs: Any, taken: Any, monkeypatch: pytest.M
 
     def pays(*size: Any) -> tuple[int, ...]:
         asked.append(size)
-        return (1, 2, 3, 4, 5)
+        return (1, 2, 3, 4, 5, 6)
 
     monkeypatch.setattr(gated, "pays", pays)
     segment = _gated_segment(**kwargs)
@@ -66,7 +68,7 @@ def test_which_products_are_gated(kwargs: Any, taken: Any, monkeypatch: pytest.M
 
 
 def test_a_product_that_is_read_elsewhere_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated, "pays", lambda *size: (1, 2, 3, 4, 5))
+    monkeypatch.setattr(gated, "pays", lambda *size: (1, 2, 3, 4, 5, 6))
 
     def twice(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.nn.functional.linear(x, w)
@@ -103,40 +105,127 @@ def test_which_machines_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.unusable() == "triton is not installed"
 
 
-# On GPUs
+@pytest.mark.parametrize(
+    ("bias", "users", "keys", "width", "taken"),
+    [(False, 1, 9, 16, True), (True, 1, 9, 16, False), (False, 2, 9, 16, False), (False, 1, 129, 16, False),
+     (False, 1, 9, 24, False)],
+)  # fmt: skip
+def test_which_queries_are_made_where_they_are_needed(
+    bias: bool, users: int, keys: int, width: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def pays(*size: Any) -> tuple[int, ...]:
+        asked.append(size)
+        return (128, 64, 4, 4)
+
+    monkeypatch.setattr(attention, "product_pays", pays)
+    monkeypatch.setattr(attention, "choose", lambda *size: None)
+    inner = 3 * width
+
+    def attend(x: Tensor, text: Tensor, w: Tensor, b: Tensor | None = None) -> tuple[Tensor, ...]:
+        product = torch.nn.functional.linear(x, w, b)
+        q, k = (t.reshape(2, -1, 3, width).permute(0, 2, 1, 3) for t in (product, text))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2)
+        return (y, product)[:users]
+
+    inputs = {"x": torch.randn(2, 5, 40).half(), "text": torch.randn(2, keys, inner).half()}
+    weights = {"w": torch.randn(inner, 40).half() / 6, **({"b": torch.randn(inner).half()} if bias else {})}
+    segment = make_segment(attend, inputs, weights)
+    want = segment.graph(*inputs.values(), *weights.values())[0]
+    assert not attention.use_fastest(segment.graph.graph, "torch", own=True)
+    segment.graph.recompile()
+    segment.graph.graph.lint()
+    found = [n for n in segment.graph.graph.nodes if n.target is attention.PRODUCT_ATTENTION]
+    assert len(found) == taken and asked == ([(2, 3, 5, width, keys, 40, torch.float16, None)] if taken else [])
+    assert error(segment.graph(*inputs.values(), *weights.values())[0], want) < 2e-3
 
 
-@pytest.mark.parametrize("mark", [pytest.param(0, marks=_on_gpu)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "inner", "columns", "bias"), [(512, 1280, 5120, True), (300, 328, 192, False)])
-def test_gated_products_agree(dtype: torch.dtype, rows: int, inner: int, columns: int, bias: bool, mark: int) -> None:
+# The kernels: on a GPU, or, as far as numbers go, in Triton's interpreter, in a process of its own
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICE = "cpu" if _INTERPRETED else "cuda"
+_DTYPES = [torch.float16] if _INTERPRETED else [torch.float16, torch.bfloat16]  # NumPy has no bfloat16
+_numbers = pytest.mark.skipif(not _INTERPRETED and _UNUSABLE is not None, reason=str(_UNUSABLE))
+
+
+@pytest.mark.skipif(_INTERPRETED, reason="this is the interpreter")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_numbers_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "agree", __file__]
+    ran = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    assert " passed" in ran.stdout and "skipped" not in ran.stdout.splitlines()[-1]
+
+
+@_numbers
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "bias"),
+    [(200, 72, 320, True), (100, 40, 192, False), *([] if _INTERPRETED else [(512, 1280, 5120, True)])],
+)
+def test_gated_products_agree(dtype: torch.dtype, rows: int, inner: int, columns: int, bias: bool) -> None:
     from districompile.backends.gpu import operators
 
-    x, w = (torch.randn(n, inner, device="cuda").to(dtype) for n in (rows, 2 * columns))
-    w, b = w / 20, torch.randn(2 * columns, device="cuda").to(dtype) if bias else None
+    x, w = (torch.randn(n, inner, device=_DEVICE).to(dtype) for n in (rows, 2 * columns))
+    w, b = w / 20, torch.randn(2 * columns, device=_DEVICE).to(dtype) if bias else None
     want = _gated(x.double(), w.double(), None if b is None else b.double())
-    for way in gated._WAYS:
-        if columns % way[1] == 0:
-            got = operators.gated_product(x, w, b, list(way))
-            assert error(got.double(), want) <= 2 * torch.finfo(dtype).eps, way
+    ways = [way for way in gated._WAYS if columns % (way[1] + way[2]) == 0]
+    assert ways
+    for way in ways:
+        got = operators.gated_product(x, w, b, list(way))
+        assert error(got, want.to(dtype)) <= 2 * torch.finfo(dtype).eps, way
 
 
-@pytest.mark.parametrize("mark", [pytest.param(0, marks=_on_gpu)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@_numbers
+@pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize(
     ("queries", "keys", "width"),
-    [(512, 77, 64), (300, 16, 40), (64, 9, 64), (200, 128, 80), (333, 1000, 64), (100, 1024, 40), (512, 512, 36)],
+    [(130, 77, 64), (70, 16, 40), (64, 9, 64), (90, 128, 80), (133, 300, 64), (100, 256, 40), (70, 256, 36)],
 )
-def test_attention_agrees(dtype: torch.dtype, queries: int, keys: int, width: int, mark: int) -> None:
+def test_attention_agrees(dtype: torch.dtype, queries: int, keys: int, width: int) -> None:
     """Keys and values of one product, of two images."""
     from districompile.backends.gpu import operators
 
-    packed = torch.randn(2, keys, 2 * 5 * width, device="cuda").to(dtype).view(2, keys, 2, 5, width)
-    q, k, v = torch.randn(2, queries, 5, width, device="cuda").to(dtype), packed[:, :, 0], packed[:, :, 1]
-    want = attention.kernel_attention(q.double(), k.double(), v.double(), 0.2, [])
+    packed = torch.randn(2, keys, 2 * 3 * width, device=_DEVICE).to(dtype).view(2, keys, 2, 3, width)
+    q, k, v = torch.randn(2, queries, 3, width, device=_DEVICE).to(dtype), packed[:, :, 0], packed[:, :, 1]
+    want = attention.kernel_attention(q.double(), k.double(), v.double(), 0.2, []).to(dtype)
     for way in (*(attention._FOR_FEW if keys <= 128 else ()), *attention._FOR_MANY):
         got = operators.attention(q, k, v, 0.2, list(way))
-        assert got.is_contiguous() and error(got.double(), want) <= 2 * torch.finfo(dtype).eps, way
+        assert got.is_contiguous() and error(got, want) <= 2 * torch.finfo(dtype).eps, way
+
+
+@_numbers
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize(("queries", "keys", "width"), [(130, 77, 64), (70, 16, 32)])
+def test_attention_with_its_product_agrees(dtype: torch.dtype, queries: int, keys: int, width: int) -> None:
+    from districompile.backends.gpu import operators
+
+    k, v = (torch.randn(2, keys, 3, width, device=_DEVICE).to(dtype) for _ in range(2))
+    x, w = torch.randn(2, queries, 72, device=_DEVICE).to(dtype), torch.randn(3 * width, 72, device=_DEVICE).to(dtype)
+    q = torch.nn.functional.linear(x.double(), w.double()).to(dtype).view(2, queries, 3, width)
+    want = attention.kernel_attention(q.double(), k.double(), v.double(), 0.05, []).to(dtype)
+    for way in attention._WITH_PRODUCT:
+        got = operators.product_attention(x, w, k, v, 0.05, list(way))
+        assert error(got, want) <= 4 * torch.finfo(dtype).eps, way
+
+
+@_numbers
+@pytest.mark.parametrize("dtype", _DTYPES)
+def test_products_with_two_results_agree(dtype: torch.dtype) -> None:
+    from districompile.backends.gpu import operators
+
+    rows, split, columns = 70, 256, 768
+    x, w = (torch.randn(n, 72, device=_DEVICE).to(dtype) for n in (rows, columns))
+    want = (x.double() @ w.double().t()).to(dtype)
+    for way in inductor_direct._WAYS:
+        place = torch.zeros(3 * rows, columns - split, device=_DEVICE, dtype=dtype)
+        first = operators.product_apart(place, x, w, split, rows * (columns - split), list(way))
+        assert error(first, want[:, :split].contiguous()) <= 2 * torch.finfo(dtype).eps, way
+        assert error(place[rows : 2 * rows], want[:, split:].contiguous()) <= 2 * torch.finfo(dtype).eps, way
+        assert not place[:rows].any() and not place[2 * rows :].any()
 
 
 def _run(backend: InductorBackend, segment: BuildSegment, inputs: Any, weights: Any, folder: Path) -> dict[str, Tensor]:
@@ -157,13 +246,16 @@ def _run(backend: InductorBackend, segment: BuildSegment, inputs: Any, weights: 
     return {n: engine.output(n).clone() for n in outputs}
 
 
-@pytest.mark.parametrize("mark", [pytest.param(0, marks=_on_gpu)])
+@pytest.mark.gpu
+@pytest.mark.skipif(_UNUSABLE is not None, reason=str(_UNUSABLE))
 @pytest.mark.parametrize("gate_way", gated._WAYS)
-def test_an_engine_has_all_of_them(gate_way: Any, mark: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_has_all_of_them(gate_way: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block of a transformer whose keys and values go between those of others, as a segment of it."""
-    rows, inner, heads = 256, 256, 4
+    rows, inner, heads = 256, 320, 5
 
-    def block(others: Tensor, text: Tensor, x: Tensor, w: Tensor, f: Tensor, fb: Tensor) -> tuple[Tensor, Tensor]:
+    def block(
+        others: Tensor, text: Tensor, x: Tensor, w: Tensor, wq: Tensor, f: Tensor, fb: Tensor
+    ) -> tuple[Tensor, Tensor]:
         split = torch.nn.functional.linear(x, w)
         q, own = split[..., :inner], split[..., inner : 3 * inner]
         whole = ops.insert(others, own, 1, rows, 0, rows)
@@ -174,6 +266,8 @@ def test_an_engine_has_all_of_them(gate_way: Any, mark: int, tmp_path: Path, mon
 
         y = torch.nn.functional.scaled_dot_product_attention(by_head(q), by_head(k), by_head(v))
         y = torch.nn.functional.scaled_dot_product_attention(y, by_head(text), by_head(text))
+        q = by_head(torch.nn.functional.linear(torch.nn.functional.layer_norm(x, (inner,)), wq))
+        y = y + torch.nn.functional.scaled_dot_product_attention(q, by_head(text), by_head(text))
         y = x + y.transpose(1, 2).flatten(2)
         return _gated(torch.nn.functional.layer_norm(y, (inner,)), f, fb), y
 
@@ -181,16 +275,22 @@ def test_an_engine_has_all_of_them(gate_way: Any, mark: int, tmp_path: Path, mon
         return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).half()
 
     inputs = {"others": normal(2 * rows, 1, 2 * inner), "text": normal(1, 77, inner), "x": normal(1, rows, inner)}
-    weights = {"w": normal(3 * inner, inner) / 16, "f": normal(4 * inner, inner) / 16, "fb": normal(4 * inner)}
+    weights = {
+        "w": normal(3 * inner, inner) / 16,
+        "wq": normal(inner, inner) / 16,
+        "f": normal(4 * inner, inner) / 16,
+        "fb": normal(4 * inner),
+    }
     segment = make_segment(block, inputs, weights)
     cuda = {n: x.cuda() for n, x in inputs.items()}
     want = segment.graph.cuda()(*cuda.values(), *(w.cuda() for w in weights.values()))
     monkeypatch.setattr(gated, "pays", lambda *size: gate_way)
     monkeypatch.setattr(attention, "choose", lambda *size: (64, 0, 4, 1) if size[4] == 77 else (64, 64, 4, 3))
-    monkeypatch.setattr(inductor_direct, "split_pays", lambda *size: (128, 128, 64, 8, 4))
+    monkeypatch.setattr(attention, "product_pays", lambda *size: (128, 64, 4, 4))
+    monkeypatch.setattr(inductor_direct, "split_pays", lambda *size: (128, 64, 64, 4, 4))
     backend = InductorBackend("cuda", attention="torch")
     got = _run(backend, segment, cuda, weights, tmp_path)
     for name, x in zip(got, want, strict=True):
         assert error(got[name], x) < 4e-3, name
     job = backend._package(segment).job.graph
-    assert all(word in job for word in ("gated_product", "kernel_attention", "insert_product"))
+    assert all(word in job for word in ("gated_product", "kernel_attention", "product_attention", "insert_product"))

@@ -27,6 +27,10 @@ _FEW = 128  # keys
 # Blocks of queries, of keys (0 for all keys at once); warps, stages
 _FOR_FEW = ((64, 0, 4, 1), (128, 0, 8, 1))
 _FOR_MANY = ((64, 128, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2))
+# Blocks of queries, and of what their product sums over; warps, stages
+_WITH_PRODUCT = ((128, 64, 4, 4), (64, 64, 4, 4))
+_WIDTHS = (16, 32, 64, 128)  # of heads whose queries are made where they are needed
+_LINEAR = torch.ops.aten.linear.default
 
 flash_attention.LIB.define("kernel_attention(Tensor q, Tensor k, Tensor v, float scale, int[] blocks) -> Tensor")
 
@@ -37,6 +41,19 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list
 
 
 flash_attention.LIB.impl("kernel_attention", kernel_attention, "CompositeImplicitAutograd")
+flash_attention.LIB.define(
+    "product_attention(Tensor x, Tensor weight, Tensor k, Tensor v, float scale, int[] blocks) -> Tensor"
+)
+
+
+def product_attention(x: Tensor, weight: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[int]) -> Tensor:
+    """The same with ``linear(x, weight)`` as queries."""
+    q = torch.nn.functional.linear(x, weight).reshape(*x.shape[:2], *k.shape[2:])
+    return flash_attention.elsewhere(q, k, v, scale, 1)
+
+
+flash_attention.LIB.impl("product_attention", product_attention, "CompositeImplicitAutograd")
+PRODUCT_ATTENTION = torch.ops.districompile.product_attention.default
 KERNEL_ATTENTION = torch.ops.districompile.kernel_attention.default
 
 
@@ -48,6 +65,17 @@ def traced(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[int]) -> 
 
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     result: Tensor = operators.ATTENTION(q, k, v, scale, blocks)
+    return result
+
+
+def traced_product(x: Tensor, weight: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[int]) -> Tensor:
+    """The same as the compiler for GPUs takes it."""
+    if x.device.type != "cuda":
+        return product_attention(x, weight, k, v, scale, blocks)
+    from districompile.backends.gpu import operators
+
+    k, v = (y if y.stride(3) == 1 else y.contiguous() for y in (k, v))
+    result: Tensor = operators.PRODUCT_ATTENTION(x.contiguous(), weight, k, v, scale, blocks)
     return result
 
 
@@ -65,6 +93,8 @@ def use_fastest(graph: fx.Graph, asked: str, own: bool) -> bool:
             continue
         q, k = (x.meta["val"] for x in node.args[:2])
         way = (1,) if asked == "flash3" else choose(*q.shape, k.shape[2], q.dtype, asked == "auto", own)
+        if own and asked != "flash3" and _with_product(graph, node, scale, way):
+            continue
         if way is None:
             continue
         flash = len(way) == 1
@@ -77,6 +107,74 @@ def use_fastest(graph: fx.Graph, asked: str, own: bool) -> bool:
         graph.erase_node(node)
         found |= flash
     return found
+
+
+def _with_product(graph: fx.Graph, node: fx.Node, scale: float, way: tuple[int, ...] | None) -> bool:
+    """Put attention to few keys and the product that its queries are into one, where that is faster here than both."""
+    chain = _queries(node)
+    if chain is None:
+        return False
+    product: Any = chain[-1]
+    x, weight = product.args[:2]
+    size = node.args[0].meta["val"].shape, node.args[1].meta["val"].shape[2]  # type: ignore[union-attr]
+    blocks = product_pays(*size[0], size[1], weight.meta["val"].shape[1], x.meta["val"].dtype, way)
+    if blocks is None:
+        return False
+    with graph.inserting_before(node):
+        k, v = (graph.call_function(_TRANSPOSE, (y, 1, 2)) for y in node.args[1:3])
+        call = graph.call_function(PRODUCT_ATTENTION, (x, weight, k, v, scale, list(blocks)))
+        result = graph.call_function(_TRANSPOSE, (call, 1, 2))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    for old in (node, *chain):
+        graph.erase_node(old)
+    return True
+
+
+def _queries(node: fx.Node) -> tuple[fx.Node, ...] | None:
+    """The queries of attention to few keys, if they are heads of a product without a bias and read nowhere else: nodes
+    from there up to that product."""
+    swapped: Any = node.args[0]
+    turns = {torch.ops.aten.permute.default: ([0, 2, 1, 3],), _TRANSPOSE: (1, 2)}
+    if turns.get(swapped.target) != swapped.args[1:] or node.args[1].meta["val"].shape[2] > _FEW:  # type: ignore[union-attr]
+        return None
+    heads = swapped.args[0]
+    if heads.target not in (torch.ops.aten.reshape.default, torch.ops.aten.view.default):
+        return None
+    product = heads.args[0]
+    if product.target is not _LINEAR or any(a is not None for a in product.args[2:]) or product.kwargs:
+        return None
+    x, shape, width = product.args[0].meta["val"], heads.meta["val"].shape, swapped.meta["val"].shape[3]
+    whole = x.ndim == 3 and shape == (*x.shape[:2], *shape[2:]) and x.shape[2] % 8 == 0
+    alone = all(len(n.users) == 1 for n in (swapped, heads, product))
+    return (swapped, heads, product) if whole and alone and width in _WIDTHS else None
+
+
+@functools.cache
+def product_pays(
+    batch: int, heads: int, queries: int, width: int, keys: int, inner: int, dtype: torch.dtype,
+    way: tuple[int, ...] | None,
+) -> tuple[int, ...] | None:  # fmt: skip
+    """In what blocks one kernel takes queries that are a product, if it is faster here than a product and attention in
+    the ``way`` chosen."""
+    if unusable() is not None:
+        return None
+    from districompile.backends.gpu import operators
+
+    x = torch.randn(batch, queries, inner, dtype=dtype, device="cuda")
+    weight = torch.randn(heads * width, inner, dtype=dtype, device="cuda")
+    k, v = (torch.randn(batch, keys, heads, width, dtype=dtype, device="cuda") for _ in range(2))
+
+    def apart() -> Tensor:
+        q = torch.nn.functional.linear(x, weight).view(batch, queries, heads, width)
+        if way is None:
+            return flash_attention.elsewhere(q, k, v, 1.0, 1)
+        if len(way) == 1:
+            return flash_attention.on_gpu(q, k, v, 1.0, way[0])
+        return operators.attention(q, k, v, 1.0, list(way))
+
+    ways = {w: functools.partial(operators.product_attention, x, weight, k, v, 1.0, list(w)) for w in _WITH_PRODUCT}
+    return fastest("a kernel for attention with the product before it", apart, ways)
 
 
 @functools.cache

@@ -150,4 +150,5 @@ FUSED: dict[Any, Callable[..., Any]] = {
     ops.correct_moments.default: correct_moments, ops.normalize.default: normalize,
     torch.ops.aten.linear.default: linear, PRODUCT_CONVOLUTION: unfolded,
     gated.GATED_PRODUCT: gated.traced, attention.KERNEL_ATTENTION: attention.traced,
+    attention.PRODUCT_ATTENTION: attention.traced_product,
 }  # fmt: skip

@@ -9,43 +9,60 @@ import triton.language as tl
 
 
 @triton.jit
-def gated_product(
-    x, weight, bias, out,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """``out`` (ROWS, COLUMNS) of descriptors of ``x`` (ROWS, INNER) and ``weight`` (2 COLUMNS, INNER): the first
-    COLUMNS columns of the product, times the GELU of the others. GROUP blocks of rows share a block of columns while it
-    is in the cache."""
-    blocks_m: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
-    blocks_n: tl.constexpr = COLUMNS // BLOCK_N
-    number = tl.program_id(0)
-    group = number // (GROUP * blocks_n)
-    height = min(blocks_m - group * GROUP, GROUP)
-    top = (group * GROUP + number % height) * BLOCK_M
-    left = (number % (GROUP * blocks_n)) // height * BLOCK_N
-    value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, INNER, BLOCK_K):
-        a = x.load([top, k])
-        b = weight.load([left, k])
-        c = weight.load([COLUMNS + left, k])
-        value = tl.dot(a, b.T, value)
-        gate = tl.dot(a, c.T, gate)
-    columns = left + tl.arange(0, BLOCK_N)
-    rows = top + tl.arange(0, BLOCK_M)
-    if BIAS:
-        value += tl.load(bias + columns)[None, :].to(tl.float32)
-        gate += tl.load(bias + COLUMNS + columns)[None, :].to(tl.float32)
-    # The normal distribution's tail, erfc(|gate| / sqrt 2) / 2, to 1e-7 (Abramowitz and Stegun, 7.1.26): less than half
-    # of what erf of the GPU's library takes, which is not hidden behind products
+def gelu_times(value, gate):
+    """``value`` times the GELU of ``gate``. The normal distribution's tail, erfc(|gate| / sqrt 2) / 2, is within 1e-7
+    (Abramowitz and Stegun, 7.1.26), for less than half of what the library's erf takes: that is not hidden behind
+    products."""
     z = tl.abs(gate) * 0.7071067811865476
     t = 1.0 / (1.0 + 0.3275911 * z)
     series = 0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
     tail = 0.5 * t * series * tl.exp(-z * z)
-    y = value * gate * tl.where(gate < 0, tail, 1.0 - tail)
+    return value * gate * tl.where(gate < 0, tail, 1.0 - tail)
+
+
+@triton.jit
+def gated_product(
+    x, weight, rest, bias, out,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """``out`` (ROWS, COLUMNS) of descriptors of ``x`` (ROWS, INNER) and ``weight`` (2 COLUMNS, INNER): the first
+    COLUMNS columns of the product, times the GELU of the others. A program has BLOCK_N columns of each, and REST more
+    (of ``rest``, another descriptor of ``weight``; 0: none): blocks need not be powers of 2 then, so that they fill a
+    GPU. GROUP blocks of rows share a block of columns while it is in the cache."""
+    blocks_m: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    blocks_n: tl.constexpr = COLUMNS // (BLOCK_N + REST)
+    number = tl.program_id(0)
+    group = number // (GROUP * blocks_n)
+    height = min(blocks_m - group * GROUP, GROUP)
+    top = (group * GROUP + number % height) * BLOCK_M
+    left = (number % (GROUP * blocks_n)) // height * (BLOCK_N + REST)
+    value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if REST:
+        value_2 = tl.zeros((BLOCK_M, REST), tl.float32)
+        gate_2 = tl.zeros((BLOCK_M, REST), tl.float32)
+    for k in range(0, INNER, BLOCK_K):
+        a = x.load([top, k])
+        value = tl.dot(a, weight.load([left, k]).T, value)
+        gate = tl.dot(a, weight.load([COLUMNS + left, k]).T, gate)
+        if REST:
+            value_2 = tl.dot(a, rest.load([left + BLOCK_N, k]).T, value_2)
+            gate_2 = tl.dot(a, rest.load([COLUMNS + left + BLOCK_N, k]).T, gate_2)
+    rows = top + tl.arange(0, BLOCK_M)
+    columns = left + tl.arange(0, BLOCK_N)
+    if BIAS:
+        value += tl.load(bias + columns)[None, :].to(tl.float32)
+        gate += tl.load(bias + COLUMNS + columns)[None, :].to(tl.float32)
     places = out + rows[:, None].to(tl.int64) * COLUMNS + columns[None, :]
-    tl.store(places, y.to(out.dtype.element_ty), mask=(rows < ROWS)[:, None])
+    tl.store(places, gelu_times(value, gate).to(out.dtype.element_ty), mask=(rows < ROWS)[:, None])
+    if REST:
+        columns_2 = left + BLOCK_N + tl.arange(0, REST)
+        if BIAS:
+            value_2 += tl.load(bias + columns_2)[None, :].to(tl.float32)
+            gate_2 += tl.load(bias + COLUMNS + columns_2)[None, :].to(tl.float32)
+        places_2 = out + rows[:, None].to(tl.int64) * COLUMNS + columns_2[None, :]
+        tl.store(places_2, gelu_times(value_2, gate_2).to(out.dtype.element_ty), mask=(rows < ROWS)[:, None])
 
 
 @triton.jit
@@ -90,6 +107,40 @@ def product_apart(
 
 
 @triton.jit
+def attend_few(
+    queries, k, v,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """What ``queries`` (rows, PADDED) see of one head's keys and values at ``k`` and ``v``, in float32: FIRST of them,
+    and up to REST more (0: none), both powers of 2."""
+    width = tl.arange(0, PADDED)
+    one = tl.arange(0, FIRST)
+    known = (one < KEYS)[:, None] & (width < WIDTH)[None, :]
+    keys = tl.load(k + one[:, None] * K_ROW + width[None, :], mask=known, other=0.0)
+    values = tl.load(v + one[:, None] * V_ROW + width[None, :], mask=known, other=0.0)
+    scores = tl.dot(queries, tl.trans(keys)) * SCALE
+    scores = tl.where((one < KEYS)[None, :], scores, float("-inf"))
+    largest = tl.max(scores, 1)
+    if REST:
+        two = FIRST + tl.arange(0, REST)
+        more = (two < KEYS)[:, None] & (width < WIDTH)[None, :]
+        keys_2 = tl.load(k + two[:, None] * K_ROW + width[None, :], mask=more, other=0.0)
+        values_2 = tl.load(v + two[:, None] * V_ROW + width[None, :], mask=more, other=0.0)
+        scores_2 = tl.dot(queries, tl.trans(keys_2)) * SCALE
+        scores_2 = tl.where((two < KEYS)[None, :], scores_2, float("-inf"))
+        largest = tl.maximum(largest, tl.max(scores_2, 1))
+    shares = tl.exp2(scores - largest[:, None])
+    total = tl.sum(shares, 1)
+    y = tl.dot(shares.to(values.dtype), values)
+    if REST:
+        shares_2 = tl.exp2(scores_2 - largest[:, None])
+        total += tl.sum(shares_2, 1)
+        y = tl.dot(shares_2.to(values.dtype), values_2, y)
+    return y / total[:, None]
+
+
+@triton.jit
 def attention_few(
     q, k, v, out,
     Q_BATCH: tl.constexpr, Q_ROW: tl.constexpr, Q_HEAD: tl.constexpr,
@@ -98,43 +149,48 @@ def attention_few(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
     FIRST: tl.constexpr, REST: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Attention to no more keys than fit beside each other: FIRST of them, and up to REST more (0: none), both powers
-    of 2. Operands are (batch, length, heads, WIDTH); PADDED is WIDTH or the next power of 2. SCALE is for exponents of
-    2."""
+    """Attention to no more keys than fit beside each other (FIRST + REST). Operands are (batch, length, heads, WIDTH);
+    PADDED is WIDTH or the next power of 2. SCALE is for exponents of 2."""
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     width = tl.arange(0, PADDED)
-    one = tl.arange(0, FIRST)
     q += batch * Q_BATCH + head * Q_HEAD
     k += batch * K_BATCH + head * K_HEAD
     v += batch * V_BATCH + head * V_HEAD
     inside = (rows < QUERIES)[:, None] & (width < WIDTH)[None, :]
-    known = (one < KEYS)[:, None] & (width < WIDTH)[None, :]
     queries = tl.load(q + rows[:, None] * Q_ROW + width[None, :], mask=inside, other=0.0)
-    keys = tl.load(k + one[:, None] * K_ROW + width[None, :], mask=known, other=0.0)
-    values = tl.load(v + one[:, None] * V_ROW + width[None, :], mask=known, other=0.0)
-    scores = tl.dot(queries, tl.trans(keys)) * SCALE
-    scores = tl.where((one < KEYS)[None, :], scores, float("-inf"))
-    if REST == 0:
-        largest = tl.max(scores, 1)
-        shares = tl.exp2(scores - largest[:, None])
-        total = tl.sum(shares, 1)
-        y = tl.dot(shares.to(values.dtype), values)
-    else:
-        two = FIRST + tl.arange(0, REST)
-        more = (two < KEYS)[:, None] & (width < WIDTH)[None, :]
-        keys_2 = tl.load(k + two[:, None] * K_ROW + width[None, :], mask=more, other=0.0)
-        values_2 = tl.load(v + two[:, None] * V_ROW + width[None, :], mask=more, other=0.0)
-        scores_2 = tl.dot(queries, tl.trans(keys_2)) * SCALE
-        scores_2 = tl.where((two < KEYS)[None, :], scores_2, float("-inf"))
-        largest = tl.maximum(tl.max(scores, 1), tl.max(scores_2, 1))
-        shares = tl.exp2(scores - largest[:, None])
-        shares_2 = tl.exp2(scores_2 - largest[:, None])
-        total = tl.sum(shares, 1) + tl.sum(shares_2, 1)
-        y = tl.dot(shares_2.to(values.dtype), values_2, tl.dot(shares.to(values.dtype), values))
+    y = attend_few(queries, k, v, K_ROW, V_ROW, KEYS, WIDTH, SCALE, FIRST, REST, PADDED)
     places = ((batch * QUERIES + rows[:, None]) * HEADS + head) * WIDTH + width[None, :]
-    tl.store(out + places, (y / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + places, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product_attention(
+    x, weight, k, v, out,
+    K_BATCH: tl.constexpr, K_ROW: tl.constexpr, K_HEAD: tl.constexpr,
+    V_BATCH: tl.constexpr, V_ROW: tl.constexpr, V_HEAD: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, INNER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """:func:`attention_few` whose queries are the product of descriptors of ``x`` (batch x QUERIES, INNER) and
+    ``weight`` (heads x WIDTH, INNER), WIDTH a power of 2: a program makes one head's for itself."""
+    batch = tl.program_id(2)
+    head = tl.program_id(1)
+    top = tl.program_id(0) * BLOCK_M
+    queries = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    for start in range(0, INNER, BLOCK_K):
+        a = x.load([batch * QUERIES + top, start])
+        queries = tl.dot(a, weight.load([head * WIDTH, start]).T, queries)
+    batch = batch.to(tl.int64)
+    k += batch * K_BATCH + head * K_HEAD
+    v += batch * V_BATCH + head * V_HEAD
+    queries = queries.to(out.dtype.element_ty)
+    y = attend_few(queries, k, v, K_ROW, V_ROW, KEYS, WIDTH, SCALE, FIRST, REST, WIDTH)
+    rows = top + tl.arange(0, BLOCK_M)
+    width = tl.arange(0, WIDTH)
+    places = ((batch * QUERIES + rows[:, None]) * HEADS + head) * WIDTH + width[None, :]
+    tl.store(out + places, y.to(out.dtype.element_ty), mask=(rows < QUERIES)[:, None])
 
 
 @triton.jit

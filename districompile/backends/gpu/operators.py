@@ -14,17 +14,19 @@ _SWIZZLED = 128  # bytes of a row of a block, at most, that PyTorch can describe
 
 
 def gated_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], blocks: list[int]) -> Tensor:  # noqa: UP045
-    """Of matrices; ``blocks`` are those of rows, columns and what is summed over, then warps and stages."""
-    block_m, block_n, block_k, warps, stages = blocks
+    """Of matrices; ``blocks`` are those of rows, of columns in two parts, and of what is summed over, then warps and
+    stages."""
+    block_m, block_n, rest, block_k, warps, stages = blocks
     rows, columns = x.shape[0], weight.shape[0] // 2
     out = x.new_empty(rows, columns)
     launch(
         "gated_product",
-        [blocks_of(rows, block_m) * (columns // block_n)],
-        {"x": x, "weight": weight, "bias": weight if bias is None else bias, "out": out},
+        [blocks_of(rows, block_m) * (columns // (block_n + rest))],
+        {"x": x, "weight": weight, "rest": weight, "bias": weight if bias is None else bias, "out": out},
         {"ROWS": rows, "COLUMNS": columns, "INNER": x.shape[1], "BIAS": bias is not None,
-         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": _GROUP},
-        warps=warps, stages=stages, blocks={"x": (block_m, block_k), "weight": (block_n, block_k)},
+         "BLOCK_M": block_m, "BLOCK_N": block_n, "REST": rest, "BLOCK_K": block_k, "GROUP": _GROUP},
+        warps=warps, stages=stages,
+        blocks={"x": (block_m, block_k), "weight": (block_n, block_k), "rest": (rest or block_n, block_k)},
     )  # fmt: skip
     return out
 
@@ -74,6 +76,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[int]) 
     return out
 
 
+def product_attention(x: Tensor, weight: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[int]) -> Tensor:
+    """Attention to few keys, of queries that are a product of ``x`` (batch, length, inner); ``blocks`` are those of
+    queries and of what is summed over, then warps and stages."""
+    block_m, block_k, warps, stages = blocks
+    batch, queries, inner = x.shape
+    keys, heads, width = k.shape[1:]
+    out = x.new_empty(batch, queries, heads, width)
+    first, rest = parts(keys)
+    strides = {f"{n}_{dim}": y.stride(i) for n, y in (("K", k), ("V", v)) for i, dim in enumerate(_DIMS)}
+    launch(
+        "product_attention",
+        [blocks_of(queries, block_m), heads, batch],
+        {"x": x.reshape(-1, inner), "weight": weight, "k": k, "v": v, "out": out},
+        {**strides, "QUERIES": queries, "KEYS": keys, "HEADS": heads, "WIDTH": width,
+         "SCALE": scale * math.log2(math.e), "FIRST": first, "REST": rest, "INNER": inner, "BLOCK_M": block_m,
+         "BLOCK_K": block_k},
+        warps=warps, stages=stages, blocks={"x": (block_m, block_k), "weight": (width, block_k)},
+    )  # fmt: skip
+    return out
+
+
 def _describable(x: Tensor) -> bool:
     """Whether (batch, length, heads, width) are a matrix of rows, at multiples of 16 bytes."""
     batch, length, _, width = x.shape
@@ -95,3 +118,6 @@ def parts(keys: int) -> tuple[int, int]:
 GATED_PRODUCT = torch.library.triton_op("districompile::gated_product_kernel", gated_product, mutates_args=())
 PRODUCT_APART = torch.library.triton_op("districompile::product_apart_kernel", product_apart, mutates_args={"place"})
 ATTENTION = torch.library.triton_op("districompile::attention_kernel", attention, mutates_args=())
+PRODUCT_ATTENTION = torch.library.triton_op(
+    "districompile::product_attention_kernel", product_attention, mutates_args=()
+)
