@@ -26,7 +26,7 @@ _SPLITS = (1, 2, 3)  # parts of the keys that are worked on at once, where queri
 _FEW = 128  # keys
 # Blocks of queries, of keys (0 for all keys at once); warps, stages
 _FOR_FEW = ((64, 0, 4, 1), (128, 0, 8, 1))
-_FOR_MANY = ((64, 128, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2))
+_FOR_MANY = ((64, 128, 4, 3), (64, 64, 4, 3))
 # Blocks of queries, and of what their product sums over; warps, stages
 _WITH_PRODUCT = ((128, 64, 4, 4), (64, 64, 4, 4))
 _WIDTHS = (16, 32, 64, 128)  # of heads whose queries are made where they are needed
@@ -193,7 +193,7 @@ def choose(
     if own and width <= _OWN_WIDEST and unusable() is None:
         from districompile.backends.gpu import operators
 
-        tried = (*(_FOR_FEW if keys <= _FEW else ()), *_FOR_MANY)
+        tried = _FOR_FEW if keys <= _FEW else _FOR_MANY
         ways |= {way: functools.partial(operators.attention, q, k, v, scale, list(way)) for way in tried}
     usual = functools.partial(flash_attention.elsewhere, q, k, v, scale, 1)
     return fastest(f"another kernel of attention for heads of {width} {dtype}", usual, ways)

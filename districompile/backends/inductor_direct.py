@@ -21,7 +21,7 @@ from districompile.ir.ops import ops
 _LINEAR = torch.ops.aten.linear.default
 _SLICE = torch.ops.aten.slice.Tensor
 # Blocks of rows, columns, and of what is summed over; warps, stages
-_WAYS = ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4))
+_WAYS = ((128, 128, 64, 8, 4), (128, 64, 64, 4, 4))
 
 _LIB: Any = torch.library.Library("districompile", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIB.define("product_into(Tensor(a!) place, Tensor x, Tensor weight) -> ()")

@@ -22,8 +22,7 @@ _MUL = torch.ops.aten.mul.Tensor
 _GELU = torch.ops.aten.gelu.default
 # Blocks of rows, of columns in two parts, and of what is summed over; warps, stages. Columns are multiples of 160 in
 # many a network, and then fill a GPU better in blocks of 160 than of 128: 512 rows of 5120 columns are 128 blocks.
-_WAYS = ((128, 128, 32, 64, 8, 4), (128, 128, 0, 64, 8, 4), (128, 64, 16, 64, 4, 3), (128, 64, 0, 64, 4, 3),
-         (64, 64, 0, 64, 4, 3))  # fmt: skip
+_WAYS = ((128, 128, 32, 64, 8, 4), (128, 128, 0, 64, 8, 4), (128, 64, 16, 64, 4, 3), (128, 64, 0, 64, 4, 3))
 
 _LIB: Any = torch.library.Library("districompile", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIB.define("gated_product(Tensor x, Tensor weight, Tensor? bias, int[] blocks) -> Tensor")
