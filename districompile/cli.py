@@ -83,6 +83,13 @@ AttentionOption = Annotated[
     Literal["auto", "torch", "flash3"] | None,
     typer.Option(help="inductor: whose kernels: FlashAttention-3 where it is installed and faster [auto], or not."),
 ]
+TimedOption = Annotated[
+    str | None,
+    typer.Option(
+        help="inductor: what is decided by timing, of products,convolutions,kernels (ours, where they are faster); or "
+        "none, or all [all, on GPUs]."
+    ),
+]
 DeviceOption = Annotated[
     Literal["cpu", "cuda"] | None,
     typer.Option(help="Where an eager bundle runs [cpu]; others run where they were made for."),
@@ -127,6 +134,7 @@ def convert(
     collectives: CollectivesOption = None,
     max_autotune: MaxAutotuneOption = None,
     attention: AttentionOption = None,
+    timed: TimedOption = None,
     as_json: Json = False,
 ) -> int:
     """Compile MODEL for N processes into a bundle on disk."""
@@ -137,7 +145,7 @@ def convert(
         warmup_steps=warmup_steps, displace=displace, backend=backend, dtype=dtype, segments=segments, strict=strict,
         dump=dump, passes=tuple(passes or ()), rules=tuple(rules or ()), stop_after=stop_after, skip=tuple(skip or ()),
         optimise=optimise, target=target, tensorrt_flavour=tensorrt_flavour, engine_weights=engine_weights,
-        collectives=collectives, max_autotune=max_autotune, attention=attention,
+        collectives=collectives, max_autotune=max_autotune, attention=attention, timed=timed,
     )  # fmt: skip
     return command.main(settings, out, as_json)
 
@@ -227,6 +235,7 @@ def run(
     collectives: CollectivesOption = None,
     max_autotune: MaxAutotuneOption = None,
     attention: AttentionOption = None,
+    timed: TimedOption = None,
     transport: Annotated[
         str, typer.Option(help="What moves bytes between the processes: auto, peer, nccl or gloo.")
     ] = "auto",
@@ -244,7 +253,7 @@ def run(
         conversion={
             "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
             "displace": displace, "backend": backend, "dtype": dtype, "segments": segments, "target": target,
-            "optimise": optimise, "max_autotune": max_autotune, "attention": attention,
+            "optimise": optimise, "max_autotune": max_autotune, "attention": attention, "timed": timed,
             "tensorrt_flavour": tensorrt_flavour, "engine_weights": engine_weights, "collectives": collectives,
         },
     )  # fmt: skip

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from districompile.backends import inductor_unfold
 from districompile.backends.base import BuildSegment
-from districompile.backends.inductor import InductorBackend
+from districompile.backends.inductor import TIMED, InductorBackend
 from districompile.backends.inductor_unfold import PRODUCT_CONVOLUTION, product_pays, unfolded, use_products
+from districompile.cli import main
 from districompile.errors import BackendError
 from tests.helpers_segments import make_segment, run_segment
 
@@ -105,9 +106,24 @@ def test_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (got["y0"].double() - want).norm() <= 1e-2 * want.norm()
 
 
-def test_an_unknown_word() -> None:
+def test_words() -> None:
     with pytest.raises(BackendError, match="'attention'.*products, convolutions, kernels"):
         InductorBackend("cpu", timed=["attention"])
+    with pytest.raises(BackendError, match="'attention'"):
+        InductorBackend("cpu", timed="products, attention")
+    for asked, words in (
+        ("products, kernels", {"products", "kernels"}), ("all", {*TIMED}), ("none", set()), (None, set()),
+        (["convolutions"], {"convolutions"}),
+    ):  # fmt: skip
+        assert InductorBackend("cpu", timed=asked)._timed == words
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert", "demo", "--timed", "none"]
+    assert main(command) == 2
+    assert "--timed: only with --backend inductor, not with onnxruntime" in capsys.readouterr().err
+    assert main([*command[:-1], "speed", "--backend", "inductor"]) == 2
+    assert "nothing named 'speed' is timed" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -198,7 +198,7 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
 
 def _backend_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"max_autotune": args.max_autotune, "attention": args.attention,
-            "timed": [t for t in args.timed.split(",") if t != "none"], "options": json.loads(args.inductor),
+            "timed": args.timed, "options": json.loads(args.inductor),
             "workers": args.workers}  # fmt: skip
 
 

@@ -1,9 +1,12 @@
 """Kernels of our own beside what they stand for: microseconds on the first GPU, one JSON line a size.
 
-    python tools/bench_kernels.py [--only attention,gated,apart] [--dtype float16]
+    python tools/bench_kernels.py [--only attention,queries,gated,apart] [--dtype float16]
 
-  attention  by PyTorch's choice, and by ours with few keys, and with many in blocks: two, four and eight ranks' share
-             of SDXL's layers of 20 heads at the latent 128, and attention to a text at 128, 256 and 480
+  attention  by PyTorch's choice, by FlashAttention-3 with the keys in 1, 2 and 3 parts where it is installed, and by
+             ours in blocks: two ranks' share of SDXL's layers at the latents 480, 256 and 128, four and eight ranks' of
+             those of 20 heads at 128, Stable Diffusion 1.5's at 64 (8 heads, here of 64 elements), and attention to a
+             text at 128, 256 and 480
+  queries    a product and attention to a text, and both in one
   gated      a product and what multiplies one half with the GELU of the other, and both in one
   apart      a product and a copy of two thirds of it, two products, and one that writes to two places
 
@@ -28,20 +31,26 @@ from districompile.backends import attention, flash_attention, inductor_direct, 
 from districompile.backends.gpu import gated
 from districompile.backends.gpu.launch import unusable
 
-ATTENTION = ((512, 1024, 20), (256, 1024, 20), (128, 1024, 20), (512, 77, 20), (2048, 77, 10), (2048, 77, 20),
-             (8192, 77, 10), (7200, 77, 20), (28800, 77, 10))  # fmt: skip
+TEXT = 77
+ATTENTION = (
+    (28800, 57600, 10), (7200, 14400, 20), (8192, 16384, 10), (2048, 4096, 20), (2048, 4096, 10), (512, 1024, 20),
+    (256, 1024, 20), (128, 1024, 20), (2048, 4096, 8), (512, TEXT, 20), (2048, TEXT, 10), (2048, TEXT, 20),
+    (8192, TEXT, 10), (7200, TEXT, 20), (28800, TEXT, 10),
+)  # fmt: skip
 ROWS = ((512, 1280), (2048, 640), (2048, 1280), (8192, 640), (7200, 1280), (28800, 640))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="attention,gated,apart")
+    parser.add_argument("--only", default="attention,queries,gated,apart")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     args = parser.parse_args()
     if (reason := unusable()) is not None:
         raise SystemExit(f"kernels of our own cannot be used here: {reason}")
     dtype = getattr(torch, args.dtype)
-    parts: dict[str, Callable[[torch.dtype], None]] = {"attention": attend, "gated": gate, "apart": apart}
+    parts: dict[str, Callable[[torch.dtype], None]] = {
+        "attention": attend, "queries": ask, "gated": gate, "apart": apart,
+    }  # fmt: skip
     for name in args.only.split(","):
         if name not in parts:
             raise SystemExit(f"no part named {name!r}; there are: {', '.join(parts)}")
@@ -52,6 +61,13 @@ def attend(dtype: torch.dtype) -> None:
     for queries, keys, heads in ATTENTION:
         choose = partial(attention.choose, 1, heads, queries, 64, keys, dtype, flash_attention.unusable("cuda") is None)
         row("attention", {"queries": queries, "keys": keys, "heads": heads}, partial(choose, True))
+
+
+def ask(dtype: torch.dtype) -> None:
+    for queries, keys, heads in (size for size in ATTENTION if size[1] <= TEXT):
+        own = attention.choose(1, heads, queries, 64, keys, dtype, False, True)
+        choose = partial(attention.product_pays, 1, heads, queries, 64, keys, 64 * heads, dtype, own)
+        row("queries", {"queries": queries, "keys": keys, "heads": heads}, choose)
 
 
 def gate(dtype: torch.dtype) -> None:

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from districompile.backends import flash_attention
-from districompile.backends.attention import use_fastest
+from districompile.backends.attention import KERNEL_ATTENTION, PRODUCT_ATTENTION, use_fastest
 from districompile.backends.base import BuildSegment, Engine, check_input
 from districompile.backends.eager import EagerBackend
-from districompile.backends.gpu.gated import use_gated_products
+from districompile.backends.gpu.gated import GATED_PRODUCT, use_gated_products
 from districompile.backends.inductor_compiler import choose_compiler
-from districompile.backends.inductor_direct import split_products
+from districompile.backends.inductor_direct import INSERT_PRODUCT, split_products
 from districompile.backends.inductor_graph import Job, Operand, Part, Room, image_values, lift_parts, rooms
 from districompile.backends.inductor_pool import Pool, compile_here, default_workers
 from districompile.backends.inductor_target import capability, check_here, target_of, torch_version
@@ -41,6 +41,7 @@ from districompile.ir.serialize import content_hash, graph_to_json
 from districompile.weights import WeightFile
 
 TIMED = ("products", "convolutions", "kernels")
+_OURS = {KERNEL_ATTENTION, PRODUCT_ATTENTION, GATED_PRODUCT, INSERT_PRODUCT}
 _FORMAT = "districompile inductor 3"
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 # How many operands an expression may have that each of its readers computes anew. A group norm has its table, what a
@@ -156,7 +157,7 @@ class InductorBackend:
 
     def __init__(
         self, device: str | None = None, *, max_autotune: bool = False, attention: str = "auto",
-        timed: Collection[str] | None = None, channels_last: bool | None = None, workers: int | None = None,
+        timed: str | Collection[str] | None = None, channels_last: bool | None = None, workers: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,9 +168,7 @@ class InductorBackend:
         gpu = {"cpp.vec_isa_ok": False, _OPTIMISE_HOST: "O0", **_FUSION} if self._kind == "cuda" else {}
         self._options = tuple(sorted({"max_autotune": max_autotune, **gpu, **(options or {})}.items()))
         self._attention = flash_attention.choose(attention, self._kind)
-        self._timed = frozenset((TIMED if self._kind == "cuda" else ()) if timed is None else timed)
-        if unknown := self._timed - {*TIMED}:
-            raise BackendError(f"nothing named {min(unknown)!r} is timed: there are {', '.join(TIMED)}")
+        self._timed = _timed(timed, self._kind)
         # Engines differ by torch, by the machine's device and by the options
         target = target_of(self._kind)
         self.version = f"3, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
@@ -243,7 +242,8 @@ class InductorBackend:
                 else:
                     compile_here(package.job, self._made(package))
             except BackendError as e:
-                raise BackendError(f"segment {segment.name} cannot be compiled by AOTInductor: {e}") from e
+                hint = ": without kernels of ours (--timed none) it may be" if package.ours else ""
+                raise BackendError(f"segment {segment.name} cannot be compiled by AOTInductor: {e}{hint}") from e
             shutil.copyfile(self._made(package), target)
         path.write_text(json.dumps(package.describe(self._kind), separators=(",", ":")))
 
@@ -330,7 +330,13 @@ class InductorBackend:
             if taken is not None
         }
         places = {name: dataclasses.astuple(room) for name, room in inside.items()}
-        return _Package(key, job, calls_flash, {**named, "parts": views, "rooms": places})
+        return _Package(
+            key,
+            job,
+            calls_flash,
+            any(n.target in _OURS for n in graph.graph.nodes),
+            {**named, "parts": views, "rooms": places},
+        )
 
     def _value_format(self, name: str, spec: TensorSpec) -> str:
         """Images that go from segment to segment keep the format convolutions want; what transports move is plain."""
@@ -343,6 +349,17 @@ class InductorBackend:
             pool.close()
 
 
+def _timed(asked: str | Collection[str] | None, kind: str) -> frozenset[str]:
+    """Words of :data:`TIMED`, as they are given to the backend, or on the command line."""
+    if asked is None:
+        return frozenset(TIMED if kind == "cuda" else ())
+    if isinstance(asked, str):
+        asked = {"all": TIMED, "none": ()}.get(asked) or [w.strip() for w in asked.split(",") if w.strip() != "none"]
+    if unknown := {*asked} - {*TIMED}:
+        raise BackendError(f"nothing named {min(unknown)!r} is timed: there are {', '.join(TIMED)}")
+    return frozenset(asked)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Package:
     """One compiled program, by its content, and what a segment calls its operands."""
@@ -350,6 +367,7 @@ class _Package:
     key: str
     job: Job
     calls_flash: bool
+    ours: bool
     operands: dict[str, Any]
 
     def describe(self, kind: str) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Settings:
     collectives: str | None = None
     max_autotune: bool | None = None
     attention: str | None = None
+    timed: str | None = None
 
 
 _BACKEND_OPTIONS = {  # option -> its flag, and the one backend that takes it
@@ -59,6 +60,7 @@ _BACKEND_OPTIONS = {  # option -> its flag, and the one backend that takes it
     "weights": ("--engine-weights", "tensorrt"),
     "max_autotune": ("--max-autotune", "inductor"),
     "attention": ("--attention", "inductor"),
+    "timed": ("--timed", "inductor"),
 }
 
 
@@ -69,6 +71,7 @@ def make_backend(settings: Settings) -> Backend:
     options = {
         "flavour": settings.tensorrt_flavour, "target": settings.target, "weights": settings.engine_weights,
         "max_autotune": settings.max_autotune, "attention": settings.attention,
+        "timed": settings.timed,
     }  # fmt: skip
     given = {key: value for key, value in options.items() if value is not None}
     for flag, owner in (_BACKEND_OPTIONS[key] for key in given):
