@@ -12,7 +12,13 @@ from torch import Tensor
 from districompile.backends import inductor_unfold
 from districompile.backends.base import BuildSegment
 from districompile.backends.inductor import TIMED, InductorBackend
-from districompile.backends.inductor_unfold import PRODUCT_CONVOLUTION, product_pays, unfolded, use_products
+from districompile.backends.inductor_unfold import (
+    KERNEL_CONVOLUTION,
+    PRODUCT_CONVOLUTION,
+    choose,
+    unfolded,
+    use_fastest,
+)
 from districompile.cli import main
 from districompile.errors import BackendError
 from tests.helpers_segments import make_segment, run_segment
@@ -34,6 +40,7 @@ def _segment(
     return make_segment(convolve, inputs, weights), [*inputs.values(), *weights.values()]
 
 
+@pytest.mark.parametrize("way", [(), (64, 2, 128, 32, 64, 8, 4)])
 @pytest.mark.parametrize(
     ("options", "taken"),
     [
@@ -46,30 +53,31 @@ def _segment(
     ],
 )
 def test_which_are_replaced(
-    options: dict[str, Any], taken: list[object] | None, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], taken: list[object] | None, way: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
 
-    def pays(*size: object) -> bool:
-        asked.extend(size[:-1])
-        return True
+    def chosen(*size: object) -> tuple[int, ...]:
+        asked.extend(size[:-3])
+        return way
 
-    monkeypatch.setattr(inductor_unfold, "product_pays", pays)
+    monkeypatch.setattr(inductor_unfold, "choose", chosen)
     segment, args = _segment(**options)
     want = segment.graph(*args)[0]
-    use_products(segment.graph.graph)
+    use_fastest(segment.graph.graph, products=True, kernels=True)
     segment.graph.recompile()
     assert asked == (taken or [])
-    found = [n for n in segment.graph.graph.nodes if n.target is PRODUCT_CONVOLUTION]
+    target = KERNEL_CONVOLUTION if way else PRODUCT_CONVOLUTION
+    found = [n for n in segment.graph.graph.nodes if n.target is target]
     assert len(found) == (taken is not None)
     assert all("val" in n.meta for n in found)
     torch.testing.assert_close(segment.graph(*args)[0], want, rtol=1e-2, atol=1e-2)
 
 
 def test_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor_unfold, "product_pays", lambda *size: False)
+    monkeypatch.setattr(inductor_unfold, "choose", lambda *size: None)
     segment, _ = _segment(padding=1)
-    use_products(segment.graph.graph)
+    use_fastest(segment.graph.graph, products=True, kernels=True)
     assert not any(n.target is PRODUCT_CONVOLUTION for n in segment.graph.graph.nodes)
 
 
@@ -86,7 +94,7 @@ def test_numbers(kernel: tuple[int, int], stride: tuple[int, int], padding: tupl
 
 @pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 def test_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor_unfold, "product_pays", lambda *size: True)
+    monkeypatch.setattr(inductor_unfold, "choose", lambda *size: ())
 
     def net(x: Tensor, w: Tensor, b: Tensor, w1: Tensor) -> Tensor:
         y = torch.nn.functional.silu(x)
@@ -131,4 +139,5 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_convolutions_are_timed() -> None:
     for size in (16, 4096):
         image = (1, 64, size, size)
-        assert isinstance(product_pays(image, (64, 64, 3, 3), (1, 1), (1, 1), torch.float16), bool)
+        found = choose(image, (64, 64, 3, 3), (1, 1), (1, 1), torch.float16, True, True)
+        assert found in (None, (), *inductor_unfold._WIDE, *inductor_unfold._PAIRS)

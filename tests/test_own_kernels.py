@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from districompile.backends import attention, inductor_direct
+from districompile.backends import attention, inductor_direct, inductor_unfold
 from districompile.backends.base import BuildSegment
 from districompile.backends.gpu import gated, launch
 from districompile.backends.inductor import InductorBackend
@@ -92,6 +92,8 @@ def test_nothing_is_timed_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert launch.unusable() == "there is no GPU"
     assert gated.pays.__wrapped__(16, 16, 16, False, torch.float16) is None
     assert attention.choose.__wrapped__(1, 1, 16, 16, 16, torch.float16, True, True) is None
+    size = (1, 64, 9, 9), (64, 64, 3, 3), (1, 1), (1, 1)
+    assert inductor_unfold.choose.__wrapped__(*size, torch.float16, True, True) is None
     assert inductor_direct.split_pays.__wrapped__(16, 16, 16, 16, torch.float16, True) is None
 
 
@@ -228,6 +230,34 @@ def test_products_with_two_results_agree(dtype: torch.dtype) -> None:
         assert not place[:rows].any() and not place[2 * rows :].any()
 
 
+@_numbers
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize(
+    ("height", "width", "kernel", "padding", "columns"),
+    [
+        (5, 70, (3, 3), (0, 1), 160),
+        (3, 140, (3, 3), (1, 1), 160),
+        (3, 64, (1, 1), (0, 0), 128),
+        (4, 33, (2, 5), (1, 0), 160),
+    ],
+)
+def test_convolutions_agree(
+    dtype: torch.dtype, height: int, width: int, kernel: tuple[int, int], padding: tuple[int, int], columns: int
+) -> None:
+    from districompile.backends.gpu import operators
+
+    channels = 128
+    x = torch.randn(2, height, width, channels, device=_DEVICE).to(dtype)
+    w = torch.randn(columns, *kernel, channels, device=_DEVICE).to(dtype)
+    double = x.double().permute(0, 3, 1, 2), w.double().permute(0, 3, 1, 2)
+    want = torch.nn.functional.conv2d(*double, padding=padding).permute(0, 2, 3, 1).to(dtype).contiguous()
+    ways = [w for w in (*inductor_unfold._WIDE, *inductor_unfold._PAIRS) if columns % (w[2] + w[3]) == 0]
+    assert ways
+    for way in ways:
+        got = operators.convolution(x, w.flatten(1), list(kernel), list(padding), list(way))
+        assert error(got, want) <= 2 * torch.finfo(dtype).eps, way
+
+
 def _run(backend: InductorBackend, segment: BuildSegment, inputs: Any, weights: Any, folder: Path) -> dict[str, Tensor]:
     opened: WeightFile = write_weights(folder / "weights.safetensors", {n: w.cpu() for n, w in weights.items()})
     path = folder / f"{segment.name}{backend.suffix}"
@@ -294,3 +324,29 @@ def test_an_engine_has_all_of_them(gate_way: Any, tmp_path: Path, monkeypatch: p
         assert error(got[name], x) < 4e-3, name
     job = backend._package(segment).job.graph
     assert all(word in job for word in ("gated_product", "kernel_attention", "product_attention", "insert_product"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(_UNUSABLE is not None, reason=str(_UNUSABLE))
+@pytest.mark.parametrize("way", [*inductor_unfold._WIDE, *inductor_unfold._PAIRS])
+def test_an_engine_has_convolutions(way: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an image with what a neighbour sent, and of the result."""
+
+    def net(above: Tensor, x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        y = torch.nn.functional.silu(torch.cat([above, x], 2))
+        y = torch.nn.functional.conv2d(y, w, b, padding=(0, 1))
+        return torch.nn.functional.conv2d(torch.nn.functional.silu(y), v) + x[:, :, :1, :1]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0])).half()
+
+    inputs = {"above": normal(1, 64, 2, 150), "x": normal(1, 64, 17, 150)}
+    weights = {"w": normal(640, 64, 3, 3) / 24, "b": normal(640), "v": normal(64, 640, 1, 1) / 25}
+    segment = make_segment(net, inputs, weights)
+    monkeypatch.setattr(inductor_unfold, "choose", lambda image, weight, *rest: way if weight[0] == 640 else None)
+    cuda = {n: x.cuda() for n, x in inputs.items()}
+    [want] = segment.graph.cuda()(*cuda.values(), *(w.cuda() for w in weights.values()))
+    backend = InductorBackend("cuda")
+    got = _run(backend, segment, cuda, weights, tmp_path)["y0"]
+    assert error(got, want) < 4e-3
+    assert "kernel_convolution" in backend._package(segment).job.graph

@@ -34,14 +34,15 @@ from districompile.backends.inductor_direct import INSERT_PRODUCT, split_product
 from districompile.backends.inductor_graph import Job, Operand, Part, Room, image_values, lift_parts, rooms
 from districompile.backends.inductor_pool import Pool, compile_here, default_workers
 from districompile.backends.inductor_target import capability, check_here, target_of, torch_version
-from districompile.backends.inductor_unfold import use_products
+from districompile.backends.inductor_unfold import KERNEL_CONVOLUTION
+from districompile.backends.inductor_unfold import use_fastest as use_fastest_convolutions
 from districompile.errors import BackendError, BundleError, InputError
 from districompile.ir.plan import TensorSpec
 from districompile.ir.serialize import content_hash, graph_to_json
 from districompile.weights import WeightFile
 
 TIMED = ("products", "convolutions", "kernels")
-_OURS = {KERNEL_ATTENTION, PRODUCT_ATTENTION, GATED_PRODUCT, INSERT_PRODUCT}
+_OURS = {KERNEL_ATTENTION, PRODUCT_ATTENTION, GATED_PRODUCT, INSERT_PRODUCT, KERNEL_CONVOLUTION}
 _FORMAT = "districompile inductor 3"
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 # How many operands an expression may have that each of its readers computes anew. A group norm has its table, what a
@@ -145,11 +146,9 @@ class InductorBackend:
     faster to run. ``attention``: "torch" for the kernels that PyTorch chooses, "flash3" for FlashAttention-3, "auto"
     for whichever is faster if that can be used here. ``timed``: what else is decided by measuring, of :data:`TIMED`
     (by default all of it on GPUs): "products", own keys and values written where they are sent from by a product of
-    their own; "convolutions" by products; "kernels" of our own for attention, gated products and products with two
-    results. ``channels_last`` stores weights of convolutions with their channels innermost (by default on GPUs; on the
-    CPU it would cost each process a copy of them). ``workers`` is how many
-    processes compile. ``options`` are further settings of ``torch._inductor.config``, as
-    ``{"coordinate_descent_tuning": True}``.
+    their own; "convolutions" by products; "kernels" of our own. ``channels_last`` stores weights of convolutions with
+    their channels innermost (by default on GPUs; on the CPU it would cost each process a copy of them). ``workers``
+    is how many processes compile, ``options`` further settings of ``torch._inductor.config``.
     """
 
     name = "inductor"
@@ -303,8 +302,8 @@ class InductorBackend:
         own = "kernels" in self._timed
         if "products" in self._timed:
             split_products(graph.graph, own)
-        if "convolutions" in self._timed and self._channels_last:
-            use_products(graph.graph)
+        if self._channels_last:
+            use_fastest_convolutions(graph.graph, "convolutions" in self._timed, own)
         if own:
             use_gated_products(graph.graph)
         calls_flash = (own or self._attention != "torch") and use_fastest(graph.graph, self._attention, own)

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from districompile.backends import attention
 from districompile.backends.gpu import gated
-from districompile.backends.inductor_unfold import PRODUCT_CONVOLUTION, unfolded
+from districompile.backends.inductor_unfold import KERNEL_CONVOLUTION, PRODUCT_CONVOLUTION, traced, unfolded
 from districompile.ir import ops as plain
 from districompile.ir.ops import ops
 
@@ -148,7 +148,7 @@ def _wide(x: Tensor) -> torch.dtype:
 FUSED: dict[Any, Callable[..., Any]] = {
     ops.moments.default: moments, ops.place.default: place, ops.merge_moments.default: merge_moments,
     ops.correct_moments.default: correct_moments, ops.normalize.default: normalize,
-    torch.ops.aten.linear.default: linear, PRODUCT_CONVOLUTION: unfolded,
+    torch.ops.aten.linear.default: linear, PRODUCT_CONVOLUTION: unfolded, KERNEL_CONVOLUTION: traced,
     gated.GATED_PRODUCT: gated.traced, attention.KERNEL_ATTENTION: attention.traced,
     attention.PRODUCT_ATTENTION: attention.traced_product,
 }  # fmt: skip

@@ -1,24 +1,31 @@
-"""Convolutions as matrix products, where those are faster.
+"""Convolutions as matrix products, or by a kernel of our own, where those are faster.
 
 A product reads each pixel with its neighbours as a row (Chellapilla et al., 2006; "im2col"), which costs a pass over
 memory. Of few pixels and many channels it is faster nevertheless: cuDNN's convolutions leave much of a GPU idle that
-cuBLAS, which has more shapes of tiles to choose from, does not. Both are measured, once for each size.
+cuBLAS, which has more shapes of tiles to choose from, does not. Our kernel reads the neighbours where they are, and has
+blocks of columns that fill a GPU at 320, 640 and 1280 channels. All are measured, once for each size.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 import districompile.ir.ops  # noqa: F401  (defines the library that this adds to)
-from districompile.backends.timing import milliseconds
+from districompile.backends.gpu.launch import unusable
+from districompile.backends.timing import fastest
 
-_GAIN = 0.92  # of cuDNN's time: what the pass over memory takes is estimated
+_GAIN = 0.95  # of cuDNN's time: what a product's pass over memory takes is estimated
 _MOST = 256 * 2**20  # bytes of rows with neighbours, memory that a convolution does not need
+_NARROW = 96  # pixels
+# Blocks of pixels of a row, of rows, of columns in two parts, and of channels; warps, stages
+_WIDE = ((128, 1, 128, 32, 64, 8, 4), (128, 1, 128, 0, 64, 8, 4), (128, 1, 64, 16, 64, 8, 4))
+_PAIRS = ((64, 2, 128, 32, 64, 8, 4), (64, 2, 64, 16, 64, 8, 4), (64, 1, 128, 32, 64, 4, 4))
 _CONV = torch.ops.aten.conv2d.default
 
 _LIB: Any = torch.library.Library("districompile", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -34,6 +41,31 @@ _LIB.impl("product_convolution", product_convolution, "CompositeImplicitAutograd
 PRODUCT_CONVOLUTION = torch.ops.districompile.product_convolution.default
 
 
+_LIB.define("kernel_convolution(Tensor x, Tensor weight, int[] stride, int[] padding, int[] blocks) -> Tensor")
+
+
+def kernel_convolution(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], blocks: list[int]) -> Tensor:
+    """The same by our own kernel; ``stride`` is 1."""
+    return torch.nn.functional.conv2d(x, weight, None, stride, padding)
+
+
+_LIB.impl("kernel_convolution", kernel_convolution, "CompositeImplicitAutograd")
+KERNEL_CONVOLUTION = torch.ops.districompile.kernel_convolution.default
+
+
+def traced(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], blocks: list[int]) -> Tensor:
+    """The same as the compiler for GPUs takes it. ``weight`` has its channels innermost in memory, and so has the
+    result."""
+    if x.device.type != "cuda":
+        return kernel_convolution(x, weight, stride, padding, blocks)
+    from districompile.backends.gpu import operators
+
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)
+    pixels = x.permute(0, 2, 3, 1).contiguous()
+    result: Tensor = operators.CONVOLUTION(pixels, matrix, list(weight.shape[2:]), padding, blocks)
+    return result.permute(0, 3, 1, 2)
+
+
 def unfolded(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
     """The same as a product. ``weight`` has its channels innermost in memory, and so has the result."""
     pixels = x.permute(0, 2, 3, 1).contiguous()
@@ -46,18 +78,22 @@ def unfolded(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -
     return product.reshape(*windows.shape[:3], weight.shape[0]).permute(0, 3, 1, 2)
 
 
-def use_products(graph: fx.Graph) -> None:
-    """Replace convolutions in ``graph`` by products, where those are faster here."""
+def use_fastest(graph: fx.Graph, products: bool, kernels: bool) -> None:
+    """Replace convolutions in ``graph`` by ``products``, or by ``kernels`` of our own, where those are faster here."""
     for node in list(graph.nodes):
         found = _operands(node) if node.target is _CONV else None
         if found is None:
             continue
         x, weight, bias, stride, padding = found
         images: Any = x.meta["val"].shape, weight.meta["val"].shape
-        if not product_pays(*(tuple(s) for s in images), tuple(stride), tuple(padding), x.meta["val"].dtype):
+        sizes = (*(tuple(s) for s in images), tuple(stride), tuple(padding), x.meta["val"].dtype)
+        way = choose(*sizes, products, kernels)
+        if way is None:
             continue
         with graph.inserting_before(node):
-            result = graph.call_function(PRODUCT_CONVOLUTION, (x, weight, stride, padding))
+            last = [] if way == () else [list(way)]
+            target = KERNEL_CONVOLUTION if last else PRODUCT_CONVOLUTION
+            result = graph.call_function(target, (x, weight, stride, padding, *last))
             if bias is not None:
                 result.meta = dict(node.meta)
                 column = graph.call_function(torch.ops.aten.reshape.default, (bias, [-1, 1, 1]))
@@ -89,24 +125,40 @@ def _both(sizes: Any) -> list[int]:
 
 
 @functools.cache
-def product_pays(
+def choose(
     image: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-    dtype: torch.dtype,
-) -> bool:  # fmt: skip
-    """Whether a product, and writing what it reads, is faster than a convolution, on this GPU."""
+    dtype: torch.dtype, products: bool, kernels: bool,
+) -> tuple[int, ...] | None:  # fmt: skip
+    """How a convolution is computed fastest on this GPU: in blocks of our own kernel, or () for a product and writing
+    what it reads; None for cuDNN's way."""
     if not torch.cuda.is_available():
-        return False
+        return None
     options: dict[str, Any] = {"dtype": dtype, "device": "cuda"}
     inner = math.prod(weight[1:])
     sides = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(image[2:], padding, weight[2:], stride, strict=True)]
     rows = image[0] * math.prod(sides)
-    if rows * inner * dtype.itemsize > _MOST:
-        return False
     x = torch.randn(image, **options).to(memory_format=torch.channels_last)
-    kernels = torch.randn(weight, **options).to(memory_format=torch.channels_last)
-    matrix, columns = torch.randn(rows, inner, **options), kernels.permute(0, 2, 3, 1).flatten(1).t()
-    usual = milliseconds(lambda: torch.nn.functional.conv2d(x, kernels, None, stride, padding))
-    product = milliseconds(lambda: torch.mm(matrix, columns))
-    if weight[2:] != (1, 1) or set(stride) != {1} or any(padding):
-        product += milliseconds(matrix.zero_)  # what reads each pixel several times is limited by what it writes
-    return product < _GAIN * usual
+    filters = torch.randn(weight, **options).to(memory_format=torch.channels_last)
+    pixels, columns = x.permute(0, 2, 3, 1), filters.permute(0, 2, 3, 1).flatten(1)
+    ways: dict[tuple[int, ...], Callable[[], object]] = {}
+    if products and rows * inner * dtype.itemsize <= _MOST:
+        matrix = torch.randn(rows, inner, **options)
+
+        def product() -> None:
+            if weight[2:] != (1, 1) or set(stride) != {1} or any(padding):
+                matrix.zero_()  # what reads each pixel several times is limited by what it writes
+            torch.mm(matrix, columns.t())
+
+        ways[()] = product
+    if kernels and set(stride) == {1} and unusable() is None:
+        from districompile.backends.gpu import operators
+
+        ways |= {
+            way: functools.partial(operators.convolution, pixels, columns, list(weight[2:]), list(padding), list(way))
+            for way in (_WIDE if sides[1] >= _NARROW else _PAIRS)
+            if weight[0] % (way[2] + way[3]) == 0 and weight[1] % way[4] == 0
+        }
+    if not ways:
+        return None
+    usual = functools.partial(torch.nn.functional.conv2d, x, filters, None, stride, padding)
+    return fastest("another convolution", usual, ways, _GAIN)

@@ -242,3 +242,68 @@ def attention_many(
         largest = new
     places = ((batch * QUERIES + rows[:, None]) * HEADS + head) * WIDTH + width[None, :]
     tl.store(out + places, (y / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def convolution(
+    x, weight, rest, out,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, ABOVE: tl.constexpr, LEFT: tl.constexpr,
+    BLOCK_W: tl.constexpr, PAIR: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """``out`` (batch, HEIGHT, WIDTH, COLUMNS), the convolution of a descriptor of ``x`` (batch, height, width,
+    CHANNELS) with one of ``weight`` (COLUMNS, KERNEL_H x KERNEL_W x CHANNELS), padded by ABOVE and LEFT with zeros, which is what
+    descriptors give outside. A program has BLOCK_W pixels of a row, or of two (PAIR), and BLOCK_N + REST columns, as
+    those of :func:`gated_product`. What it reads of ``x`` are rows of pixels: blocks of several rows would pass through
+    registers."""
+    tall: tl.constexpr = 2 if PAIR else 1
+    across: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
+    blocks_m: tl.constexpr = across * ((HEIGHT + tall - 1) // tall)
+    blocks_n: tl.constexpr = COLUMNS // (BLOCK_N + REST)
+    parts: tl.constexpr = CHANNELS // BLOCK_K
+    number = tl.program_id(0)
+    batch = tl.program_id(1)
+    group = number // (GROUP * blocks_n)
+    height = min(blocks_m - group * GROUP, GROUP)
+    block = group * GROUP + number % height
+    first = (number % (GROUP * blocks_n)) // height * (BLOCK_N + REST)
+    top = block // across * tall
+    left = block % across * BLOCK_W
+    y = tl.zeros((BLOCK_W, BLOCK_N), tl.float32)
+    if REST:
+        y_2 = tl.zeros((BLOCK_W, REST), tl.float32)
+    if PAIR:
+        z = tl.zeros((BLOCK_W, BLOCK_N), tl.float32)
+        if REST:
+            z_2 = tl.zeros((BLOCK_W, REST), tl.float32)
+    for step in range(0, KERNEL_H * KERNEL_W * parts):
+        tap = step // parts
+        channel = step % parts * BLOCK_K
+        row = top + tap // KERNEL_W - ABOVE
+        column = left + tap % KERNEL_W - LEFT
+        b = weight.load([first, step * BLOCK_K])
+        a = x.load([batch, row, column, channel]).reshape(BLOCK_W, BLOCK_K)
+        y = tl.dot(a, b.T, y)
+        if REST:
+            c = rest.load([first + BLOCK_N, step * BLOCK_K])
+            y_2 = tl.dot(a, c.T, y_2)
+        if PAIR:
+            a = x.load([batch, row + 1, column, channel]).reshape(BLOCK_W, BLOCK_K)
+            z = tl.dot(a, b.T, z)
+            if REST:
+                z_2 = tl.dot(a, c.T, z_2)
+    pixels = left + tl.arange(0, BLOCK_W)
+    places = out + ((batch * HEIGHT + top) * WIDTH + pixels).to(tl.int64)[:, None] * COLUMNS + first
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    inside = (pixels < WIDTH)[:, None]
+    tl.store(places + columns, y.to(out.dtype.element_ty), mask=inside)
+    if REST:
+        columns_2 = BLOCK_N + tl.arange(0, REST)[None, :]
+        tl.store(places + columns_2, y_2.to(out.dtype.element_ty), mask=inside)
+    if PAIR:
+        places += WIDTH * COLUMNS
+        inside = ((pixels < WIDTH) & (tl.zeros_like(pixels) + top + 1 < HEIGHT))[:, None]
+        tl.store(places + columns, z.to(out.dtype.element_ty), mask=inside)
+        if REST:
+            tl.store(places + columns_2, z_2.to(out.dtype.element_ty), mask=inside)

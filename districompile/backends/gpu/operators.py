@@ -97,6 +97,28 @@ def product_attention(x: Tensor, weight: Tensor, k: Tensor, v: Tensor, scale: fl
     return out
 
 
+def convolution(x: Tensor, weight: Tensor, kernel: list[int], padding: list[int], blocks: list[int]) -> Tensor:
+    """Of ``x`` (batch, height, width, channels) with a matrix (columns, kernel's pixels x channels), (batch, height,
+    width, columns); ``blocks`` are those of pixels of a row, of rows (1 or 2), of columns in two parts, and of
+    channels, then warps and stages."""
+    block_w, tall, block_n, rest, block_k, warps, stages = blocks
+    batch, height, width, channels = x.shape
+    height, width = (n + 2 * p - k + 1 for n, p, k in zip((height, width), padding, kernel, strict=True))
+    columns = weight.shape[0]
+    out = x.new_empty(batch, height, width, columns)
+    launch(
+        "convolution",
+        [blocks_of(width, block_w) * blocks_of(height, tall) * (columns // (block_n + rest)), batch],
+        {"x": x, "weight": weight, "rest": weight, "out": out},
+        {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "COLUMNS": columns, "KERNEL_H": kernel[0],
+         "KERNEL_W": kernel[1], "ABOVE": padding[0], "LEFT": padding[1], "BLOCK_W": block_w, "PAIR": tall == 2,
+         "BLOCK_N": block_n, "REST": rest, "BLOCK_K": block_k, "GROUP": _GROUP},
+        warps=warps, stages=stages,
+        blocks={"x": (1, 1, block_w, block_k), "weight": (block_n, block_k), "rest": (rest or block_n, block_k)},
+    )  # fmt: skip
+    return out
+
+
 def _describable(x: Tensor) -> bool:
     """Whether (batch, length, heads, width) are a matrix of rows, at multiples of 16 bytes."""
     batch, length, _, width = x.shape
@@ -121,3 +143,4 @@ ATTENTION = torch.library.triton_op("districompile::attention_kernel", attention
 PRODUCT_ATTENTION = torch.library.triton_op(
     "districompile::product_attention_kernel", product_attention, mutates_args=()
 )
+CONVOLUTION = torch.library.triton_op("districompile::convolution_kernel", convolution, mutates_args=())
