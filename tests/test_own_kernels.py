@@ -233,20 +233,25 @@ def test_products_with_two_results_agree(dtype: torch.dtype) -> None:
 @_numbers
 @pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize(
-    ("height", "width", "kernel", "padding", "columns"),
+    ("height", "width", "kernel", "padding", "columns", "channels"),
     [
-        (5, 70, (3, 3), (0, 1), 160),
-        (3, 140, (3, 3), (1, 1), 160),
-        (3, 64, (1, 1), (0, 0), 128),
-        (4, 33, (2, 5), (1, 0), 160),
+        (5, 70, (3, 3), (0, 1), 160, 64),
+        (1, 140, (3, 3), (1, 1), 160, 64),
+        (3, 64, (1, 1), (0, 0), 128, 128),
+        (2, 33, (2, 5), (1, 0), 160, 128),
     ],
 )
 def test_convolutions_agree(
-    dtype: torch.dtype, height: int, width: int, kernel: tuple[int, int], padding: tuple[int, int], columns: int
+    dtype: torch.dtype,
+    height: int,
+    width: int,
+    kernel: tuple[int, int],
+    padding: tuple[int, int],
+    columns: int,
+    channels: int,
 ) -> None:
     from districompile.backends.gpu import operators
 
-    channels = 128
     x = torch.randn(2, height, width, channels, device=_DEVICE).to(dtype)
     w = torch.randn(columns, *kernel, channels, device=_DEVICE).to(dtype)
     double = x.double().permute(0, 3, 1, 2), w.double().permute(0, 3, 1, 2)

@@ -253,10 +253,10 @@ def convolution(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """``out`` (batch, HEIGHT, WIDTH, COLUMNS), the convolution of a descriptor of ``x`` (batch, height, width,
-    CHANNELS) with one of ``weight`` (COLUMNS, KERNEL_H x KERNEL_W x CHANNELS), padded by ABOVE and LEFT with zeros, which is what
-    descriptors give outside. A program has BLOCK_W pixels of a row, or of two (PAIR), and BLOCK_N + REST columns, as
-    those of :func:`gated_product`. What it reads of ``x`` are rows of pixels: blocks of several rows would pass through
-    registers."""
+    CHANNELS) with one of ``weight`` (COLUMNS, KERNEL_H x KERNEL_W x CHANNELS), padded by ABOVE and LEFT with zeros,
+    which is what descriptors give outside. A program has BLOCK_W pixels of a row, or of two (PAIR), and BLOCK_N + REST
+    columns, as those of :func:`gated_product`. What it reads of ``x`` are rows of pixels: blocks of several rows would
+    pass through registers."""
     tall: tl.constexpr = 2 if PAIR else 1
     across: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
     blocks_m: tl.constexpr = across * ((HEIGHT + tall - 1) // tall)
