@@ -80,20 +80,24 @@ def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's kernels take 1, the library's, and ours, what is said here."""
     graph, takes, asked = _graph(torch.float16, 16, 8), dict[Any, float](), list[Any]()
 
-    def replay(call: Any) -> Any:
-        way = call.args[-1] if call.func is flash_attention.on_gpu else None
-        if way == 3:
+    def library(q: Tensor, k: Tensor, v: Tensor, scale: float, splits: int) -> Tensor:
+        if splits == 3:
             raise RuntimeError("no heads of 8 in this build\nand a stack")
-        return lambda: takes.get(way, 1.0)
+        return flash_attention.elsewhere(q, k, v, scale, splits)
+
+    def replay(call: Any) -> Any:
+        return lambda: takes.get(call.args[-1] if call.func is library else 0, 1.0)
 
     def choose(**given: float) -> Any:
         takes.clear()
         takes.update({int(k[1:]): v for k, v in given.items()})
-        with pytest.warns(UserWarning, match=r"for heads of 8 torch.float16 is not used here: no heads of 8"):
+        with pytest.warns(UserWarning, match=r"for heads of 8 torch.float16 \(3,\) is not used here: no heads of 8"):
             return attention.choose.__wrapped__(1, 2, 16, 8, 16, torch.float16, True, False)
 
-    monkeypatch.setattr(torch, "randn", lambda *size, **kwargs: None)
+    draw = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, dtype, device: draw(*size).to(dtype))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(flash_attention, "on_gpu", library)
     monkeypatch.setattr(timing, "_replay", replay)
     assert choose(_1=0.8, _2=0.9) == (1,) and choose(_1=0.9, _2=0.8) == (2,)
     assert choose(_1=1.1, _2=1.2) is None and choose(_1=0.99, _2=1.2) is None
@@ -104,6 +108,18 @@ def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "choose", slower)
     assert not attention.use_fastest(graph, "auto", own=True)
     assert asked == [(1, 2, 16, 8, 16, torch.float16, True, True)]
+
+
+def test_what_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(100)
+    ways: Any = {"wrong": lambda: (x, 1.1 * x), "no number": lambda: (x, x / 0 * 0), "right": lambda: (x, x * 1.001)}
+    seconds = {"wrong": 0.1, "no number": 0.2, "right": 0.5}
+    names = {call: name for name, call in ways.items()}
+    monkeypatch.setattr(timing, "_replay", lambda call: lambda: seconds.get(names.get(call, ""), 1.0))
+    with pytest.warns(UserWarning, match="another way wrong is not used here: it computes something else"):
+        assert timing.fastest("another way", lambda: (x, x), ways) == "right"
+    with pytest.warns(UserWarning, match="another way right is not used"):
+        assert timing.fastest("another way", lambda: (x, x), ways, reference=lambda: (-x, x)) is None
 
 
 def test_ours_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

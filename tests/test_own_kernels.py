@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from districompile.backends import attention, inductor_direct, inductor_unfold
+from districompile.backends import attention, inductor_direct, inductor_unfold, timing
 from districompile.backends.base import BuildSegment
 from districompile.backends.gpu import gated, launch
 from districompile.backends.inductor import InductorBackend
@@ -159,7 +159,7 @@ def test_numbers_in_the_interpreter() -> None:
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
     )
     assert ran.returncode == 0, ran.stdout[-3000:]
-    assert " passed" in ran.stdout and "skipped" not in ran.stdout.splitlines()[-1]
+    assert " passed" in ran.stdout and "skipped" not in ran.stdout.splitlines()[-1], ran.stdout[-1000:]
 
 
 @_numbers
@@ -261,6 +261,38 @@ def test_convolutions_agree(
     for way in ways:
         got = operators.convolution(x, w.flatten(1), list(kernel), list(padding), list(way))
         assert error(got, want) <= 2 * torch.finfo(dtype).eps, way
+
+
+_16 = torch.float16
+_CHOICES: list[tuple[Any, tuple[Any, ...], int]] = [
+    (attention.choose, (1, 2, 70, 32, 30, _16, False, True), 2),
+    (attention.choose, (1, 2, 70, 32, 140, _16, False, True), 2),
+    (attention.product_pays, (1, 2, 70, 32, 30, 64, _16, None), 2),
+    (attention.product_pays, (1, 2, 70, 32, 30, 64, _16, (64, 0, 4, 1)), 2),
+    (gated.pays, (100, 72, 640, True, _16), 3),
+    (inductor_direct.split_pays, (70, 64, 256, 128, _16, True), 3),
+    (inductor_unfold.choose, ((1, 64, 4, 70), (160, 64, 3, 3), (1, 1), (0, 1), _16, True, True), 4),
+    (inductor_unfold.choose, ((1, 64, 3, 140), (160, 64, 1, 1), (1, 1), (0, 0), _16, True, True), 3),
+]
+
+
+@pytest.mark.skipif(not _INTERPRETED, reason="run in the interpreter, by the first of these tests")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("choose", "size", "ways"), _CHOICES)
+def test_what_is_compared_when_choosing_agrees(
+    choose: Any, size: tuple[Any, ...], ways: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU and without a clock: a way that fails, or computes something else, would be a warning."""
+    for name in ("randn", "empty"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *s, dtype, device, make=make: make(*s).to(dtype))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in (attention, gated, inductor_direct, inductor_unfold):
+        monkeypatch.setattr(module, "unusable", lambda: None)
+    monkeypatch.setattr(timing, "_replay", lambda call: lambda: 1.0)
+    with timing.told() as times:
+        assert choose.__wrapped__(*size) is None
+    assert len(times) == 1 + ways
 
 
 def _run(backend: InductorBackend, segment: BuildSegment, inputs: Any, weights: Any, folder: Path) -> dict[str, Tensor]:

@@ -162,18 +162,19 @@ def product_pays(
     from districompile.backends.gpu import operators
 
     x = torch.randn(batch, queries, inner, dtype=dtype, device="cuda")
-    weight = torch.randn(heads * width, inner, dtype=dtype, device="cuda")
+    weight = torch.randn(heads * width, inner, dtype=dtype, device="cuda") / math.sqrt(inner)
+    scale = 1 / math.sqrt(width)
     k, v = (torch.randn(batch, keys, heads, width, dtype=dtype, device="cuda") for _ in range(2))
 
     def apart() -> Tensor:
         q = torch.nn.functional.linear(x, weight).view(batch, queries, heads, width)
         if way is None:
-            return flash_attention.elsewhere(q, k, v, 1.0, 1)
+            return flash_attention.elsewhere(q, k, v, scale, 1)
         if len(way) == 1:
-            return flash_attention.on_gpu(q, k, v, 1.0, way[0])
-        return operators.attention(q, k, v, 1.0, list(way))
+            return flash_attention.on_gpu(q, k, v, scale, way[0])
+        return operators.attention(q, k, v, scale, list(way))
 
-    ways = {w: functools.partial(operators.product_attention, x, weight, k, v, 1.0, list(w)) for w in _WITH_PRODUCT}
+    ways = {w: functools.partial(operators.product_attention, x, weight, k, v, scale, list(w)) for w in _WITH_PRODUCT}
     return fastest("a kernel for attention with the product before it", apart, ways)
 
 

@@ -151,20 +151,21 @@ def split_pays(
     x, weight = (torch.randn(n, inner, dtype=dtype, device="cuda") for n in (rows, rest + sent))
     place = torch.empty(rows, sent, dtype=dtype, device="cuda")
 
-    def together() -> None:
-        place.copy_(torch.mm(x, weight.t())[:, rest:])
+    def together() -> tuple[Tensor, Tensor]:
+        y = torch.mm(x, weight.t())
+        return y[:, :rest], place.copy_(y[:, rest:])
 
-    def apart() -> None:
-        torch.mm(x, weight[:rest].t())
+    def apart() -> tuple[Tensor, Tensor]:
+        left = torch.mm(x, weight[:rest].t())
         product_into(place, x, weight[rest:])
+        return left, place
 
     ways: dict[tuple[int, ...], Any] = {(): apart}
     if whole and unusable() is None and inner % 8 == 0 and dtype.itemsize == 2:
         from districompile.backends.gpu import operators
 
-        ways |= {
-            way: functools.partial(operators.product_apart, place, x, weight, rest, 0, list(way))
-            for way in _WAYS
-            if sent % way[1] == 0 and rest % way[1] == 0
-        }
-    return fastest("a product with two results", together, ways)
+        def by_kernel(way: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+            return operators.product_apart(place, x, weight, rest, 0, list(way)), place
+
+        ways |= {w: functools.partial(by_kernel, w) for w in _WAYS if sent % w[1] == 0 and rest % w[1] == 0}
+    return fastest("a product with two results", together, ways, reference=lambda: tuple(t.clone() for t in together()))

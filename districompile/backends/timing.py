@@ -10,9 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from districompile.errors import BackendError
+
 _LONG = 1.0  # ms: enough for the clock, and short enough to fall between the work of other processes
 _MOST = 20  # calls in one measurement
 _ROUNDS = 12
+_ROUNDING = 0.02  # relative, in the 2-norm: bfloat16 has 8 bits, and some results are sums of what was rounded
 _GAIN = 0.98  # of the usual time: less is no difference
 
 _Way = TypeVar("_Way")
@@ -20,24 +23,25 @@ _HEARD: list[dict[Any, float]] = []
 
 
 def fastest(
-    what: str, usual: Callable[[], object], others: Mapping[_Way, Callable[[], object]], gain: float = _GAIN
-) -> _Way | None:
+    what: str, usual: Callable[[], object], others: Mapping[_Way, Callable[[], object]], gain: float = _GAIN,
+    reference: Callable[[], object] | None = None,
+) -> _Way | None:  # fmt: skip
     """Which of ``others`` takes the least time on the current GPU, if that is less than ``gain`` of what ``usual``
     takes; else None. One that fails, as a library or a compiler that cannot do this size, is left out with a warning
-    that names ``what``."""
-    calls: dict[_Way | None, Callable[[], object]] = {None: usual}
-    for other in others:
-        calls[other] = others[other]
-    times: dict[_Way | None, float] = {}
-    replays = {}
-    for way, call in calls.items():
+    that names ``what``; and so is one whose tensors are not those of ``reference`` (by default ``usual``), within
+    rounding of 16 bits. What returns None is not compared."""
+    want = (reference or usual)()
+    replays: dict[_Way | None, Callable[[], float]] = {None: _replay(usual)}
+    for other, call in others.items():
         try:
-            replays[way] = _replay(call)
+            if not _alike(call(), want):
+                raise BackendError("it computes something else")
+            replays[other] = _replay(call)
         except Exception as e:  # neither libraries nor Triton have errors of one kind
-            if way is None:
-                raise
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-            warnings.warn(f"{what} is not used here: {reason}", stacklevel=3)
+            warnings.warn(f"{what} {other} is not used here: {reason}", stacklevel=3)
+    del want
+    times: dict[_Way | None, float] = {}
     for _ in range(_ROUNDS):  # in turns, so that what else the GPU does, and its clock, are the same to all
         for way, replay in replays.items():
             times[way] = min(times.get(way, math.inf), replay())
@@ -46,6 +50,15 @@ def fastest(
     limit = gain * times.pop(None)
     best = min(times, key=times.__getitem__, default=None)
     return best if best is not None and times[best] < limit else None
+
+
+def _alike(got: object, want: object) -> bool:
+    if isinstance(got, tuple) and isinstance(want, tuple):
+        return all(_alike(a, b) for a, b in zip(got, want, strict=True))
+    if not isinstance(got, torch.Tensor) or not isinstance(want, torch.Tensor):
+        return True
+    difference = (got.float() - want.float()).norm()
+    return bool(difference <= _ROUNDING * want.float().norm())  # not where it is no number
 
 
 @contextlib.contextmanager
