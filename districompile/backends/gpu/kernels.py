@@ -1,6 +1,6 @@
 """The kernels. Imports Triton: for processes that compile, or time, on a GPU.
 
-All sizes are known when compiling. Strides are in elements; the last dim's is 1. Accumulation is in float32.
+Sizes are known when compiling, but for convolutions. Strides are in elements; the last dim's is 1. Accumulation is in float32.
 """
 
 # No annotations from __future__: Triton, and what puts these kernels into a program, read them.
@@ -247,8 +247,8 @@ def attention_many(
 @triton.jit
 def convolution(
     x, weight, rest, out,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, ABOVE: tl.constexpr, LEFT: tl.constexpr,
+    HEIGHT, WIDTH, CHANNELS, COLUMNS, ABOVE, LEFT,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     BLOCK_W: tl.constexpr, PAIR: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -256,12 +256,13 @@ def convolution(
     CHANNELS) with one of ``weight`` (COLUMNS, KERNEL_H x KERNEL_W x CHANNELS), padded by ABOVE and LEFT with zeros,
     which is what descriptors give outside. A program has BLOCK_W pixels of a row, or of two (PAIR), and BLOCK_N + REST
     columns, as those of :func:`gated_product`. What it reads of ``x`` are rows of pixels: blocks of several rows would
-    pass through registers."""
+    pass through registers. Sizes are arguments, as a network has dozens of them, and each would be a kernel to
+    compile."""
     tall: tl.constexpr = 2 if PAIR else 1
-    across: tl.constexpr = (WIDTH + BLOCK_W - 1) // BLOCK_W
-    blocks_m: tl.constexpr = across * ((HEIGHT + tall - 1) // tall)
-    blocks_n: tl.constexpr = COLUMNS // (BLOCK_N + REST)
-    parts: tl.constexpr = CHANNELS // BLOCK_K
+    across = (WIDTH + BLOCK_W - 1) // BLOCK_W
+    blocks_m = across * ((HEIGHT + tall - 1) // tall)
+    blocks_n = COLUMNS // (BLOCK_N + REST)
+    parts = CHANNELS // BLOCK_K
     number = tl.program_id(0)
     batch = tl.program_id(1)
     group = number // (GROUP * blocks_n)
