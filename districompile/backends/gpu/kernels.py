@@ -1,6 +1,7 @@
 """The kernels. Imports Triton: for processes that compile, or time, on a GPU.
 
-Sizes are known when compiling, but for convolutions. Strides are in elements; the last dim's is 1. Accumulation is in float32.
+Sizes are known when compiling, but for convolutions. Strides are in elements; the last dim's is 1. Accumulation is in
+float32.
 """
 
 # No annotations from __future__: Triton, and what puts these kernels into a program, read them.
