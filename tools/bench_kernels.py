@@ -1,6 +1,6 @@
 """Kernels of our own beside what they stand for: microseconds on the first GPU, one JSON line a size.
 
-    python tools/bench_kernels.py [--only attention,queries,gated,apart] [--dtype float16]
+    python tools/bench_kernels.py [--only attention,queries,gated,apart,convolutions] [--dtype float16]
 
   attention  by PyTorch's choice, by FlashAttention-3 with the keys in 1, 2 and 3 parts where it is installed, and by
              ours in blocks: two ranks' share of SDXL's layers at the latents 480, 256 and 128, four and eight ranks' of
@@ -9,8 +9,9 @@
   queries    a product and attention to a text, and both in one
   gated      a product and what multiplies one half with the GELU of the other, and both in one
   apart      a product and a copy of two thirds of it, two products, and one that writes to two places
+  convolutions  3 x 3, by cuDNN, as a product (with the time to write what it reads), and by ours
 
-The last two are of the rows of two ranks at the latents 128, 256 and 480. What one size has is timed in turns.
+The last three are of the rows of two ranks at the latents 128, 256 and 480. What one size has is timed in turns.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
-from districompile.backends import attention, flash_attention, inductor_direct, timing
+from districompile.backends import attention, flash_attention, inductor_direct, inductor_unfold, timing
 from districompile.backends.gpu import gated
 from districompile.backends.gpu.launch import unusable
 
@@ -40,9 +41,16 @@ ATTENTION = (
 ROWS = ((512, 1280), (2048, 640), (2048, 1280), (8192, 640), (7200, 1280), (28800, 640))
 
 
+# Channels, and the pixels of two ranks
+CONVOLUTIONS = (
+    (320, 320, 64, 128), (960, 320, 64, 128), (640, 640, 32, 64), (1280, 1280, 16, 32), (320, 320, 128, 256),
+    (640, 640, 64, 128), (1280, 1280, 32, 64), (320, 320, 240, 480), (640, 640, 120, 240), (1280, 1280, 60, 120),
+)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="attention,queries,gated,apart")
+    parser.add_argument("--only", default="attention,queries,gated,apart,convolutions")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     args = parser.parse_args()
     if (reason := unusable()) is not None:
@@ -50,6 +58,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     parts: dict[str, Callable[[torch.dtype], None]] = {
         "attention": attend, "queries": ask, "gated": gate, "apart": apart,
+        "convolutions": convolve,
     }  # fmt: skip
     for name in args.only.split(","):
         if name not in parts:
@@ -79,6 +88,14 @@ def apart(dtype: torch.dtype) -> None:
     for rows, inner in ROWS:
         size = rows, inner, 2 * inner, inner
         row("apart", {"rows": rows, "inner": inner}, partial(inductor_direct.split_pays, *size, dtype, True))
+
+
+def convolve(dtype: torch.dtype) -> None:
+    """As a rank has them: a row of each neighbour's above and below."""
+    for inner, outer, height, width in CONVOLUTIONS:
+        size = (1, inner, height + 2, width), (outer, inner, 3, 3), (1, 1), (0, 1)
+        choose = partial(inductor_unfold.choose, *size, dtype, True, True)
+        row("convolutions", {"in": inner, "out": outer, "height": height, "width": width}, choose)
 
 
 def row(part: str, size: dict[str, int], choose: Callable[[], Any]) -> None:
