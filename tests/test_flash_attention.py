@@ -50,6 +50,7 @@ def _graph(dtype: torch.dtype, length: int, width: int, **kwargs: Any) -> fx.Gra
         (torch.float16, 1024, 264, {}, False),
         (torch.float16, 1024, 36, {}, False),
         (torch.float16, 1024, 64, {"is_causal": True}, False),
+        (torch.float16, 1024, 64, {"scale": -0.3}, False),
         (torch.float16, 1024, 64, {"attn_mask": torch.zeros(1, 1024).half()}, False),
     ],
 )
@@ -111,9 +112,10 @@ def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(100)
-    ways: Any = {"wrong": lambda: (x, 1.1 * x), "no number": lambda: (x, x / 0 * 0), "right": lambda: (x, x * 1.001)}
-    seconds = {"wrong": 0.1, "no number": 0.2, "right": 0.5}
+    x = torch.randn(100, 8)
+    ways: Any = {"wrong": lambda: (x, 1.1 * x), "no number": lambda: (x, x / 0 * 0), "right": lambda: (x, x * 1.001),
+                 "a row": lambda: (x, x * (torch.arange(100) != 99)[:, None])}  # fmt: skip
+    seconds = {"a row": 0.1, "wrong": 0.1, "no number": 0.2, "right": 0.5}
     names = {call: name for name, call in ways.items()}
     monkeypatch.setattr(timing, "_replay", lambda call: lambda: seconds.get(names.get(call, ""), 1.0))
     with pytest.warns(UserWarning, match="another way wrong is not used here: it computes something else"):

@@ -143,6 +143,41 @@ def test_which_queries_are_made_where_they_are_needed(
     assert error(segment.graph(*inputs.values(), *weights.values())[0], want) < 2e-3
 
 
+def test_keys_that_are_the_queries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "product_pays", lambda *size: (128, 64, 4, 4))
+    monkeypatch.setattr(attention, "choose", lambda *size: None)
+
+    def attend(x: Tensor, w: Tensor) -> Tensor:
+        q = torch.nn.functional.linear(x, w).reshape(2, 5, 3, 16).permute(0, 2, 1, 3)
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    weights = {"w": torch.randn(48, 40).half()}
+    graph = make_segment(attend, {"x": torch.randn(2, 5, 40).half()}, weights).graph.graph
+    attention.use_fastest(graph, "torch", own=True)
+    assert not [n for n in graph.nodes if n.target is attention.PRODUCT_ATTENTION]
+
+
+def test_columns_of_one_product_go_three_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own keys and values to where others arrive, and what is left of the product is still seen to be gated."""
+    monkeypatch.setattr(inductor_direct, "split_pays", lambda *size: ())
+    monkeypatch.setattr(gated, "pays", lambda *size: (1, 2, 3, 4, 5, 6))
+
+    def block(others: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.nn.functional.linear(x, w)
+        return y[..., :8] * torch.nn.functional.gelu(y[..., 8:16]), ops.insert(others, y[..., 16:32], 1, 5, 0, 5)
+
+    inputs, weights = {"others": torch.randn(10, 1, 16), "x": torch.randn(1, 5, 24)}, {"w": torch.randn(32, 24)}
+    segment = make_segment(block, inputs, weights)
+    args = [*inputs.values(), *weights.values()]
+    want = segment.graph(*(a.clone() for a in args))
+    inductor_direct.split_products(segment.graph.graph, kernels=True)
+    gated.use_gated_products(segment.graph.graph)
+    segment.graph.recompile()
+    assert [n.target for n in segment.graph.graph.nodes].count(inductor_direct.INSERT_PRODUCT) == 1
+    for a, b in zip(segment.graph(*args), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # The kernels: on a GPU, or, as far as numbers go, in Triton's interpreter, in a process of its own
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -295,6 +330,21 @@ def test_what_is_compared_when_choosing_agrees(
     assert len(times) == 1 + ways
 
 
+@pytest.mark.skipif(not _INTERPRETED, reason="run in the interpreter, by the first of these tests")
+def test_a_result_that_is_not_written_agrees_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from districompile.backends.gpu import operators
+
+    for name in ("randn", "empty"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *s, dtype, device, make=make: make(*s).to(dtype))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(inductor_direct, "unusable", lambda: None)
+    monkeypatch.setattr(timing, "_replay", lambda call: lambda: 1.0)
+    monkeypatch.setattr(operators, "product_apart", lambda place, x, w, split, *rest: (x @ w.t())[:, :split])
+    with pytest.warns(UserWarning, match="a product with two results .* it computes something else"):
+        inductor_direct.split_pays.__wrapped__(70, 64, 256, 128, _16, True)
+
+
 def _run(backend: InductorBackend, segment: BuildSegment, inputs: Any, weights: Any, folder: Path) -> dict[str, Tensor]:
     opened: WeightFile = write_weights(folder / "weights.safetensors", {n: w.cpu() for n, w in weights.items()})
     path = folder / f"{segment.name}{backend.suffix}"
@@ -355,7 +405,7 @@ def test_an_engine_has_all_of_them(gate_way: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(attention, "choose", lambda *size: (64, 0, 4, 1) if size[4] == 77 else (64, 64, 4, 3))
     monkeypatch.setattr(attention, "product_pays", lambda *size: (128, 64, 4, 4))
     monkeypatch.setattr(inductor_direct, "split_pays", lambda *size: (128, 64, 64, 4, 4))
-    backend = InductorBackend("cuda", attention="torch")
+    backend = InductorBackend("cuda")
     got = _run(backend, segment, cuda, weights, tmp_path)
     for name, x in zip(got, want, strict=True):
         assert error(got[name], x) < 4e-3, name

@@ -74,7 +74,8 @@ def attend(dtype: torch.dtype) -> None:
 
 def ask(dtype: torch.dtype) -> None:
     for queries, keys, heads in (size for size in ATTENTION if size[1] <= TEXT):
-        own = attention.choose(1, heads, queries, 64, keys, dtype, False, True)
+        flash = flash_attention.unusable("cuda") is None
+        own = attention.choose(1, heads, queries, 64, keys, dtype, flash, True)
         choose = partial(attention.product_pays, 1, heads, queries, 64, keys, 64 * heads, dtype, own)
         row("queries", {"queries": queries, "keys": keys, "heads": heads}, choose)
 

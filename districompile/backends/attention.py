@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -134,9 +135,10 @@ def _with_product(graph: fx.Graph, node: fx.Node, scale: float, way: tuple[int, 
 def _queries(node: fx.Node) -> tuple[fx.Node, ...] | None:
     """The queries of attention to few keys, if they are heads of a product without a bias and read nowhere else: nodes
     from there up to that product."""
-    swapped: Any = node.args[0]
+    swapped, keys, values, *_ = cast(Sequence[Any], node.args)
     turns = {torch.ops.aten.permute.default: ([0, 2, 1, 3],), _TRANSPOSE: (1, 2)}
-    if turns.get(swapped.target) != swapped.args[1:] or node.args[1].meta["val"].shape[2] > _FEW:  # type: ignore[union-attr]
+    turned = turns.get(swapped.target) == swapped.args[1:] and swapped not in (keys, values)
+    if not turned or keys.meta["val"].shape[2] > _FEW:
         return None
     heads = swapped.args[0]
     if heads.target not in (torch.ops.aten.reshape.default, torch.ops.aten.view.default):
@@ -184,14 +186,15 @@ def choose(
 ) -> tuple[int, ...] | None:
     """In how many parts FlashAttention-3 takes the keys where it is fastest, or in what blocks a kernel of ours takes
     queries and keys where that is; None if PyTorch's kernels are, on this GPU."""
-    if not torch.cuda.is_available():
+    own = own and width <= _OWN_WIDEST and unusable() is None
+    if not torch.cuda.is_available() or not (flash or own):
         return None
     q, k, v = (torch.randn(batch, n, heads, width, dtype=dtype, device="cuda") for n in (queries, keys, keys))
     scale = 1 / math.sqrt(width)
     ways: dict[tuple[int, ...], Any] = {}
     if flash:
         ways = {(n,): functools.partial(flash_attention.on_gpu, q, k, v, scale, n) for n in _SPLITS}
-    if own and width <= _OWN_WIDEST and unusable() is None:
+    if own:
         from districompile.backends.gpu import operators
 
         tried = _FOR_FEW if keys <= _FEW else _FOR_MANY
@@ -221,4 +224,5 @@ def _scale(node: fx.Node) -> float | None:
     if not same or not fits or q.dtype not in (torch.float16, torch.bfloat16):
         return None
     scale = given.get("scale")
-    return 1 / math.sqrt(width) if scale is None else float(scale)
+    scale = 1 / math.sqrt(width) if scale is None else float(scale)
+    return scale if scale > 0 else None  # kernels take the largest score before they scale

@@ -42,7 +42,7 @@ from districompile.ir.serialize import content_hash, graph_to_json
 from districompile.weights import WeightFile
 
 TIMED = ("products", "convolutions", "kernels")
-_OURS = {KERNEL_ATTENTION, PRODUCT_ATTENTION, GATED_PRODUCT, INSERT_PRODUCT, KERNEL_CONVOLUTION}
+_OURS = {KERNEL_ATTENTION, PRODUCT_ATTENTION, GATED_PRODUCT, KERNEL_CONVOLUTION, INSERT_PRODUCT}  # if in blocks
 _FORMAT = "districompile inductor 3"
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 # How many operands an expression may have that each of its readers computes anew. A group norm has its table, what a
@@ -168,6 +168,7 @@ class InductorBackend:
         self._options = tuple(sorted({"max_autotune": max_autotune, **gpu, **(options or {})}.items()))
         self._attention = flash_attention.choose(attention, self._kind)
         self._timed = _timed(timed, self._kind)
+        self._own_attention = attention == "auto" and "kernels" in self._timed
         # Engines differ by torch, by the machine's device and by the options
         target = target_of(self._kind)
         self.version = f"3, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
@@ -241,7 +242,7 @@ class InductorBackend:
                 else:
                     compile_here(package.job, self._made(package))
             except BackendError as e:
-                hint = ": without kernels of ours (--timed none) it may be" if package.ours else ""
+                hint = ": without kernels of ours (--timed products,convolutions) it may be" if package.ours else ""
                 raise BackendError(f"segment {segment.name} cannot be compiled by AOTInductor: {e}{hint}") from e
             shutil.copyfile(self._made(package), target)
         path.write_text(json.dumps(package.describe(self._kind), separators=(",", ":")))
@@ -302,11 +303,11 @@ class InductorBackend:
         own = "kernels" in self._timed
         if "products" in self._timed:
             split_products(graph.graph, own)
-        if self._channels_last:
+        if self._channels_last and self._timed & {"convolutions", "kernels"}:
             use_fastest_convolutions(graph.graph, "convolutions" in self._timed, own)
         if own:
             use_gated_products(graph.graph)
-        calls_flash = (own or self._attention != "torch") and use_fastest(graph.graph, self._attention, own)
+        calls_flash = use_fastest(graph.graph, self._attention, self._own_attention)
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
         weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]
         outputs = [Operand(s, self._value_format(name, s)) for name, s in written]
@@ -333,7 +334,7 @@ class InductorBackend:
             key,
             job,
             calls_flash,
-            any(n.target in _OURS for n in graph.graph.nodes),
+            any(n.target in _OURS and n.args[-1] for n in graph.graph.nodes),
             {**named, "parts": views, "rooms": places},
         )
 

@@ -8,6 +8,7 @@ copy; where rows are few, one product of all columns fills the GPU better. Both 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -59,7 +60,9 @@ def insert_product_in_place(
     if blocks and x.device.type == "cuda":
         from districompile.backends.gpu import operators
 
-        left = operators.PRODUCT_APART(foreign, rows, weight, rest[1], before * (sent[1] - sent[0]), blocks)
+        left = operators.PRODUCT_APART(
+            foreign, rows.contiguous(), weight, rest[1], before * (sent[1] - sent[0]), blocks
+        )
         return foreign.movedim(0, dim), left.reshape(*x.shape[:-1], -1)
     place = foreign.narrow(0, before, rows.shape[0]).view(rows.shape[0], -1)
     ops.product_into(place, rows, weight[sent[0] : sent[1]])
@@ -96,6 +99,7 @@ def split_products(graph: fx.Graph, kernels: bool = False) -> None:
             )
             whole, left = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
         whole.meta = dict(insert.meta)
+        left.meta = {"val": product.meta["val"][..., rest[0] : rest[1]]}
         insert.replace_all_uses_with(whole)
         graph.erase_node(insert)
         graph.erase_node(own)
@@ -168,4 +172,7 @@ def split_pays(
             return operators.product_apart(place, x, weight, rest, 0, list(way)), place
 
         ways |= {w: functools.partial(by_kernel, w) for w in _WAYS if sent % w[1] == 0 and rest % w[1] == 0}
-    return fastest("a product with two results", together, ways, reference=lambda: tuple(t.clone() for t in together()))
+    return fastest(
+        "a product with two results", together, ways, reference=lambda: tuple(t.clone() for t in together()),
+        prepare=lambda: place.fill_(math.nan),
+    )  # fmt: skip

@@ -131,7 +131,8 @@ def choose(
 ) -> tuple[int, ...] | None:  # fmt: skip
     """How a convolution is computed fastest on this GPU: in blocks of our own kernel, or () for a product and writing
     what it reads; None for cuDNN's way."""
-    if not torch.cuda.is_available():
+    kernels = kernels and set(stride) == {1} and unusable() is None
+    if not torch.cuda.is_available() or not (products or kernels):
         return None
     options: dict[str, Any] = {"dtype": dtype, "device": "cuda"}
     inner = math.prod(weight[1:])
@@ -150,7 +151,7 @@ def choose(
             torch.mm(matrix, columns.t())
 
         ways[()] = product
-    if kernels and set(stride) == {1} and unusable() is None:
+    if kernels:
         from districompile.backends.gpu import operators
 
         ways |= {
