@@ -117,8 +117,8 @@ def _with_product(graph: fx.Graph, node: fx.Node, scale: float, way: tuple[int, 
         return False
     product: Any = chain[-1]
     x, weight = product.args[:2]
-    size = node.args[0].meta["val"].shape, node.args[1].meta["val"].shape[2]  # type: ignore[union-attr]
-    blocks = product_pays(*size[0], size[1], weight.meta["val"].shape[1], x.meta["val"].dtype, way)
+    q, k = (cast(fx.Node, y).meta["val"].shape for y in node.args[:2])
+    blocks = product_pays(*q, k[2], weight.meta["val"].shape[1], x.meta["val"].dtype, way)
     if blocks is None:
         return False
     with graph.inserting_before(node):
