@@ -69,6 +69,27 @@ def run_segment(
     return backend.load(path, outputs, opened, torch.device("cpu")).run(inputs, outputs)
 
 
+def run_on_gpu(
+    backend: Backend, segment: BuildSegment, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """The same from a CUDA graph of the engine, as a step has it."""
+    opened = write_weights(folder / "weights.safetensors", {n: w.cpu() for n, w in weights.items()})
+    path = folder / f"{segment.name}{backend.suffix}"
+    backend.build(segment, opened, path)
+    outputs = tuple(n for n, _ in segment.outputs)
+    engine: Any = backend.load(path, outputs, opened, torch.device("cuda", 0))
+    given = {n: x.clone() for n, x in inputs.items()}
+    engine.run(given, outputs)  # loads the kernels
+    for name, x in {n: x.clone() for n, x in inputs.items()}.items():
+        engine.bind(name, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        engine.enqueue()
+    graph.replay()
+    torch.cuda.synchronize()
+    return {n: engine.output(n).clone() for n in outputs}
+
+
 def error(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest value."""
     assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)

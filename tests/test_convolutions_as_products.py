@@ -11,7 +11,7 @@ from torch import Tensor
 
 from districompile.backends import inductor_unfold, timing
 from districompile.backends.base import BuildSegment
-from districompile.backends.gpu.launch import unusable
+from districompile.backends.gpu.hopper import unusable
 from districompile.backends.inductor import TIMED, InductorBackend
 from districompile.backends.inductor_unfold import (
     KERNEL_CONVOLUTION,
@@ -142,6 +142,5 @@ def test_convolutions_are_timed() -> None:
         image = (1, 64, 16, width)
         with timing.told() as times:
             found = choose(image, (320, 64, 3, 3), (1, 1), (1, 1), torch.float16, True, True)
-        ours = inductor_unfold._WIDE if width == 128 else inductor_unfold._PAIRS
         assert found in times and {None, ()} <= {*times}
-        assert unusable() is not None or {*times} & {*ours}
+        assert unusable() is not None or {*times} >= {(160, 1), (160, 2), (80, 1)}

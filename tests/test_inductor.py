@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import districompile as dc
 from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor import InductorBackend
 from districompile.backends.inductor_compiler import choose_compiler, links_shared
 from districompile.backends.inductor_forms import linear
-from districompile.backends.inductor_graph import image_values
+from districompile.backends.inductor_graph import Job, Operand, compile_package, image_values
+from districompile.ir.plan import TensorSpec
+from districompile.ir.serialize import graph_to_json
 from districompile.passes.leave_room import LeaveRoom
 from tests.helpers_net import images, make_program
 from tests.helpers_segments import error, make_segment, run_segment
@@ -62,6 +65,20 @@ def test_linears_whose_bias_joins_what_follows(dtype: torch.dtype, rows: int) ->
     for got, exact in ((linear(x, w, b), want), (linear(x, w), want - b.double())):
         assert got.dtype == dtype and got.shape == want.shape
         assert (got - exact).norm() / exact.norm() <= 2 * torch.finfo(dtype).eps
+
+
+def test_inductor_does_not_remember_what_exporting_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exporting switches cuDNN off, whose results have other strides."""
+    remembered: list[int] = []
+    monkeypatch.setattr(
+        torch._inductor,
+        "aoti_compile_and_package",
+        lambda *args, **kwargs: remembered.append(len(FakeTensorMode.cache)),
+    )
+    operand = Operand(TensorSpec((1, 8, 5, 5), torch.float32), "channels_last")
+    segment = make_segment(torch.nn.functional.silu, {"x": torch.randn(1, 8, 5, 5)})
+    compile_package(Job(graph_to_json(segment.graph), (operand,), (operand,), "cpu", ()), str(tmp_path / "x.pt2"))
+    assert remembered == [0]
 
 
 def test_own_rows_are_written_where_others_arrive(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@
   queries    a product and attention to a text, and both in one
   gated      a product and what multiplies one half with the GELU of the other, and both in one
   apart      a product and a copy of two thirds of it, two products, and one that writes to two places
-  convolutions  3 x 3, by cuDNN, as a product (with the time to write what it reads), and by ours
+  convolutions  3 x 3, by cuDNN, as a product (with the time to write what it reads), and in tiles of ours
 
 The last three are of the rows of two ranks at the latents 128, 256 and 480. What one size has is timed in turns.
 """

@@ -28,6 +28,7 @@ from districompile.backends import flash_attention
 from districompile.backends.attention import KERNEL_ATTENTION, PRODUCT_ATTENTION, use_fastest
 from districompile.backends.base import BuildSegment, Engine, check_input
 from districompile.backends.eager import EagerBackend
+from districompile.backends.gpu import hopper
 from districompile.backends.gpu.gated import GATED_PRODUCT, use_gated_products
 from districompile.backends.inductor_compiler import choose_compiler
 from districompile.backends.inductor_direct import INSERT_PRODUCT, split_products
@@ -264,8 +265,10 @@ class InductorBackend:
         if {*outputs, *found} != set(segment) or any(room.source not in inputs for room in found.values()):
             raise BackendError(f"{path} is another segment: it gives {(*outputs, *found)}, not {tuple(segment)}")
         check_here(kind, target, built, device)
-        if calls:
-            flash_attention.load(device)
+        for name in calls:
+            if name not in _CALLED:
+                raise BackendError(f"{path} calls {name!r}, which nothing here knows")
+            _CALLED[name](device)
         if str(device) == "cuda":  # without a number
             device = torch.device("cuda", torch.cuda.current_device())
         if not re.fullmatch(r"[0-9a-f]+\.pt2", package):
@@ -308,6 +311,7 @@ class InductorBackend:
         if own:
             use_gated_products(graph.graph)
         calls_flash = use_fastest(graph.graph, self._attention, self._own_attention)
+        tiled = any(n.target in (GATED_PRODUCT, KERNEL_CONVOLUTION) for n in graph.graph.nodes)
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
         weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]
         outputs = [Operand(s, self._value_format(name, s)) for name, s in written]
@@ -333,7 +337,7 @@ class InductorBackend:
         return _Package(
             key,
             job,
-            calls_flash,
+            ([flash_attention.PACKAGE] if calls_flash else []) + ([hopper.PACKAGE] if tiled else []),
             any(n.target in _OURS and n.args[-1] for n in graph.graph.nodes),
             {**named, "parts": views, "rooms": places},
         )
@@ -366,7 +370,7 @@ class _Package:
 
     key: str
     job: Job
-    calls_flash: bool
+    calls: list[str]
     ours: bool
     operands: dict[str, Any]
 
@@ -374,11 +378,13 @@ class _Package:
         """The JSON beside the package."""
         return {
             "format": _FORMAT, "package": f"{self.key}.pt2", "device": kind, "target": target_of(kind),
-            "torch": torch_version(), "calls": [flash_attention.PACKAGE] if self.calls_flash else [], **self.operands,
+            "torch": torch_version(), "calls": self.calls, **self.operands,
         }  # fmt: skip
 
 
 _GROUPS = ("inputs", "weights", "outputs")
+# What an engine calls that is not PyTorch's: makes it known on a device, or says what is missing
+_CALLED = {flash_attention.PACKAGE: flash_attention.load, hopper.PACKAGE: hopper.load}
 
 
 def _part_operand(whole: Operand, part: Part) -> Operand:

@@ -3,7 +3,7 @@
 A product reads each pixel with its neighbours as a row (Chellapilla et al., 2006; "im2col"), which costs a pass over
 memory. Of few pixels and many channels it is faster nevertheless: cuDNN's convolutions leave much of a GPU idle that
 cuBLAS, which has more shapes of tiles to choose from, does not. Our kernel reads the neighbours where they are, and has
-blocks of columns that fill a GPU at 320, 640 and 1280 channels. All are measured, once for each size.
+tiles that fill a GPU at 320, 640 and 1280 channels. All are measured, once for each size.
 """
 
 from __future__ import annotations
@@ -17,15 +17,11 @@ import torch
 from torch import Tensor, fx
 
 import districompile.ir.ops  # noqa: F401  (defines the library that this adds to)
-from districompile.backends.gpu.launch import unusable
+from districompile.backends.gpu.hopper import TILED_CONVOLUTION, TILES, unusable
 from districompile.backends.timing import fastest
 
 _GAIN = 0.95  # of cuDNN's time: what a product's pass over memory takes is estimated
 _MOST = 256 * 2**20  # bytes of rows with neighbours, memory that a convolution does not need
-_NARROW = 96  # pixels
-# Blocks of pixels of a row, of rows, of columns in two parts, and of channels; warps, stages
-_WIDE = ((128, 1, 128, 32, 64, 8, 4), (128, 1, 128, 0, 64, 8, 4), (128, 1, 64, 16, 64, 8, 4))
-_PAIRS = ((64, 2, 128, 32, 64, 8, 4), (64, 2, 64, 16, 64, 8, 4), (64, 1, 128, 32, 64, 4, 4))
 _CONV = torch.ops.aten.conv2d.default
 
 _LIB: Any = torch.library.Library("districompile", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -41,10 +37,10 @@ _LIB.impl("product_convolution", product_convolution, "CompositeImplicitAutograd
 PRODUCT_CONVOLUTION = torch.ops.districompile.product_convolution.default
 
 
-_LIB.define("kernel_convolution(Tensor x, Tensor weight, int[] stride, int[] padding, int[] blocks) -> Tensor")
+_LIB.define("kernel_convolution(Tensor x, Tensor weight, int[] stride, int[] padding, int[] tile) -> Tensor")
 
 
-def kernel_convolution(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], blocks: list[int]) -> Tensor:
+def kernel_convolution(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], tile: list[int]) -> Tensor:
     """The same by our own kernel; ``stride`` is 1."""
     return torch.nn.functional.conv2d(x, weight, None, stride, padding)
 
@@ -53,16 +49,14 @@ _LIB.impl("kernel_convolution", kernel_convolution, "CompositeImplicitAutograd")
 KERNEL_CONVOLUTION = torch.ops.districompile.kernel_convolution.default
 
 
-def traced(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], blocks: list[int]) -> Tensor:
+def traced(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], tile: list[int]) -> Tensor:
     """The same as the compiler for GPUs takes it. ``weight`` has its channels innermost in memory, and so has the
     result."""
     if x.device.type != "cuda":
-        return kernel_convolution(x, weight, stride, padding, blocks)
-    from districompile.backends.gpu import operators
-
+        return kernel_convolution(x, weight, stride, padding, tile)
     matrix = weight.permute(0, 2, 3, 1).flatten(1)
     pixels = x.permute(0, 2, 3, 1).contiguous()
-    result: Tensor = operators.CONVOLUTION(pixels, matrix, list(weight.shape[2:]), padding, blocks)
+    result: Tensor = TILED_CONVOLUTION(pixels, matrix, list(weight.shape[2:]), padding, tile)
     return result.permute(0, 3, 1, 2)
 
 
@@ -129,7 +123,7 @@ def choose(
     image: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
     dtype: torch.dtype, products: bool, kernels: bool,
 ) -> tuple[int, ...] | None:  # fmt: skip
-    """How a convolution is computed fastest on this GPU: in blocks of our own kernel, or () for a product and writing
+    """How a convolution is computed fastest on this GPU: in tiles of our own kernel, or () for a product and writing
     what it reads; None for cuDNN's way."""
     kernels = kernels and set(stride) == {1} and unusable() is None
     if not torch.cuda.is_available() or not (products or kernels):
@@ -152,12 +146,10 @@ def choose(
 
         ways[()] = product
     if kernels:
-        from districompile.backends.gpu import operators
-
         ways |= {
-            way: functools.partial(operators.convolution, pixels, columns, list(weight[2:]), list(padding), list(way))
-            for way in (_WIDE if sides[1] >= _NARROW else _PAIRS)
-            if weight[0] % (way[2] + way[3]) == 0 and weight[1] % way[4] == 0
+            tile: functools.partial(TILED_CONVOLUTION, pixels, columns, list(weight[2:]), list(padding), list(tile))
+            for tile in TILES
+            if weight[0] % math.prod(tile) == 0 and weight[1] % 8 == 0
         }
     if not ways:
         return None

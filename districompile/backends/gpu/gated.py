@@ -14,22 +14,20 @@ import torch
 from torch import Tensor, fx
 
 import districompile.ir.ops  # noqa: F401  (defines the library that this adds to)
-from districompile.backends.gpu.launch import launch, unusable
+from districompile.backends.gpu.hopper import GATED_TILES, TILED_GATED_PRODUCT, unusable
+from districompile.backends.gpu.launch import launch
 from districompile.backends.inductor_direct import plain_slice
 from districompile.backends.timing import fastest
 
 _LINEAR = torch.ops.aten.linear.default
 _MUL = torch.ops.aten.mul.Tensor
 _GELU = torch.ops.aten.gelu.default
-# Blocks of rows, of columns in two parts, and of what is summed over; warps, stages. Columns are multiples of 160 in
-# many a network, and then fill a GPU better in blocks of 160 than of 128: 512 rows of 5120 columns are 128 blocks.
-_WAYS = ((128, 128, 32, 64, 8, 4), (128, 128, 0, 64, 8, 4), (128, 64, 16, 64, 4, 3), (128, 64, 0, 64, 4, 3))
 
 _LIB: Any = torch.library.Library("districompile", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIB.define("gated_product(Tensor x, Tensor weight, Tensor? bias, int[] blocks) -> Tensor")
+_LIB.define("gated_product(Tensor x, Tensor weight, Tensor? bias, int columns) -> Tensor")
 
 
-def gated_product(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: list[int]) -> Tensor:
+def gated_product(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Tensor:
     """The first half of ``linear(x, weight, bias)`` times the GELU of the second."""
     value, gate = torch.nn.functional.linear(x, weight, bias).chunk(2, -1)
     return value * torch.nn.functional.gelu(gate)
@@ -39,13 +37,11 @@ _LIB.impl("gated_product", gated_product, "CompositeImplicitAutograd")
 GATED_PRODUCT = torch.ops.districompile.gated_product.default
 
 
-def traced(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: list[int]) -> Tensor:
+def traced(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Tensor:
     """The same as the compiler for GPUs takes it."""
     if x.device.type != "cuda":
-        return gated_product(x, weight, bias, blocks)
-    from districompile.backends.gpu import operators
-
-    result: Tensor = operators.GATED_PRODUCT(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, blocks)
+        return gated_product(x, weight, bias, columns)
+    result: Tensor = TILED_GATED_PRODUCT(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, columns)
     return result.reshape(*x.shape[:-1], -1)
 
 
@@ -58,11 +54,11 @@ def use_gated_products(graph: fx.Graph) -> None:
         x, weight, *rest = product.args
         bias = rest[0] if rest else None
         rows = x.meta["val"].numel() // x.meta["val"].shape[-1]
-        blocks = pays(rows, *reversed(weight.meta["val"].shape), bias is not None, x.meta["val"].dtype)
-        if blocks is None:
+        columns = pays(rows, *reversed(weight.meta["val"].shape), bias is not None, x.meta["val"].dtype)
+        if columns is None:
             continue
         with graph.inserting_before(node):
-            result = graph.call_function(GATED_PRODUCT, (x, weight, bias, list(blocks)))
+            result = graph.call_function(GATED_PRODUCT, (x, weight, bias, columns))
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         for old in (node, *node.all_input_nodes, *_halves(node), product):
@@ -98,12 +94,11 @@ def _product(node: fx.Node) -> Any:
 
 
 @functools.cache
-def pays(rows: int, inner: int, columns: int, bias: bool, dtype: torch.dtype) -> tuple[int, ...] | None:
-    """In what blocks the kernel is fastest, if it is faster than a product and what reads it, on this GPU."""
+def pays(rows: int, inner: int, columns: int, bias: bool, dtype: torch.dtype) -> int | None:
+    """In tiles of how many columns the kernel is fastest, if it is faster than a product and what reads it, on this
+    GPU."""
     if unusable() is not None:
         return None
-    from districompile.backends.gpu import operators
-
     x = torch.randn(rows, inner, dtype=dtype, device="cuda")
     weight = torch.randn(columns, inner, dtype=dtype, device="cuda") / math.sqrt(inner)
     added = torch.randn(columns, dtype=dtype, device="cuda") if bias else None
@@ -114,9 +109,9 @@ def pays(rows: int, inner: int, columns: int, bias: bool, dtype: torch.dtype) ->
         launch("gate", [size // block], tensors, {"COLUMNS": columns // 2, "BLOCK": block}, warps=4, stages=1)
 
     ways = {
-        way: functools.partial(operators.gated_product, x, weight, added, list(way))
-        for way in _WAYS
-        if columns // 2 % (way[1] + way[2]) == 0
+        tile: functools.partial(TILED_GATED_PRODUCT, x, weight, added, tile)
+        for tile in GATED_TILES
+        if columns // 2 % tile == 0
     }
-    reference = functools.partial(gated_product, x, weight, added, [])
+    reference = functools.partial(gated_product, x, weight, added, 0)
     return fastest("a kernel for gated products", apart, ways, reference=reference)

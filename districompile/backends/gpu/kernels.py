@@ -1,6 +1,6 @@
 """The kernels. Imports Triton: for processes that compile, or time, on a GPU.
 
-Sizes are known when compiling, but for convolutions. Strides are in elements; the last dim's is 1. Accumulation is in
+Sizes are known when compiling. Strides are in elements; the last dim's is 1. Accumulation is in
 float32.
 """
 
@@ -10,65 +10,8 @@ import triton.language as tl
 
 
 @triton.jit
-def gelu_times(value, gate):
-    """``value`` times the GELU of ``gate``. The normal distribution's tail, erfc(|gate| / sqrt 2) / 2, is within 1e-7
-    (Abramowitz and Stegun, 7.1.26), for less than half of what the library's erf takes: that is not hidden behind
-    products."""
-    z = tl.abs(gate) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.3275911 * z)
-    series = 0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
-    tail = 0.5 * t * series * tl.exp(-z * z)
-    return value * gate * tl.where(gate < 0, tail, 1.0 - tail)
-
-
-@triton.jit
-def gated_product(
-    x, weight, rest, bias, out,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """``out`` (ROWS, COLUMNS) of descriptors of ``x`` (ROWS, INNER) and ``weight`` (2 COLUMNS, INNER): the first
-    COLUMNS columns of the product, times the GELU of the others. A program has BLOCK_N columns of each, and REST more
-    (of ``rest``, another descriptor of ``weight``; 0: none): blocks need not be powers of 2 then, so that they fill a
-    GPU. GROUP blocks of rows share a block of columns while it is in the cache."""
-    blocks_m: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
-    blocks_n: tl.constexpr = COLUMNS // (BLOCK_N + REST)
-    number = tl.program_id(0)
-    group = number // (GROUP * blocks_n)
-    height = min(blocks_m - group * GROUP, GROUP)
-    top = (group * GROUP + number % height) * BLOCK_M
-    left = (number % (GROUP * blocks_n)) // height * (BLOCK_N + REST)
-    value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if REST:
-        value_2 = tl.zeros((BLOCK_M, REST), tl.float32)
-        gate_2 = tl.zeros((BLOCK_M, REST), tl.float32)
-    for k in range(0, INNER, BLOCK_K):
-        a = x.load([top, k])
-        value = tl.dot(a, weight.load([left, k]).T, value)
-        gate = tl.dot(a, weight.load([COLUMNS + left, k]).T, gate)
-        if REST:
-            value_2 = tl.dot(a, rest.load([left + BLOCK_N, k]).T, value_2)
-            gate_2 = tl.dot(a, rest.load([COLUMNS + left + BLOCK_N, k]).T, gate_2)
-    rows = top + tl.arange(0, BLOCK_M)
-    columns = left + tl.arange(0, BLOCK_N)
-    if BIAS:
-        value += tl.load(bias + columns)[None, :].to(tl.float32)
-        gate += tl.load(bias + COLUMNS + columns)[None, :].to(tl.float32)
-    places = out + rows[:, None].to(tl.int64) * COLUMNS + columns[None, :]
-    tl.store(places, gelu_times(value, gate).to(out.dtype.element_ty), mask=(rows < ROWS)[:, None])
-    if REST:
-        columns_2 = left + BLOCK_N + tl.arange(0, REST)
-        if BIAS:
-            value_2 += tl.load(bias + columns_2)[None, :].to(tl.float32)
-            gate_2 += tl.load(bias + COLUMNS + columns_2)[None, :].to(tl.float32)
-        places_2 = out + rows[:, None].to(tl.int64) * COLUMNS + columns_2[None, :]
-        tl.store(places_2, gelu_times(value_2, gate_2).to(out.dtype.element_ty), mask=(rows < ROWS)[:, None])
-
-
-@triton.jit
 def gate(product, out, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """What reads a product of 2 COLUMNS columns where :func:`gated_product` is not used: to compare with."""
+    """What reads a product of 2 COLUMNS columns where a kernel for gated products is not used: to compare with."""
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = product + places // COLUMNS * (2 * COLUMNS) + places % COLUMNS
     value = tl.load(at).to(tl.float32)
@@ -243,69 +186,3 @@ def attention_many(
         largest = new
     places = ((batch * QUERIES + rows[:, None]) * HEADS + head) * WIDTH + width[None, :]
     tl.store(out + places, (y / total[:, None]).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def convolution(
-    x, weight, rest, out,
-    HEIGHT, WIDTH, CHANNELS, COLUMNS, ABOVE, LEFT,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
-    BLOCK_W: tl.constexpr, PAIR: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):  # fmt: skip
-    """``out`` (batch, HEIGHT, WIDTH, COLUMNS), the convolution of a descriptor of ``x`` (batch, height, width,
-    CHANNELS) with one of ``weight`` (COLUMNS, KERNEL_H x KERNEL_W x CHANNELS), padded by ABOVE and LEFT with zeros,
-    which is what descriptors give outside. A program has BLOCK_W pixels of a row, or of two (PAIR), and BLOCK_N + REST
-    columns, as those of :func:`gated_product`. What it reads of ``x`` are rows of pixels: blocks of several rows would
-    pass through registers. Sizes are arguments, as a network has dozens of them, and each would be a kernel to
-    compile."""
-    tall: tl.constexpr = 2 if PAIR else 1
-    across = (WIDTH + BLOCK_W - 1) // BLOCK_W
-    blocks_m = across * ((HEIGHT + tall - 1) // tall)
-    blocks_n = COLUMNS // (BLOCK_N + REST)
-    parts = CHANNELS // BLOCK_K
-    number = tl.program_id(0)
-    batch = tl.program_id(1)
-    group = number // (GROUP * blocks_n)
-    height = min(blocks_m - group * GROUP, GROUP)
-    block = group * GROUP + number % height
-    first = (number % (GROUP * blocks_n)) // height * (BLOCK_N + REST)
-    top = block // across * tall
-    left = block % across * BLOCK_W
-    y = tl.zeros((BLOCK_W, BLOCK_N), tl.float32)
-    if REST:
-        y_2 = tl.zeros((BLOCK_W, REST), tl.float32)
-    if PAIR:
-        z = tl.zeros((BLOCK_W, BLOCK_N), tl.float32)
-        if REST:
-            z_2 = tl.zeros((BLOCK_W, REST), tl.float32)
-    for step in range(0, KERNEL_H * KERNEL_W * parts):
-        tap = step // parts
-        channel = step % parts * BLOCK_K
-        row = top + tap // KERNEL_W - ABOVE
-        column = left + tap % KERNEL_W - LEFT
-        b = weight.load([first, step * BLOCK_K])
-        a = x.load([batch, row, column, channel]).reshape(BLOCK_W, BLOCK_K)
-        y = tl.dot(a, b.T, y)
-        if REST:
-            c = rest.load([first + BLOCK_N, step * BLOCK_K])
-            y_2 = tl.dot(a, c.T, y_2)
-        if PAIR:
-            a = x.load([batch, row + 1, column, channel]).reshape(BLOCK_W, BLOCK_K)
-            z = tl.dot(a, b.T, z)
-            if REST:
-                z_2 = tl.dot(a, c.T, z_2)
-    pixels = left + tl.arange(0, BLOCK_W)
-    places = out + ((batch * HEIGHT + top) * WIDTH + pixels).to(tl.int64)[:, None] * COLUMNS + first
-    columns = tl.arange(0, BLOCK_N)[None, :]
-    inside = (pixels < WIDTH)[:, None]
-    tl.store(places + columns, y.to(out.dtype.element_ty), mask=inside)
-    if REST:
-        columns_2 = BLOCK_N + tl.arange(0, REST)[None, :]
-        tl.store(places + columns_2, y_2.to(out.dtype.element_ty), mask=inside)
-    if PAIR:
-        places += WIDTH * COLUMNS
-        inside = ((pixels < WIDTH) & (tl.zeros_like(pixels) + top + 1 < HEIGHT))[:, None]
-        tl.store(places + columns, z.to(out.dtype.element_ty), mask=inside)
-        if REST:
-            tl.store(places + columns_2, z_2.to(out.dtype.element_ty), mask=inside)

@@ -2,7 +2,7 @@
 
 # No annotations from __future__: the operators' schemas are read from them.
 import math
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,24 +11,6 @@ from districompile.backends.gpu.launch import blocks_of, launch, power_of_two
 
 _GROUP = 8  # blocks of rows that share a block of weights
 _SWIZZLED = 128  # bytes of a row of a block, at most, that PyTorch can describe
-
-
-def gated_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], blocks: list[int]) -> Tensor:  # noqa: UP045
-    """Of matrices; ``blocks`` are those of rows, of columns in two parts, and of what is summed over, then warps and
-    stages."""
-    block_m, block_n, rest, block_k, warps, stages = blocks
-    rows, columns = x.shape[0], weight.shape[0] // 2
-    out = x.new_empty(rows, columns)
-    launch(
-        "gated_product",
-        [blocks_of(rows, block_m) * (columns // (block_n + rest))],
-        {"x": x, "weight": weight, "rest": weight, "bias": weight if bias is None else bias, "out": out},
-        {"ROWS": rows, "COLUMNS": columns, "INNER": x.shape[1], "BIAS": bias is not None,
-         "BLOCK_M": block_m, "BLOCK_N": block_n, "REST": rest, "BLOCK_K": block_k, "GROUP": _GROUP},
-        warps=warps, stages=stages,
-        blocks={"x": (block_m, block_k), "weight": (block_n, block_k), "rest": (rest or block_n, block_k)},
-    )  # fmt: skip
-    return out
 
 
 def product_apart(place: Tensor, x: Tensor, weight: Tensor, split: int, offset: int, blocks: list[int]) -> Tensor:
@@ -97,28 +79,6 @@ def product_attention(x: Tensor, weight: Tensor, k: Tensor, v: Tensor, scale: fl
     return out
 
 
-def convolution(x: Tensor, weight: Tensor, kernel: list[int], padding: list[int], blocks: list[int]) -> Tensor:
-    """Of ``x`` (batch, height, width, channels) with a matrix (columns, kernel's pixels x channels), (batch, height,
-    width, columns); ``blocks`` are those of pixels of a row, of rows (1 or 2), of columns in two parts, and of
-    channels, then warps and stages."""
-    block_w, tall, block_n, rest, block_k, warps, stages = blocks
-    batch, height, width, channels = x.shape
-    height, width = (n + 2 * p - k + 1 for n, p, k in zip((height, width), padding, kernel, strict=True))
-    columns = weight.shape[0]
-    out = x.new_empty(batch, height, width, columns)
-    launch(
-        "convolution",
-        [blocks_of(width, block_w) * blocks_of(height, tall) * (columns // (block_n + rest)), batch],
-        {"x": x, "weight": weight, "rest": weight, "out": out},
-        {"HEIGHT": height, "WIDTH": width, "CHANNELS": channels, "COLUMNS": columns, "KERNEL_H": kernel[0],
-         "KERNEL_W": kernel[1], "ABOVE": padding[0], "LEFT": padding[1], "BLOCK_W": block_w, "PAIR": tall == 2,
-         "BLOCK_N": block_n, "REST": rest, "BLOCK_K": block_k, "GROUP": _GROUP},
-        warps=warps, stages=stages,
-        blocks={"x": (1, 1, block_w, block_k), "weight": (block_n, block_k), "rest": (rest or block_n, block_k)},
-    )  # fmt: skip
-    return out
-
-
 def _describable(x: Tensor) -> bool:
     """Whether (batch, length, heads, width) are a matrix of rows, at multiples of 16 bytes."""
     batch, length, _, width = x.shape
@@ -137,10 +97,8 @@ def parts(keys: int) -> tuple[int, int]:
     return (half, rest) if half + rest < whole else (whole, 0)
 
 
-GATED_PRODUCT = torch.library.triton_op("districompile::gated_product_kernel", gated_product, mutates_args=())
 PRODUCT_APART = torch.library.triton_op("districompile::product_apart_kernel", product_apart, mutates_args={"place"})
 ATTENTION = torch.library.triton_op("districompile::attention_kernel", attention, mutates_args=())
 PRODUCT_ATTENTION = torch.library.triton_op(
     "districompile::product_attention_kernel", product_attention, mutates_args=()
 )
-CONVOLUTION = torch.library.triton_op("districompile::convolution_kernel", convolution, mutates_args=())

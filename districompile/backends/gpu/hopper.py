@@ -1,0 +1,248 @@
+"""Gated products and convolutions by a kernel of our own in CUDA, for Hopper GPUs: ``products.cu``.
+
+It has what Triton cannot express: tiles of 160 columns, blocks of several rows of pixels, and blocks that share what
+they copy. NVRTC, which comes with PyTorch, compiles it where it runs, once for each shape of tile; an engine calls it
+as an operator, and nothing of it is in a bundle.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import districompile.ir.ops  # noqa: F401  (defines the library that this adds to)
+from districompile.backends.gpu import launch
+from districompile.errors import BackendError
+from districompile.runtime.driver import DriverError, call
+
+PACKAGE = "cuda.bindings"
+# Columns and parts of tiles. Channels are multiples of 160 in many a network: 128 tiles of 2048 x 1280, where tiles of
+# 128 columns are 160, for 132 multiprocessors.
+TILES = ((160, 1), (160, 2), (128, 1), (128, 2), (256, 1), (80, 1))
+GATED_TILES = (160, 128, 80)
+
+_SHARED = 232448  # bytes of a block, at most
+_PIXELS, _INNER, _CLUSTER, _THREADS = 128, 64, 2, 384  # as in products.cu
+_MOST_STAGES = 8
+_KINDS = {torch.float16: ("f16", 6), torch.bfloat16: ("bf16", 9)}  # PTX's name, and CUtensorMapDataType
+_SWIZZLE_128B, _PROMOTE_256B, _SHARED_SIZE = 3, 3, 8  # CUtensorMapSwizzle, ...L2promotion, CUfunction_attribute
+
+_LIB: Any = torch.library.Library("districompile", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIB.define("tiled_gated_product(Tensor x, Tensor weight, Tensor? bias, int columns) -> Tensor")
+_LIB.define("tiled_convolution(Tensor x, Tensor weight, int[] kernel, int[] padding, int[] tile) -> Tensor")
+
+
+def unusable() -> str | None:
+    """Why this kernel cannot be used here; None if it can."""
+    reason = launch.unusable()
+    if reason is None and importlib.util.find_spec("cuda") is None:
+        return f"{PACKAGE} is not installed"
+    return reason
+
+
+def load(device: torch.device) -> None:
+    """Raises :class:`BackendError` where the kernel is called, but cannot be compiled."""
+    if device.type != "cuda":
+        return
+    try:
+        importlib.import_module("cuda.bindings.nvrtc")
+    except ImportError as e:
+        raise BackendError(
+            f"a kernel is compiled here by NVRTC, and {PACKAGE} cannot be imported ({e}): pip install cuda-bindings, "
+            "or convert again with --timed none"
+        ) from e
+
+
+def tiled_gated_product(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+    """The first half of ``linear(x, weight, bias)``, matrices, times the GELU of the second; in tiles of twice
+    ``columns``."""
+    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
+    bias = None if bias is None else _aligned(bias)
+    _launch(_aligned(x)[None, None], _aligned(weight), bias, out, (1, 1), (0, 0), (columns, 2), gated=True)
+    return out
+
+
+def tiled_convolution(
+    x: Tensor, weight: Tensor, kernel: Sequence[int], padding: Sequence[int], tile: Sequence[int]
+) -> Tensor:
+    """Of ``x`` (batch, height, width, channels) with a matrix (columns, kernel's pixels x channels), (batch, height,
+    width, columns)."""
+    out = x.new_empty(_convolved(x.shape, weight.shape[0], kernel, padding))
+    _launch(_aligned(x), _aligned(weight), None, out, kernel, padding, tile)
+    return out
+
+
+def _convolved(shape: Sequence[int], columns: int, kernel: Sequence[int], padding: Sequence[int]) -> list[int]:
+    height, width = (n + 2 * p - k + 1 for n, p, k in zip(shape[1:3], padding, kernel, strict=True))
+    return [shape[0], height, width, columns]
+
+
+_LIB.impl("tiled_gated_product", tiled_gated_product, "CUDA")
+_LIB.impl("tiled_convolution", tiled_convolution, "CUDA")
+torch.library.register_fake(
+    "districompile::tiled_gated_product", lambda x, w, b, columns: x.new_empty(x.shape[0], w.shape[0] // 2), lib=_LIB
+)
+torch.library.register_fake(
+    "districompile::tiled_convolution",
+    lambda x, w, kernel, padding, tile: x.new_empty(_convolved(x.shape, w.shape[0], kernel, padding)),
+    lib=_LIB,
+)
+TILED_GATED_PRODUCT = torch.ops.districompile.tiled_gated_product.default
+TILED_CONVOLUTION = torch.ops.districompile.tiled_convolution.default
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` as the tensor memory accelerator reads it, at a multiple of 16 bytes."""
+    return x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+class _Sizes(ctypes.Structure):
+    """As in products.cu."""
+
+    _fields_ = tuple((name, ctypes.c_int) for name in (
+        "batch", "height", "width", "columns", "channels", "taps", "across", "above", "left", "shift"
+    ))  # fmt: skip
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, kernel: Sequence[int], padding: Sequence[int],
+    tile: Sequence[int], gated: bool = False,
+) -> None:  # fmt: skip
+    columns, parts = tile
+    batch, height, width, _ = _convolved(x.shape, 0, kernel, padding)
+    wide = _wide(height, width)
+    tall = _PIXELS // wide
+    sizes = _Sizes(
+        batch, height, width, out.shape[-1], x.shape[-1], math.prod(kernel), kernel[1], *padding,
+        wide.bit_length() - 1,
+    )  # fmt: skip
+    pixels = batch * launch.blocks_of(height, tall) * launch.blocks_of(width, wide)
+    tiles = launch.blocks_of(pixels, _CLUSTER) * (out.shape[-1] // (columns if gated else parts * columns))
+    maps = [_described(x, (1, tall, wide)), _described(weight, (columns // _CLUSTER,))]
+    pointers = [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in (bias, out)]
+    given = (ctypes.c_void_p * 5)(*(ctypes.addressof(a) for a in (*maps, *pointers, sizes)))
+    blocks = _CLUSTER * min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count // _CLUSTER)
+    stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+    function = _function_of(columns, parts, gated, bias is not None, x.dtype, x.device)
+    call("cuLaunchKernel", function, blocks, 1, 1, _THREADS, 1, 1, _bytes(columns, parts), stream, given, None)
+
+
+def _wide(height: int, width: int) -> int:
+    """How many pixels of a row a tile has, so that there are few tiles: a power of 2."""
+
+    def count(wide: int) -> int:
+        return launch.blocks_of(width, wide) * launch.blocks_of(height, _PIXELS // wide)
+
+    widths = [_PIXELS >> i for i in range(_PIXELS.bit_length())]
+    return min(widths, key=count)
+
+
+def _described(tensor: Tensor, block: Sequence[int]) -> Any:
+    """A CUtensorMap of ``tensor``, read in blocks of (..., _INNER); outside there are zeros."""
+    rank, size = tensor.ndim, tensor.itemsize
+    room = (ctypes.c_char * 192)()
+    at = -ctypes.addressof(room) % 64
+    found = (ctypes.c_char * 128).from_buffer(room, at)  # keeps the room
+    dims = (ctypes.c_uint64 * rank)(*reversed(tensor.shape))
+    strides = (ctypes.c_uint64 * (rank - 1))(*(s * size for s in reversed(tensor.stride()[:-1])))
+    box, steps = (ctypes.c_uint32 * rank)(_INNER, *reversed(block)), (ctypes.c_uint32 * rank)(*[1] * rank)
+    address = ctypes.c_void_p(tensor.data_ptr())
+    call(
+        "cuTensorMapEncodeTiled", ctypes.byref(found), _KINDS[tensor.dtype][1], rank, address, dims, strides, box,
+        steps, 0, _SWIZZLE_128B, _PROMOTE_256B, 0,
+    )  # fmt: skip
+    return found
+
+
+@functools.cache
+def _function_of(
+    columns: int, parts: int, gated: bool, bias: bool, dtype: torch.dtype, device: torch.device
+) -> ctypes.c_void_p:
+    module, found = ctypes.c_void_p(), ctypes.c_void_p()
+    text = compiled(columns, parts, gated, bias, dtype)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()  # there is a context now
+        call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(text))
+        call("cuModuleGetFunction", ctypes.byref(found), module, ctypes.c_char_p(b"product"))
+        call("cuFuncSetAttribute", found, _SHARED_SIZE, _bytes(columns, parts))
+    return found
+
+
+def _bytes(columns: int, parts: int) -> int:
+    """Shared memory of a block: what is copied ahead, and two barriers each."""
+    return stages(columns, parts) * (_step(columns, parts) + 16)
+
+
+def stages(columns: int, parts: int) -> int:
+    """How many steps a block holds."""
+    return min(_MOST_STAGES, _SHARED // (_step(columns, parts) + 16))
+
+
+def _step(columns: int, parts: int) -> int:
+    return (_PIXELS + parts * columns) * _INNER * 2
+
+
+@functools.cache
+def compiled(columns: int, parts: int, gated: bool, bias: bool, dtype: torch.dtype) -> bytes:
+    """The kernel for tiles of ``parts`` times ``columns`` columns, as the driver loads it. Needs NVRTC, and no GPU."""
+    nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
+
+    def checked(result: tuple[Any, ...]) -> Any:
+        if int(result[0]) != 0:
+            raise DriverError(f"NVRTC failed: {result[0].name}")
+        return result[1] if len(result) > 1 else None
+
+    source = Path(__file__).with_name("products.cu")
+    header = _header(columns, _KINDS[dtype][0]).encode()
+    program = checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), b"products.cu", 1, [header], [b"wgmma.cuh"]))
+    values = {"COLUMNS": columns, "PARTS": parts, "STAGES": stages(columns, parts), "GATED": gated, "BIAS": bias}
+    options = ["--gpu-architecture=sm_90a", "-std=c++17", *(f"-D{name}={int(n)}" for name, n in values.items())]
+    [code] = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    if int(code) != 0:
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise DriverError(f"NVRTC does not compile products.cu: {log.decode(errors='replace').strip()}")
+    result: bytes = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, result))
+    checked(nvrtc.nvrtcDestroyProgram(program))
+    return result
+
+
+def _header(columns: int, kind: str) -> str:
+    """wgmma.cuh. Products of 64 rows, ``columns`` columns and 16 steps have columns / 2 numbers of each thread."""
+    count = columns // 2
+    numbers = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(y[{i}])' for i in range(count))
+    return f"""
+__device__ __forceinline__ void wgmma(float (&y)[{count}], unsigned long long a, unsigned long long b) {{
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
+        "{{{numbers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
+        : {operands} : "l"(a), "l"(b));
+}}
+// What is written to y before is there, and what reads it afterwards comes after.
+__device__ __forceinline__ void hold(float (&y)[{count}]) {{ asm volatile("" : {operands} :: "memory"); }}
+__device__ __forceinline__ unsigned int pack(float low, float high) {{
+    unsigned int word;
+    asm("cvt.rn.{kind}x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}}
+__device__ __forceinline__ void unpack(unsigned int word, float (&numbers)[2]) {{
+    {_UNPACK[kind]}
+}}
+"""
+
+
+_UNPACK = {
+    "f16": 'asm("{\\n.reg .b16 low, high;\\nmov.b32 {low, high}, %2;\\n'
+    'cvt.f32.f16 %0, low;\\ncvt.f32.f16 %1, high;\\n}" : "=f"(numbers[0]), "=f"(numbers[1]) : "r"(word));',
+    "bf16": "numbers[0] = __uint_as_float(word << 16);\n    numbers[1] = __uint_as_float(word & 0xffff0000u);",
+}

@@ -1,0 +1,187 @@
+"""The kernel in CUDA: gated products and convolutions in tiles. Compiled anywhere; executed on Hopper GPUs."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from districompile.backends import inductor_unfold
+from districompile.backends.gpu import gated, hopper
+from districompile.backends.inductor import InductorBackend
+from districompile.errors import BackendError
+from districompile.runtime.driver import DriverError
+from tests.helpers_segments import error, make_segment, run_on_gpu
+
+_TYPES = (torch.float16, torch.bfloat16)
+_UNUSABLE = hopper.unusable()
+
+
+def on_gpu(test: Any) -> Any:
+    return pytest.mark.gpu(pytest.mark.skipif(_UNUSABLE is not None, reason=str(_UNUSABLE))(test))
+
+
+@pytest.mark.parametrize("columns", [80, 128, 160, 256])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_block_fits_its_memory(columns: int, parts: int) -> None:
+    if parts * columns > 320:
+        return
+    assert hopper._bytes(columns, parts) <= 232448 and hopper.stages(columns, parts) >= 3
+
+
+@pytest.mark.parametrize("dtype", _TYPES)
+@pytest.mark.parametrize(("tile", "gated_"), [((160, 2), True), ((80, 2), True), ((160, 1), False), ((128, 2), False)])
+def test_it_compiles_without_a_gpu(dtype: torch.dtype, tile: tuple[int, int], gated_: bool) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    code = hopper.compiled(*tile, gated_, gated_, dtype)
+    assert code[:4] == b"\x7fELF" and b"product" in code
+
+
+def test_what_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setattr(hopper, "_header", lambda *size: "#error no header\n")
+    with pytest.raises(DriverError, match="does not compile products.cu: .*no header"):
+        hopper.compiled.__wrapped__(160, 1, False, False, torch.float16)
+
+
+def test_an_engine_needs_a_compiler_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper.load(torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    with pytest.raises(BackendError, match="cuda.bindings cannot be imported .*--timed"):
+        hopper.load(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "wide"),
+    [(64, 128, 128), (32, 64, 64), (16, 32, 32), (76, 104, 8), (1, 512, 128), (240, 480, 32), (3, 1, 32)],
+)
+def test_tiles_of_an_image_are_few(height: int, width: int, wide: int) -> None:
+    assert hopper._wide(height, width) == wide
+
+    def tiles(wide: int) -> int:
+        return math.ceil(width / wide) * math.ceil(height / (128 // wide))
+
+    assert tiles(wide) == min(tiles(2**i) for i in range(8))
+
+
+def test_shapes_without_a_gpu() -> None:
+    """What the compiler is told of results."""
+    with torch.device("meta"):
+        x, w = torch.empty(6, 24, dtype=torch.float16), torch.empty(320, 24, dtype=torch.float16)
+        image, matrix = torch.empty(2, 9, 7, 16), torch.empty(160, 6 * 16)
+    assert hopper.TILED_GATED_PRODUCT(x, w, None, 160).shape == (6, 160)
+    assert hopper.TILED_CONVOLUTION(image, matrix, [2, 3], [1, 0], [160, 1]).shape == (2, 10, 5, 160)
+
+
+def test_what_an_engine_calls_is_known_when_it_is_loaded(tmp_path: Path) -> None:
+    calls = importlib.import_module("districompile.backends.inductor")._CALLED
+    assert {*calls} == {"flash_attn_3", "cuda.bindings"}
+
+
+def _gated(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    value, gate = torch.nn.functional.linear(x, w, b).chunk(2, -1)
+    return value * torch.nn.functional.gelu(gate)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", _TYPES)
+@pytest.mark.parametrize("tile", hopper.GATED_TILES)
+@pytest.mark.parametrize(
+    ("rows", "inner", "tiles", "bias"), [(200, 72, 2, True), (1, 40, 3, False), (513, 1280, 8, True)]
+)
+def test_gated_products(dtype: torch.dtype, tile: int, rows: int, inner: int, tiles: int, bias: bool) -> None:
+    columns = tile * tiles
+    x, w = (torch.randn(n, inner, device="cuda").to(dtype) for n in (rows, 2 * columns))
+    w, b = w / 20, torch.randn(2 * columns, device="cuda").to(dtype) if bias else None
+    want = _gated(x.double(), w.double(), None if b is None else b.double())
+    got = hopper.tiled_gated_product(x, w, b, tile)
+    assert error(got, want.to(dtype)) <= 2 * torch.finfo(dtype).eps
+
+
+@on_gpu
+def test_operands_anywhere_in_memory() -> None:
+    """Copies need multiples of 16 bytes."""
+    x = torch.randn(40 * 64 + 1, device="cuda").half()[1:].view(40, 64)
+    w, b = torch.randn(160 * 64 + 3, device="cuda").half()[3:].view(160, 64), torch.randn(161, device="cuda").half()[1:]
+    got = hopper.tiled_gated_product(x, w, b, 80)
+    assert error(got, _gated(x.double(), w.double(), b.double()).half()) <= 2e-3
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", _TYPES)
+@pytest.mark.parametrize("tile", hopper.TILES)
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "kernel", "padding", "channels"),
+    [
+        (2, 5, 70, (3, 3), (0, 1), 64),
+        (1, 1, 140, (3, 3), (1, 1), 64),
+        (3, 17, 33, (2, 5), (1, 0), 72),
+        (1, 9, 16, (1, 1), (0, 0), 8),
+        (1, 76, 104, (3, 3), (1, 1), 320),
+    ],
+)
+def test_convolutions(
+    dtype: torch.dtype,
+    tile: tuple[int, int],
+    batch: int,
+    height: int,
+    width: int,
+    kernel: tuple[int, int],
+    padding: tuple[int, int],
+    channels: int,
+) -> None:
+    columns = 2 * math.prod(tile)
+    x = torch.randn(batch, height, width, channels, device="cuda").to(dtype)
+    w = torch.randn(columns, *kernel, channels, device="cuda").to(dtype)
+    double = x.double().permute(0, 3, 1, 2), w.double().permute(0, 3, 1, 2)
+    want = torch.nn.functional.conv2d(*double, padding=padding).permute(0, 2, 3, 1).to(dtype).contiguous()
+    got = hopper.tiled_convolution(x, w.flatten(1), kernel, padding, tile)
+    assert error(got, want) <= 2 * torch.finfo(dtype).eps
+
+
+@on_gpu
+def test_the_same_bits_twice() -> None:
+    x, w = torch.randn(700, 640, device="cuda").half(), torch.randn(1280, 640, device="cuda").half() / 25
+    first = hopper.tiled_gated_product(x, w, None, 160)
+    assert all(torch.equal(first, hopper.tiled_gated_product(x, w, None, 160)) for _ in range(20))
+
+
+@on_gpu
+def test_choices_are_timed() -> None:
+    for size in ((512, 1280, 10240, True, torch.float16), (100, 40, 320, False, torch.bfloat16)):
+        assert gated.pays.__wrapped__(*size) in (None, *hopper.GATED_TILES)
+    assert gated.pays(512, 1280, 10240, True, torch.float16) == 160  # 22 us, and apart 29, on an H100
+
+
+@on_gpu
+@pytest.mark.parametrize("tile", [(160, 1), (160, 2), (80, 1)])
+def test_an_engine_has_convolutions(tile: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an image with what a neighbour sent, and of the result."""
+
+    def net(above: Tensor, x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        y = torch.nn.functional.silu(torch.cat([above, x], 2))
+        y = torch.nn.functional.conv2d(y, w, b, padding=(0, 1))
+        return torch.nn.functional.conv2d(torch.nn.functional.silu(y), v) + x[:, :, :1, :1]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0])).half()
+
+    inputs = {"above": normal(1, 64, 2, 150), "x": normal(1, 64, 17, 150)}
+    weights = {"w": normal(640, 64, 3, 3) / 24, "b": normal(640), "v": normal(64, 640, 1, 1) / 25}
+    segment = make_segment(net, inputs, weights)
+    monkeypatch.setattr(inductor_unfold, "choose", lambda image, weight, *rest: tile if weight[0] == 640 else None)
+    cuda = {n: x.cuda() for n, x in inputs.items()}
+    [want] = segment.graph.cuda()(*cuda.values(), *(w.cuda() for w in weights.values()))
+    backend = InductorBackend("cuda")
+    got = run_on_gpu(backend, segment, cuda, weights, tmp_path)["y0"]
+    assert error(got, want) < 4e-3
+    assert "kernel_convolution" in backend._package(segment).job.graph
+    assert backend._package(segment).describe("cuda")["calls"] == ["cuda.bindings"]
