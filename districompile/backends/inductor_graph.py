@@ -236,8 +236,8 @@ def compile_package(job: Job, path: str) -> None:
         example = tuple(o.empty(device) for o in (*job.inputs, *job.outputs))
     with torch.no_grad(), V.set_choices_handler(Choices()), declared_before_use(), described_views():
         program = torch.export.export(module, example, strict=False)
-        # Exporting switches cuDNN off, and what convolutions give then has other strides. Inductor would remember those,
-        # and read channels-last results of cuDNN's as if they were row-major.
+        # Exporting switches cuDNN off, and what convolutions give then has other strides. Inductor would remember
+        # those, and read channels-last results of cuDNN's as if they were row-major.
         FakeTensorMode.cache_clear()
         torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(job.options))
 
