@@ -22,10 +22,12 @@ Latents are squares (128) or HEIGHTxWIDTH (104x152). All figures of one file bel
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -74,6 +76,7 @@ def main() -> None:
     if args.one:
         run_one(json.loads(args.one), args)
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         drive(args)
 
 
@@ -116,27 +119,38 @@ def drive(args: argparse.Namespace) -> None:
                 break
             group.append(waiting.pop(0))
         processes = [(job, start(job)) for job in group]
-        for job, process in processes:
-            left = max(1.0, min(args.timeout, args.budget - (time.perf_counter() - started)))
-            try:
-                code = process.wait(left)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                code = process.wait()
-            if code == 0:
-                record(args.out, {**job, "done": True}, {"figure": "done"})
-            else:
-                record(args.out, job, {"figure": "failed", "code": code})
+        try:
+            for job, process in processes:
+                left = max(1.0, min(args.timeout, args.budget - (time.perf_counter() - started)))
+                try:
+                    code = process.wait(left)
+                except subprocess.TimeoutExpired:
+                    code = end(process)
+                if code == 0:
+                    record(args.out, {**job, "done": True}, {"figure": "done"})
+                else:
+                    record(args.out, job, {"figure": "failed", "code": code})
+        finally:
+            for _, process in processes:
+                end(process)
 
 
 def start(job: dict[str, Any]) -> subprocess.Popen[bytes]:
     print(f"{job['part']} {job['model'][:20]} {job['latent']} on {job['ranks']} ...", file=sys.stderr, flush=True)
     command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(job)]
     if job["part"] not in ONE_GPU:
-        return subprocess.Popen(command)
+        return subprocess.Popen(command, start_new_session=True)
     # On the last GPU, as others compile on the first
     shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus())))
-    return subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": shown.rpartition(",")[2]})
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": shown.rpartition(",")[2]}
+    return subprocess.Popen(command, env=env, start_new_session=True)
+
+
+def end(process: subprocess.Popen[bytes]) -> int:
+    """With what it started: that would go on, and have others wait for their turn."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
 
 
 def gpus() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ def compare(bundle: Path, eager: Path, ranks: int, module: torch.nn.Module, scra
     """Relative errors (2-norms) of ``bundle``'s exact and displaced calls against those of ``eager``, which is the same
     program, and against ``module`` on one GPU; and whether ``bundle`` gave the same bits twice."""
     files = {name: scratch / f"{name}.pt" for name in ("first", "second", "eager")}
-    for name, folder in (("first", bundle), ("second", bundle), ("eager", eager)):
-        launch(answers, (str(folder), str(files[name])), ranks)
+    folders = {"first": bundle, "second": bundle, "eager": eager}
+    with ProcessPoolExecutor(len(files), get_context("spawn")) as pool:  # loading takes the time: all at once
+        list(pool.map(run, folders.values(), files.values(), [ranks] * len(files)))
     first, second, oracle = (torch.load(f, weights_only=True) for f in files.values())
     whole = first["kwargs"]
     with torch.no_grad():
@@ -35,6 +38,10 @@ def compare(bundle: Path, eager: Path, ranks: int, module: torch.nn.Module, scra
     for file in files.values():
         file.unlink()
     return found
+
+
+def run(bundle: Path, file: Path, ranks: int) -> None:
+    launch(answers, (str(bundle), str(file)), ranks)
 
 
 def answers(bundle: str, file: str) -> None:

@@ -267,7 +267,7 @@ class InductorBackend:
         check_here(kind, target, built, device)
         for name in calls:
             if name not in _CALLED:
-                raise BackendError(f"{path} calls {name!r}, which nothing here knows")
+                raise BackendError(f"{path} calls {name!r}, which this version does not know: convert again")
             _CALLED[name](device)
         if str(device) == "cuda":  # without a number
             device = torch.device("cuda", torch.cuda.current_device())

@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from districompile.backends import base
+from districompile.backends.gpu import hopper, launch
 from districompile.backends.tensorrt.library import installed, present_gpu
 from districompile.commands.common import console, print_json
 from districompile.commands.trial import run_trials
@@ -19,7 +20,8 @@ from districompile.models.sources import DEMO
 from districompile.progress import terminal_progress
 
 PACKAGES = ("districompile", "torch", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime", "tensorrt",
-            "tensorrt_rtx", "diffusers", "transformers", "accelerate", "flash_attn_3")  # fmt: skip
+            "tensorrt_rtx", "diffusers", "transformers", "accelerate", "flash_attn_3", "triton",
+            "cuda-bindings")  # fmt: skip
 # Backends, and where they were executed by the tests: nothing else is claimed.
 BACKENDS = {
     "eager": "CPU, H100",
@@ -52,7 +54,7 @@ def main(as_json: bool, trying: bool = False) -> int:
     for name, entry in facts["backends"].items():
         table.add_row(name, "usable" if entry["usable"] else "no", entry["tested_on"], entry["reason"] or "")
     terminal.print(table)
-    for line in facts["tensorrt"]:
+    for line in (*facts["kernels"], *facts["tensorrt"]):
         terminal.print(line, markup=False, highlight=False)
     for name, line in facts.get("tried", {}).items():
         terminal.print(f"{name} {line}", markup=False, highlight=False)
@@ -69,8 +71,16 @@ def gather() -> dict[str, Any]:
         "gpus": _gpus(),
         "demo": "installed" if (DEMO / "model_index.json").is_file() else "not installed",
         "backends": {name: _backend(name) for name in BACKENDS},
+        "kernels": _kernels(),
         "tensorrt": _tensorrt(),
     }
+
+
+def _kernels() -> list[str]:
+    """Whether the inductor backend can use its own kernels here: a line for each language."""
+    reasons = {"attention and products, in Triton": launch.unusable(),
+               "gated products and convolutions, in CUDA": hopper.unusable()}  # fmt: skip
+    return [f"inductor's own kernels for {what}: {reason or 'usable'}" for what, reason in reasons.items()]
 
 
 def _tensorrt() -> list[str]:

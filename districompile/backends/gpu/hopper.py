@@ -53,11 +53,11 @@ def load(device: torch.device) -> None:
     if device.type != "cuda":
         return
     try:
-        importlib.import_module("cuda.bindings.nvrtc")
-    except ImportError as e:
+        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    except Exception as e:  # the import's, or what looks for the library has errors of its own
         raise BackendError(
-            f"a kernel is compiled here by NVRTC, and {PACKAGE} cannot be imported ({e}): pip install cuda-bindings, "
-            "or convert again with --timed none"
+            f"a kernel is compiled here by NVRTC, and {PACKAGE} cannot load it ({e}): pip install cuda-bindings "
+            "nvidia-cuda-nvrtc, or convert again with --timed none"
         ) from e
 
 

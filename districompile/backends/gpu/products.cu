@@ -185,6 +185,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
                     }
                 }
             }
+            // What the other block says of its reading arrives here, and needs this block to be there: until all of it
+            // has come. (What is copied here was waited for.)
+            for (int i = 0; i < STAGES; ++i) {
+                wait(empty + 8 * stage, parity ^ 1);
+                if (++stage == STAGES) { stage = 0; parity ^= 1; }
+            }
         }
         __syncwarp();
     } else {
@@ -273,5 +279,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             }
         }
     }
-    meet_cluster();  // what is copied, or arrives, at another block, needs that block
 }
