@@ -3,7 +3,7 @@
 manifest.json        format and tool versions, the model's class and configuration, backend, mesh, files with sha256
 plan.json, plan.txt  what the runtime executes, and the same for people
 weights.safetensors  every weight once
-engines/             one file for each distinct segment, named by its content
+engines/             one file for each distinct segment, named by its content, and what those call
 graphs/              what the passes saw, on request
 """
 

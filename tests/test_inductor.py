@@ -21,12 +21,11 @@ from districompile.backends.inductor import InductorBackend
 from districompile.backends.inductor_compiler import choose_compiler, links_shared
 from districompile.backends.inductor_forms import linear
 from districompile.backends.inductor_graph import Job, Operand, compile_package, image_values
-from districompile.errors import BackendError
 from districompile.ir.plan import TensorSpec
 from districompile.ir.serialize import graph_to_json
 from districompile.passes.leave_room import LeaveRoom
 from tests.helpers_net import images, make_program
-from tests.helpers_segments import error, make_segment, run_segment, write_weights
+from tests.helpers_segments import error, make_segment, run_segment
 from tests.test_backends import CASES, COMPOSITES
 
 _REASON = InductorBackend("cpu").cannot_build()
@@ -80,16 +79,6 @@ def test_inductor_does_not_remember_what_exporting_assumed(tmp_path: Path, monke
     segment = make_segment(torch.nn.functional.silu, {"x": torch.randn(1, 8, 5, 5)})
     compile_package(Job(graph_to_json(segment.graph), (operand,), (operand,), "cpu", ()), str(tmp_path / "x.pt2"))
     assert remembered == [0]
-
-
-def test_an_engine_that_calls_what_is_not_known(tmp_path: Path) -> None:
-    segment = make_segment(torch.nn.functional.silu, {"x": torch.randn(2, 3)})
-    backend, weights = InductorBackend("cpu"), write_weights(tmp_path / "weights.safetensors", {})
-    path = tmp_path / f"x{backend.suffix}"
-    backend.build(segment, weights, path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "calls": ["other"]}))
-    with pytest.raises(BackendError, match="calls 'other', which this version does not know: convert again"):
-        backend.load(path, ("y0",), weights, torch.device("cpu"))
 
 
 def test_own_rows_are_written_where_others_arrive(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from districompile.backends import inductor_unfold
 from districompile.backends.gpu import gated, hopper
+from districompile.backends.gpu.hopper import Kernel
 from districompile.backends.inductor import InductorBackend
 from districompile.errors import BackendError
 from districompile.runtime.driver import DriverError
-from tests.helpers_segments import error, make_segment, run_on_gpu
+from tests.helpers_segments import error, make_segment, run_on_gpu, run_segment
 
 _TYPES = (torch.float16, torch.bfloat16)
 _UNUSABLE = hopper.unusable()
@@ -39,7 +41,7 @@ def test_a_block_fits_its_memory(columns: int, parts: int) -> None:
 @pytest.mark.parametrize(("tile", "gated_"), [((160, 2), True), ((80, 2), True), ((160, 1), False), ((128, 2), False)])
 def test_it_compiles_without_a_gpu(dtype: torch.dtype, tile: tuple[int, int], gated_: bool) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    code = hopper.compiled(*tile, gated_, gated_, dtype)
+    code = hopper.compiled(Kernel(*tile, gated_, gated_, dtype))
     assert code[:4] == b"\x7fELF" and b"product" in code
 
 
@@ -47,16 +49,59 @@ def test_what_does_not_compile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
     monkeypatch.setattr(hopper, "_header", lambda *size: "#error no header\n")
     with pytest.raises(DriverError, match="does not compile products.cu: .*no header"):
-        hopper.compiled.__wrapped__(160, 1, False, False, torch.float16)
+        hopper.compiled.__wrapped__(Kernel(160, 1, False, False, torch.float16))
 
 
-def test_an_engine_needs_a_compiler_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    hopper.load(torch.device("cpu"))
-    monkeypatch.setitem(sys.modules, "cuda", None)
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
-    with pytest.raises(BackendError, match="cuda.bindings cannot load it .*--timed"):
-        hopper.load(torch.device("cuda"))
+@pytest.fixture
+def provided(monkeypatch: pytest.MonkeyPatch) -> dict[Kernel, bytes]:
+    kernels: dict[Kernel, bytes] = {}
+    monkeypatch.setattr(hopper, "_PROVIDED", kernels)
+    return kernels
+
+
+def test_a_bundle_brings_its_kernels(
+    provided: dict[Kernel, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = [Kernel(160, 2, True, False, torch.float16), Kernel(80, 1, False, False, torch.bfloat16)]
+    for number, kernel in enumerate(kernels):
+        (tmp_path / kernel.file).write_bytes(b"kernel %d" % number)
+    hopper.provide(tmp_path, [kernel.file for kernel in kernels])
+    assert provided == {kernels[0]: b"kernel 0", kernels[1]: b"kernel 1"}
+    missing = Kernel(128, 1, False, False, torch.float16)
+    with pytest.raises(BackendError, match=f"cannot read .*{missing.file}: No such file"):
+        hopper.provide(tmp_path, [missing.file])
+    with pytest.raises(BackendError, match="names '../x.cubin', which is no kernel of a bundle"):
+        hopper.provide(tmp_path, ["../x.cubin"])
+    old = re.sub("[0-9a-f]{16}", "0" * 16, kernels[0].file)
+    for name in ("cuda", "cuda.bindings", "cuda.bindings.nvrtc"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BackendError, match="kernels are of another version, and cuda.bindings cannot load NVRTC"):
+        hopper.provide(tmp_path, [old])
+
+
+def test_a_kernel_of_another_version_is_compiled_here(provided: dict[Kernel, bytes], tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    kernel = Kernel(160, 1, False, False, torch.float16)
+    hopper.provide(tmp_path, [re.sub("[0-9a-f]{16}", "0" * 16, kernel.file)])
+    assert provided == {}
+
+
+def test_an_engine_names_what_it_calls(
+    provided: dict[Kernel, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, where it is not called."""
+    monkeypatch.setattr(hopper, "compiled", lambda kernel: str(kernel).encode())
+    monkeypatch.setattr(gated, "pays", lambda *size: 160)
+    weights = {"w": torch.randn(640, 24).half() / 5, "b": torch.randn(640).half()}
+    segment = make_segment(_gated, {"x": torch.randn(5, 24).half()}, weights)
+    args = [torch.randn(5, 24).half(), *weights.values()]
+    backend = InductorBackend("cpu", timed=["kernels"])
+    got = run_segment(backend, segment, {"x": args[0]}, weights, tmp_path)
+    assert error(got["y0"], _gated(*args)) < 4e-3
+    kernel = Kernel(160, 2, True, True, torch.float16)
+    [engine] = tmp_path.rglob("*.aoti.json")
+    assert json.loads(engine.read_text())["kernels"] == [kernel.file]
+    assert provided == {kernel: str(kernel).encode()}
 
 
 @pytest.mark.parametrize(
@@ -81,13 +126,9 @@ def test_shapes_without_a_gpu() -> None:
     assert hopper.TILED_CONVOLUTION(image, matrix, [2, 3], [1, 0], [160, 1]).shape == (2, 10, 5, 160)
 
 
-def test_what_an_engine_calls_is_known_when_it_is_loaded(tmp_path: Path) -> None:
-    calls = importlib.import_module("districompile.backends.inductor")._CALLED
-    assert {*calls} == {"flash_attn_3", "cuda.bindings"}
-
-
 def _gated(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    value, gate = torch.nn.functional.linear(x, w, b).chunk(2, -1)
+    product, half = torch.nn.functional.linear(x, w, b), w.shape[0] // 2
+    value, gate = product[..., :half], product[..., half : 2 * half]  # as plans have it
     return value * torch.nn.functional.gelu(gate)
 
 
@@ -184,4 +225,5 @@ def test_an_engine_has_convolutions(tile: Any, tmp_path: Path, monkeypatch: pyte
     got = run_on_gpu(backend, segment, cuda, weights, tmp_path)["y0"]
     assert error(got, want) < 4e-3
     assert "kernel_convolution" in backend._package(segment).job.graph
-    assert backend._package(segment).describe("cuda")["calls"] == ["cuda.bindings"]
+    [kernel] = backend._package(segment).kernels
+    assert kernel == Kernel(*tile, False, False, torch.float16) and (tmp_path / kernel.file).is_file()

@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 
 from districompile.backends import flash_attention
-from districompile.backends.attention import KERNEL_ATTENTION, PRODUCT_ATTENTION, use_fastest
+from districompile.backends.attention import use_fastest
 from districompile.backends.base import BuildSegment, Engine, check_input
 from districompile.backends.eager import EagerBackend
 from districompile.backends.gpu import hopper
-from districompile.backends.gpu.gated import GATED_PRODUCT, use_gated_products
+from districompile.backends.gpu.gated import use_gated_products
+from districompile.backends.inductor_called import called_kernels, has_kernels
 from districompile.backends.inductor_compiler import choose_compiler
-from districompile.backends.inductor_direct import INSERT_PRODUCT, split_products
+from districompile.backends.inductor_direct import split_products
 from districompile.backends.inductor_graph import Job, Operand, Part, Room, image_values, lift_parts, rooms
 from districompile.backends.inductor_pool import Pool, compile_here, default_workers
 from districompile.backends.inductor_target import capability, check_here, target_of, torch_version
-from districompile.backends.inductor_unfold import KERNEL_CONVOLUTION
 from districompile.backends.inductor_unfold import use_fastest as use_fastest_convolutions
 from districompile.errors import BackendError, BundleError, InputError
 from districompile.ir.plan import TensorSpec
@@ -43,7 +43,6 @@ from districompile.ir.serialize import content_hash, graph_to_json
 from districompile.weights import WeightFile
 
 TIMED = ("products", "convolutions", "kernels")
-_OURS = {KERNEL_ATTENTION, PRODUCT_ATTENTION, GATED_PRODUCT, KERNEL_CONVOLUTION, INSERT_PRODUCT}  # if in blocks
 _FORMAT = "districompile inductor 3"
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 # How many operands an expression may have that each of its readers computes anew. A group norm has its table, what a
@@ -246,6 +245,9 @@ class InductorBackend:
                 hint = ": without kernels of ours (--timed products,convolutions) it may be" if package.ours else ""
                 raise BackendError(f"segment {segment.name} cannot be compiled by AOTInductor: {e}{hint}") from e
             shutil.copyfile(self._made(package), target)
+        for kernel in package.kernels:
+            if not (path.parent / kernel.file).exists():
+                (path.parent / kernel.file).write_bytes(hopper.compiled(kernel))
         path.write_text(json.dumps(package.describe(self._kind), separators=(",", ":")))
 
     def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
@@ -258,6 +260,7 @@ class InductorBackend:
             parts = {str(n): [Part(*map(int, p)) for p in listed] for n, listed in data["parts"].items()}
             found = {str(n): Room(str(source), int(a), int(b)) for n, (source, a, b) in data["rooms"].items()}
             calls = [str(name) for name in data["calls"]]
+            kernels = [str(name) for name in data.get("kernels", [])]
             target, kind, built = str(data["target"]), str(data["device"]), str(data["torch"])
         except (OSError, ValueError, KeyError, TypeError, BundleError) as e:
             raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e
@@ -265,10 +268,9 @@ class InductorBackend:
         if {*outputs, *found} != set(segment) or any(room.source not in inputs for room in found.values()):
             raise BackendError(f"{path} is another segment: it gives {(*outputs, *found)}, not {tuple(segment)}")
         check_here(kind, target, built, device)
-        for name in calls:
-            if name not in _CALLED:
-                raise BackendError(f"{path} calls {name!r}, which this version does not know: convert again")
-            _CALLED[name](device)
+        if calls:
+            flash_attention.load(device)
+        hopper.provide(path.parent, kernels)
         if str(device) == "cuda":  # without a number
             device = torch.device("cuda", torch.cuda.current_device())
         if not re.fullmatch(r"[0-9a-f]+\.pt2", package):
@@ -311,7 +313,6 @@ class InductorBackend:
         if own:
             use_gated_products(graph.graph)
         calls_flash = use_fastest(graph.graph, self._attention, self._own_attention)
-        tiled = any(n.target in (GATED_PRODUCT, KERNEL_CONVOLUTION) for n in graph.graph.nodes)
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
         weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]
         outputs = [Operand(s, self._value_format(name, s)) for name, s in written]
@@ -337,8 +338,9 @@ class InductorBackend:
         return _Package(
             key,
             job,
-            ([flash_attention.PACKAGE] if calls_flash else []) + ([hopper.PACKAGE] if tiled else []),
-            any(n.target in _OURS and n.args[-1] for n in graph.graph.nodes),
+            calls_flash,
+            called_kernels(graph.graph),
+            has_kernels(graph.graph),
             {**named, "parts": views, "rooms": places},
         )
 
@@ -370,7 +372,8 @@ class _Package:
 
     key: str
     job: Job
-    calls: list[str]
+    calls_flash: bool
+    kernels: tuple[hopper.Kernel, ...]
     ours: bool
     operands: dict[str, Any]
 
@@ -378,13 +381,12 @@ class _Package:
         """The JSON beside the package."""
         return {
             "format": _FORMAT, "package": f"{self.key}.pt2", "device": kind, "target": target_of(kind),
-            "torch": torch_version(), "calls": self.calls, **self.operands,
+            "torch": torch_version(), "calls": [flash_attention.PACKAGE] if self.calls_flash else [],
+            "kernels": [kernel.file for kernel in self.kernels], **self.operands,
         }  # fmt: skip
 
 
 _GROUPS = ("inputs", "weights", "outputs")
-# What an engine calls that is not PyTorch's: makes it known on a device, or says what is missing
-_CALLED = {flash_attention.PACKAGE: flash_attention.load, hopper.PACKAGE: hopper.load}
 
 
 def _part_operand(whole: Operand, part: Part) -> Operand:

@@ -1,19 +1,21 @@
 """Gated products and convolutions by a kernel of our own in CUDA, for Hopper GPUs: ``products.cu``.
 
 It has what Triton cannot express: tiles of 160 columns, blocks of several rows of pixels, and blocks that share what
-they copy. NVRTC, which comes with PyTorch, compiles it where it runs, once for each shape of tile; an engine calls it
-as an operator, and nothing of it is in a bundle.
+they copy. An engine calls it as an operator. NVRTC, which comes with PyTorch, compiles it, once for each shape of tile;
+what the engines of a bundle call is in the bundle, compiled.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,16 +50,54 @@ def unusable() -> str | None:
     return reason
 
 
-def load(device: torch.device) -> None:
-    """Raises :class:`BackendError` where the kernel is called, but cannot be compiled."""
-    if device.type != "cuda":
-        return
+class Kernel(NamedTuple):
+    """The kernel for tiles of ``parts`` times ``columns`` columns."""
+
+    columns: int
+    parts: int
+    gated: bool
+    bias: bool
+    dtype: torch.dtype
+
+    @property
+    def file(self) -> str:
+        """Its name in a bundle, with a hash of what it is compiled from."""
+        flags = f"{'gated' if self.gated else 'plain'}-{'bias' if self.bias else 'bare'}-{_KINDS[self.dtype][0]}"
+        text = _source().read_text(encoding="utf-8") + _header(self.columns, _KINDS[self.dtype][0])
+        digest = hashlib.sha256((text + " ".join(_options(self))).encode()).hexdigest()[:16]
+        return f"products-{self.columns}-{self.parts}-{flags}-{digest}.cubin"
+
+
+_FILE = re.compile(r"products-(\d+)-(\d+)-(gated|plain)-(bias|bare)-(f16|bf16)-[0-9a-f]{16}\.cubin")
+_PROVIDED: dict[Kernel, bytes] = {}
+
+
+def provide(folder: Path, names: Iterable[str]) -> None:
+    """Take kernels from a bundle, instead of compiling them. Those of another version are compiled here; raises
+    :class:`BackendError` where that cannot be done, or where a file is missing."""
+    for name in names:
+        found = _FILE.fullmatch(name)
+        if found is None:
+            raise BackendError(f"{folder} names {name!r}, which is no kernel of a bundle")
+        columns, parts, gated, bias, kind = found.groups()
+        dtype = next(d for d, (k, _) in _KINDS.items() if k == kind)
+        kernel = Kernel(int(columns), int(parts), gated == "gated", bias == "bias", dtype)
+        if kernel.file != name:
+            _check_compiler()
+        elif kernel not in _PROVIDED:
+            try:
+                _PROVIDED[kernel] = (folder / name).read_bytes()
+            except OSError as e:
+                raise BackendError(f"cannot read {folder / name}: {e.strerror or e}") from e
+
+
+def _check_compiler() -> None:
     try:
         importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
     except Exception as e:  # the import's, or what looks for the library has errors of its own
         raise BackendError(
-            f"a kernel is compiled here by NVRTC, and {PACKAGE} cannot load it ({e}): pip install cuda-bindings "
-            "nvidia-cuda-nvrtc, or convert again with --timed none"
+            f"this bundle's kernels are of another version, and {PACKAGE} cannot load NVRTC to compile ours ({e}): "
+            "pip install cuda-bindings nvidia-cuda-nvrtc, or convert again"
         ) from e
 
 
@@ -131,7 +171,7 @@ def _launch(
     given = (ctypes.c_void_p * 5)(*(ctypes.addressof(a) for a in (*maps, *pointers, sizes)))
     blocks = _CLUSTER * min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count // _CLUSTER)
     stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-    function = _function_of(columns, parts, gated, bias is not None, x.dtype, x.device)
+    function = _function_of(Kernel(columns, parts, gated, bias is not None, x.dtype), x.device)
     call("cuLaunchKernel", function, blocks, 1, 1, _THREADS, 1, 1, _bytes(columns, parts), stream, given, None)
 
 
@@ -163,16 +203,14 @@ def _described(tensor: Tensor, block: Sequence[int]) -> Any:
 
 
 @functools.cache
-def _function_of(
-    columns: int, parts: int, gated: bool, bias: bool, dtype: torch.dtype, device: torch.device
-) -> ctypes.c_void_p:
+def _function_of(kernel: Kernel, device: torch.device) -> ctypes.c_void_p:
     module, found = ctypes.c_void_p(), ctypes.c_void_p()
-    text = compiled(columns, parts, gated, bias, dtype)
+    text = _PROVIDED.get(kernel) or compiled(kernel)
     with torch.cuda.device(device):
         torch.cuda.synchronize()  # there is a context now
         call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(text))
         call("cuModuleGetFunction", ctypes.byref(found), module, ctypes.c_char_p(b"product"))
-        call("cuFuncSetAttribute", found, _SHARED_SIZE, _bytes(columns, parts))
+        call("cuFuncSetAttribute", found, _SHARED_SIZE, _bytes(kernel.columns, kernel.parts))
     return found
 
 
@@ -191,8 +229,8 @@ def _step(columns: int, parts: int) -> int:
 
 
 @functools.cache
-def compiled(columns: int, parts: int, gated: bool, bias: bool, dtype: torch.dtype) -> bytes:
-    """The kernel for tiles of ``parts`` times ``columns`` columns, as the driver loads it. Needs NVRTC, and no GPU."""
+def compiled(kernel: Kernel) -> bytes:
+    """As the driver loads it. Needs NVRTC, and no GPU."""
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
 
     def checked(result: tuple[Any, ...]) -> Any:
@@ -200,12 +238,10 @@ def compiled(columns: int, parts: int, gated: bool, bias: bool, dtype: torch.dty
             raise DriverError(f"NVRTC failed: {result[0].name}")
         return result[1] if len(result) > 1 else None
 
-    source = Path(__file__).with_name("products.cu")
-    header = _header(columns, _KINDS[dtype][0]).encode()
-    program = checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), b"products.cu", 1, [header], [b"wgmma.cuh"]))
-    values = {"COLUMNS": columns, "PARTS": parts, "STAGES": stages(columns, parts), "GATED": gated, "BIAS": bias}
-    options = ["--gpu-architecture=sm_90a", "-std=c++17", *(f"-D{name}={int(n)}" for name, n in values.items())]
-    [code] = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    header = _header(kernel.columns, _KINDS[kernel.dtype][0]).encode()
+    text, options = _source().read_bytes(), [o.encode() for o in _options(kernel)]
+    program = checked(nvrtc.nvrtcCreateProgram(text, b"products.cu", 1, [header], [b"wgmma.cuh"]))
+    [code] = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(code) != 0:
         log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
         checked(nvrtc.nvrtcGetProgramLog(program, log))
@@ -214,6 +250,16 @@ def compiled(columns: int, parts: int, gated: bool, bias: bool, dtype: torch.dty
     checked(nvrtc.nvrtcGetCUBIN(program, result))
     checked(nvrtc.nvrtcDestroyProgram(program))
     return result
+
+
+def _source() -> Path:
+    return Path(__file__).with_name("products.cu")
+
+
+def _options(kernel: Kernel) -> list[str]:
+    columns, parts, gated, bias, _ = kernel
+    values = {"COLUMNS": columns, "PARTS": parts, "STAGES": stages(columns, parts), "GATED": gated, "BIAS": bias}
+    return ["--gpu-architecture=sm_90a", "-std=c++17", *(f"-D{name}={int(n)}" for name, n in values.items())]
 
 
 def _header(columns: int, kind: str) -> str:
