@@ -138,8 +138,7 @@ def _export(module: torch.nn.Module, args: Any, kwargs: Any) -> torch.export.Exp
         with _evaluating(module), _known_outputs(module), torch.no_grad(), warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")
             program = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
-            # Functionalise, but keep convolutions, norms, linears and attention whole
-            return _spelled_out(program.run_decompositions({}))
+            return _spelled_out(program)
     except Exception as e:
         raise CaptureError(f"{type(module).__name__} cannot be exported: {_reason(e)}") from e
 
@@ -153,28 +152,44 @@ _KEPT_WHOLE = {
 
 
 def _spelled_out(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program with operators that no rule knows written as those they are made of, where torch says which: an
-    ``hstack`` is a ``cat``, an ``addmm`` a product and a sum."""
-    known = dict(torch._decomp.core_aten_decompositions())
-    known.update({op: torch._decomp.decomposition_table[op] for op in (aten.addmm.default, aten.addmv.default)})
+    """The program made functional, with convolutions, norms, linears and attention whole, and operators that no rule
+    knows written as those they are made of, where torch says which: an ``hstack`` is a ``cat``, an ``addmm`` a product
+    and a sum."""
+    # Each run traces the whole program again: one, for most models, does both.
+    program = _decomposed(program, _unknown(program)) or program.run_decompositions({})
     for _ in range(4):  # what operators are made of may be made of others
-        table = {}
-        for node in program.graph.nodes:
-            op = node.target
-            if not isinstance(op, torch._ops.OpOverload) or op._schema.name in _KEPT_WHOLE:
-                continue
-            if op in known and find_rule(op) is None and not is_pointwise(op):
-                table[op] = known[op]
-        if not table:
+        table = _unknown(program)
+        spelled = _decomposed(program, table) if table else None
+        if spelled is None:
             break
-        try:
-            spelled = program.run_decompositions(table)
-        except Exception:  # then they are computed on gathered inputs
-            break
-        if any(s.kind == OutputKind.TOKEN for s in spelled.graph_signature.output_specs):
-            break  # a check of values as a side effect, which a compiled program has no place for
         program = spelled
     return program
+
+
+def _unknown(program: torch.export.ExportedProgram) -> dict[Any, Callable[..., Any]]:
+    """What operators without a rule are made of."""
+    known = dict(torch._decomp.core_aten_decompositions())
+    known.update({op: torch._decomp.decomposition_table[op] for op in (aten.addmm.default, aten.addmv.default)})
+    table = {}
+    for node in program.graph.nodes:
+        op = node.target
+        if not isinstance(op, torch._ops.OpOverload) or op._schema.name in _KEPT_WHOLE:
+            continue
+        if op in known and find_rule(op) is None and not is_pointwise(op):
+            table[op] = known[op]
+    return table
+
+
+def _decomposed(
+    program: torch.export.ExportedProgram, table: dict[Any, Callable[..., Any]]
+) -> torch.export.ExportedProgram | None:
+    """None where that fails, or leaves a check of values as a side effect, which a compiled program has no place for:
+    then such operators are computed whole, on gathered inputs."""
+    try:
+        spelled = program.run_decompositions(table)
+    except Exception:
+        return None
+    return None if any(s.kind == OutputKind.TOKEN for s in spelled.graph_signature.output_specs) else spelled
 
 
 def _reason(error: BaseException) -> str:
