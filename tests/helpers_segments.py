@@ -70,12 +70,18 @@ def run_segment(
 
 
 def run_on_gpu(
-    backend: Backend, segment: BuildSegment, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path
+    backend: Backend,
+    segment: BuildSegment,
+    inputs: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    between: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
-    """The same from a CUDA graph of the engine, as a step has it."""
+    """The same from a CUDA graph of the engine, as a step has it; ``between`` is called when it is built."""
     opened = write_weights(folder / "weights.safetensors", {n: w.cpu() for n, w in weights.items()})
     path = folder / f"{segment.name}{backend.suffix}"
     backend.build(segment, opened, path)
+    between()
     outputs = tuple(n for n, _ in segment.outputs)
     engine: Any = backend.load(path, outputs, opened, torch.device("cuda", 0))
     given = {n: x.clone() for n, x in inputs.items()}

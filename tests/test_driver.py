@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from districompile.driver import DriverError, KernelNode, MemoryOperation, MemsetNode, call, function
 from districompile.runtime import kernels as module
-from districompile.runtime.driver import DriverError, KernelNode, MemoryOperation, MemsetNode, call, function
 from districompile.runtime.graph_edit import replace_memsets, words_of
 from districompile.runtime.kernels import COPIES, SIGNALS, Exchange, kernels
 

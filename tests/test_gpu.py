@@ -15,8 +15,8 @@ from helpers_net import images, make_bundle
 
 import districompile as dc
 from districompile import cli
+from districompile.driver import call
 from districompile.errors import LaunchError
-from districompile.runtime.driver import call
 from districompile.runtime.graph_edit import replace_memsets
 from districompile.runtime.kernels import kernels
 from districompile.runtime.launcher import launch

@@ -102,8 +102,9 @@ def test_which_machines_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert launch.unusable() == "they are for Hopper GPUs, and this is an NVIDIA A100"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cuda" else object())
-    assert launch.unusable() is None and hopper.unusable() == "cuda.bindings is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(hopper, "_no_compiler", lambda: "there is no compiler")
+    assert launch.unusable() is None and hopper.unusable() == "there is no compiler"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert launch.unusable() == hopper.unusable() == "triton is not installed"
 

@@ -17,8 +17,8 @@ from districompile.backends import inductor_unfold
 from districompile.backends.gpu import gated, hopper
 from districompile.backends.gpu.hopper import Kernel
 from districompile.backends.inductor import InductorBackend
+from districompile.driver import DriverError
 from districompile.errors import BackendError
-from districompile.runtime.driver import DriverError
 from tests.helpers_segments import error, make_segment, run_on_gpu, run_segment
 
 _TYPES = (torch.float16, torch.bfloat16)
@@ -29,12 +29,30 @@ def on_gpu(test: Any) -> Any:
     return pytest.mark.gpu(pytest.mark.skipif(_UNUSABLE is not None, reason=str(_UNUSABLE))(test))
 
 
-@pytest.mark.parametrize("columns", [80, 128, 160, 256])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_block_fits_its_memory(columns: int, parts: int) -> None:
-    if parts * columns > 320:
-        return
-    assert hopper._bytes(columns, parts) <= 232448 and hopper.stages(columns, parts) >= 3
+@pytest.mark.parametrize("tile", [*hopper.TILES, *((columns, 2) for columns in hopper.GATED_TILES)])
+def test_a_block_holds_some_steps(tile: tuple[int, int]) -> None:
+    assert 4 <= hopper.stages(*tile) <= 8
+
+
+def test_both_sides_know_the_same_sizes() -> None:
+    text = Path(hopper.__file__).with_name("products.cu").read_text()
+    found = {name: int(n) for name, n in re.findall(r"constexpr int (\w+) = (\d+);", text)}
+    assert (found["PIXELS"], found["INNER"], found["CLUSTER"]) == (hopper._PIXELS, hopper._INNER, hopper._CLUSTER)
+    assert 128 * (1 + found["CONSUMERS"]) == hopper._THREADS
+    [fields] = re.findall(r"struct Sizes \{(.*?)\};", text, re.DOTALL)
+    declared = re.sub(r"//.*", "", fields).replace("int", "").replace(";", ",")
+    assert [n.strip() for n in declared.split(",") if n.strip()] == [f[0] for f in hopper._Sizes._fields_]
+
+
+def test_strides_are_those_of_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean over all pixels has others where a dim has one element, which the driver would refuse."""
+    given: list[Any] = []
+    monkeypatch.setattr(hopper, "call", lambda name, *args: given.append((list(args[4]), list(args[5]))))
+    x = torch.randn(2, 320, 4, 4).half().mean((2, 3), keepdim=True).permute(0, 2, 3, 1).contiguous()
+    assert x.stride(1) == 1
+    hopper._described(x, (1, 16, 8))
+    hopper._described(torch.empty(48, 64).half(), (16,))
+    assert given == [([320, 1, 1, 2], [640, 640, 640]), ([64, 48], [128])]
 
 
 @pytest.mark.parametrize("dtype", _TYPES)
@@ -59,31 +77,57 @@ def provided(monkeypatch: pytest.MonkeyPatch) -> dict[Kernel, bytes]:
     return kernels
 
 
-def test_a_bundle_brings_its_kernels(
-    provided: dict[Kernel, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_brings_its_kernels(provided: dict[Kernel, bytes], tmp_path: Path) -> None:
     kernels = [Kernel(160, 2, True, False, torch.float16), Kernel(80, 1, False, False, torch.bfloat16)]
     for number, kernel in enumerate(kernels):
         (tmp_path / kernel.file).write_bytes(b"kernel %d" % number)
-    hopper.provide(tmp_path, [kernel.file for kernel in kernels])
+    hopper.provide(tmp_path, [kernel.file for kernel in kernels], torch.device("cpu"))
     assert provided == {kernels[0]: b"kernel 0", kernels[1]: b"kernel 1"}
     missing = Kernel(128, 1, False, False, torch.float16)
     with pytest.raises(BackendError, match=f"cannot read .*{missing.file}: No such file"):
-        hopper.provide(tmp_path, [missing.file])
+        hopper.provide(tmp_path, [missing.file], torch.device("cpu"))
     with pytest.raises(BackendError, match="names '../x.cubin', which is no kernel of a bundle"):
-        hopper.provide(tmp_path, ["../x.cubin"])
-    old = re.sub("[0-9a-f]{16}", "0" * 16, kernels[0].file)
-    for name in ("cuda", "cuda.bindings", "cuda.bindings.nvrtc"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BackendError, match="kernels are of another version, and cuda.bindings cannot load NVRTC"):
-        hopper.provide(tmp_path, [old])
+        hopper.provide(tmp_path, ["../x.cubin"], torch.device("cpu"))
 
 
-def test_a_kernel_of_another_version_is_compiled_here(provided: dict[Kernel, bytes], tmp_path: Path) -> None:
-    pytest.importorskip("cuda.bindings.nvrtc")
-    kernel = Kernel(160, 1, False, False, torch.float16)
-    hopper.provide(tmp_path, [re.sub("[0-9a-f]{16}", "0" * 16, kernel.file)])
-    assert provided == {}
+def test_a_kernel_of_another_version_is_compiled_here(
+    provided: dict[Kernel, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, asked = Kernel(160, 1, False, False, torch.float16), list[Kernel]()
+    monkeypatch.setattr(hopper, "_function_of", lambda kernel, device: asked.append(kernel))
+    hopper.provide(tmp_path, [kernel.file.replace("products1", "products0")], torch.device("cuda"))
+    assert asked == [kernel] and provided == {}
+
+
+def test_a_kernel_that_the_driver_does_not_take_is_compiled_here(
+    provided: dict[Kernel, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, asked = Kernel(160, 1, False, False, torch.float16), list[bool]()
+
+    def function_of(kernel: Kernel, device: torch.device) -> None:
+        asked.append(kernel in provided)
+        if asked[-1]:
+            raise DriverError("cuModuleLoadData failed with CUDA error 200")
+
+    monkeypatch.setattr(hopper, "_function_of", function_of)
+    (tmp_path / kernel.file).write_bytes(b"old")
+    hopper.provide(tmp_path, [kernel.file], torch.device("cuda"))
+    assert asked == [True, False]
+
+
+def test_without_a_compiler(provided: dict[Kernel, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_no_compiler", lambda: "there is no compiler")
+    name = Kernel(160, 1, False, False, torch.float16).file.replace("products1", "products0")
+    hopper.compiled.cache_clear()
+    with pytest.raises(BackendError, match=f"{name} cannot be used here: there is no compiler: convert again"):
+        hopper.provide(tmp_path, [name], torch.device("cuda"))
+
+
+@pytest.mark.parametrize("name", ["cuda.bindings.nvrtc", "cuda.bindings"])
+def test_what_is_missing_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in {name, "cuda.bindings.nvrtc"}:
+        monkeypatch.setitem(sys.modules, part, None)
+    assert "cuda.bindings cannot load NVRTC" in str(hopper._no_compiler.__wrapped__())
 
 
 def test_an_engine_names_what_it_calls(
@@ -222,7 +266,13 @@ def test_an_engine_has_convolutions(tile: Any, tmp_path: Path, monkeypatch: pyte
     cuda = {n: x.cuda() for n, x in inputs.items()}
     [want] = segment.graph.cuda()(*cuda.values(), *(w.cuda() for w in weights.values()))
     backend = InductorBackend("cuda")
-    got = run_on_gpu(backend, segment, cuda, weights, tmp_path)["y0"]
+
+    def only_the_bundles() -> None:
+        hopper._function_of.cache_clear()
+        monkeypatch.setattr(hopper, "_PROVIDED", {})
+        monkeypatch.setattr(hopper, "compiled", lambda kernel: pytest.fail(f"{kernel} is compiled"))
+
+    got = run_on_gpu(backend, segment, cuda, weights, tmp_path, only_the_bundles)["y0"]
     assert error(got, want) < 4e-3
     assert "kernel_convolution" in backend._package(segment).job.graph
     [kernel] = backend._package(segment).kernels

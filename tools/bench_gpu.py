@@ -76,7 +76,8 @@ def main() -> None:
     if args.one:
         run_one(json.loads(args.one), args)
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         drive(args)
 
 

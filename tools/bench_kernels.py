@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
 from districompile.backends import attention, flash_attention, inductor_direct, inductor_unfold, timing
-from districompile.backends.gpu import gated
+from districompile.backends.gpu import gated, hopper
 from districompile.backends.gpu.launch import unusable
 
 TEXT = 77
@@ -63,6 +63,8 @@ def main() -> None:
     for name in args.only.split(","):
         if name not in parts:
             raise SystemExit(f"no part named {name!r}; there are: {', '.join(parts)}")
+        if name in ("gated", "convolutions") and (reason := hopper.unusable()) is not None:
+            raise SystemExit(f"{name} cannot be measured here: {reason}")
         parts[name](dtype)
 
 

@@ -43,7 +43,8 @@ from districompile.ir.serialize import content_hash, graph_to_json
 from districompile.weights import WeightFile
 
 TIMED = ("products", "convolutions", "kernels")
-_FORMAT = "districompile inductor 3"
+_FORMAT = "districompile inductor 4"
+_READ = (_FORMAT, "districompile inductor 3")  # which calls no kernels
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 # How many operands an expression may have that each of its readers computes anew. A group norm has its table, what a
 # convolution gave with its bias, and the time embedding or the other summand of a residual, with its bias. By default
@@ -253,7 +254,7 @@ class InductorBackend:
     def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
         try:
             data = json.loads(path.read_text())
-            if data["format"] != _FORMAT:
+            if data["format"] not in _READ:
                 raise BackendError(f"{path} is of another version: {data['format']!r}, not {_FORMAT!r}")
             groups = [{str(n): Operand.from_json(o) for n, *o in data[k]} for k in _GROUPS]
             package = str(data["package"])
@@ -270,9 +271,9 @@ class InductorBackend:
         check_here(kind, target, built, device)
         if calls:
             flash_attention.load(device)
-        hopper.provide(path.parent, kernels)
         if str(device) == "cuda":  # without a number
             device = torch.device("cuda", torch.cuda.current_device())
+        hopper.provide(path.parent, kernels, device)
         if not re.fullmatch(r"[0-9a-f]+\.pt2", package):
             raise BackendError(f"{path} names {package!r}, which is no package of a bundle")
         loader = self._load_package(path.parent / package, device)

@@ -8,11 +8,12 @@ from torch import fx
 
 from districompile.backends.attention import KERNEL_ATTENTION, PRODUCT_ATTENTION
 from districompile.backends.gpu.gated import GATED_PRODUCT
-from districompile.backends.gpu.hopper import Kernel
+from districompile.backends.gpu.hopper import Kernel, convolution_kernel, gated_kernel
 from districompile.backends.inductor_direct import INSERT_PRODUCT
 from districompile.backends.inductor_unfold import KERNEL_CONVOLUTION
 
-_OURS = {KERNEL_ATTENTION, PRODUCT_ATTENTION, GATED_PRODUCT, KERNEL_CONVOLUTION, INSERT_PRODUCT}  # if in blocks
+_OURS = {KERNEL_ATTENTION, PRODUCT_ATTENTION, GATED_PRODUCT, KERNEL_CONVOLUTION, INSERT_PRODUCT}
+# The last argument of each says how: no blocks, or tile, are two products without a kernel
 
 
 def has_kernels(graph: fx.Graph) -> bool:
@@ -27,8 +28,7 @@ def called_kernels(graph: fx.Graph) -> tuple[Kernel, ...]:
         args: Any = node.args
         if node.target is GATED_PRODUCT:
             x, _, bias, columns = args
-            found.add(Kernel(columns, 2, True, bias is not None, x.meta["val"].dtype))
+            found.add(gated_kernel(columns, bias is not None, x.meta["val"].dtype))
         elif node.target is KERNEL_CONVOLUTION:
-            columns, parts = args[-1]
-            found.add(Kernel(columns, parts, False, False, args[0].meta["val"].dtype))
+            found.add(convolution_kernel(args[-1], args[0].meta["val"].dtype))
     return tuple(sorted(found, key=str))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from districompile.runtime.driver import DriverError, KernelNode, MemsetNode, call
+from districompile.driver import DriverError, KernelNode, MemsetNode, call
 
 _MEMSET = 2  # CU_GRAPH_NODE_TYPE_MEMSET
 _MOST = 4096  # bytes; larger ones are worth a memset

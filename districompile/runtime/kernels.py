@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from districompile.runtime.driver import DriverError, call
+from districompile.driver import DriverError, call
 
 COPIES, SIGNALS = 96, 64  # that one exchange holds, as in kernels.cu
 _BLOCK = 512

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from districompile.driver import DriverError, MemoryOperation, call
 from districompile.errors import LaunchError
 from districompile.runtime.arena import aligned
-from districompile.runtime.driver import DriverError, MemoryOperation, call
 from districompile.runtime.gloo import GlooTransport
 from districompile.runtime.kernels import fits, kernels
 from districompile.runtime.launcher import fail_process

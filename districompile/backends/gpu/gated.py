@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 import districompile.ir.ops  # noqa: F401  (defines the library that this adds to)
 from districompile.backends.gpu.hopper import GATED_TILES, TILED_GATED_PRODUCT, unusable
-from districompile.backends.gpu.launch import launch
+from districompile.backends.gpu.launch import blocks_of, launch
 from districompile.backends.inductor_direct import plain_slice
 from districompile.backends.timing import fastest
 
@@ -97,7 +97,8 @@ def _product(node: fx.Node) -> Any:
 def pays(rows: int, inner: int, columns: int, bias: bool, dtype: torch.dtype) -> int | None:
     """In tiles of how many columns the kernel is fastest, if it is faster than a product and what reads it, on this
     GPU."""
-    if unusable() is not None:
+    tiles = [tile for tile in GATED_TILES if columns // 2 % tile == 0]
+    if not tiles or unusable() is not None:
         return None
     x = torch.randn(rows, inner, dtype=dtype, device="cuda")
     weight = torch.randn(columns, inner, dtype=dtype, device="cuda") / math.sqrt(inner)
@@ -106,12 +107,9 @@ def pays(rows: int, inner: int, columns: int, bias: bool, dtype: torch.dtype) ->
 
     def apart() -> None:
         tensors = {"product": torch.mm(x, weight.t()), "out": x.new_empty(size)}
-        launch("gate", [size // block], tensors, {"COLUMNS": columns // 2, "BLOCK": block}, warps=4, stages=1)
+        sizes = {"COLUMNS": columns // 2, "SIZE": size, "BLOCK": block}
+        launch("gate", [blocks_of(size, block)], tensors, sizes, warps=4, stages=1)
 
-    ways = {
-        tile: functools.partial(TILED_GATED_PRODUCT, x, weight, added, tile)
-        for tile in GATED_TILES
-        if columns // 2 % tile == 0
-    }
+    ways = {tile: functools.partial(TILED_GATED_PRODUCT, x, weight, added, tile) for tile in tiles}
     reference = functools.partial(gated_product, x, weight, added, 0)
     return fastest("a kernel for gated products", apart, ways, reference=reference)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import importlib.util
+import importlib
+import itertools
 import math
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,10 +23,9 @@ from torch import Tensor
 
 import districompile.ir.ops  # noqa: F401  (defines the library that this adds to)
 from districompile.backends.gpu import launch
+from districompile.driver import DriverError, call
 from districompile.errors import BackendError
-from districompile.runtime.driver import DriverError, call
 
-PACKAGE = "cuda.bindings"
 # Columns and parts of tiles. Channels are multiples of 160 in many a network: 128 tiles of 2048 x 1280, where tiles of
 # 128 columns are 160, for 132 multiprocessors.
 TILES = ((160, 1), (160, 2), (128, 1), (128, 2), (256, 1), (80, 1))
@@ -44,10 +44,16 @@ _LIB.define("tiled_convolution(Tensor x, Tensor weight, int[] kernel, int[] padd
 
 def unusable() -> str | None:
     """Why this kernel cannot be used here; None if it can."""
-    reason = launch.unusable()
-    if reason is None and importlib.util.find_spec("cuda") is None:
-        return f"{PACKAGE} is not installed"
-    return reason
+    return launch.unusable() or _no_compiler()
+
+
+@functools.cache
+def _no_compiler() -> str | None:
+    try:
+        code, *version = importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    except Exception as e:  # the import's, or what looks for the library has errors of its own
+        return f"cuda.bindings cannot load NVRTC ({e})"
+    return None if int(code) == 0 else f"NVRTC failed: {code.name} {version}"
 
 
 class Kernel(NamedTuple):
@@ -61,44 +67,57 @@ class Kernel(NamedTuple):
 
     @property
     def file(self) -> str:
-        """Its name in a bundle, with a hash of what it is compiled from."""
+        """Its name in a bundle."""
         flags = f"{'gated' if self.gated else 'plain'}-{'bias' if self.bias else 'bare'}-{_KINDS[self.dtype][0]}"
-        text = _source().read_text(encoding="utf-8") + _header(self.columns, _KINDS[self.dtype][0])
-        digest = hashlib.sha256((text + " ".join(_options(self))).encode()).hexdigest()[:16]
-        return f"products-{self.columns}-{self.parts}-{flags}-{digest}.cubin"
+        return f"products{_VERSION}-{self.columns}-{self.parts}-{flags}.cubin"
 
 
-_FILE = re.compile(r"products-(\d+)-(\d+)-(gated|plain)-(bias|bare)-(f16|bf16)-[0-9a-f]{16}\.cubin")
+def gated_kernel(columns: int, bias: bool, dtype: torch.dtype) -> Kernel:
+    """What :func:`tiled_gated_product` calls."""
+    return Kernel(columns, 2, True, bias, dtype)
+
+
+def convolution_kernel(tile: Sequence[int], dtype: torch.dtype) -> Kernel:
+    """What :func:`tiled_convolution` calls."""
+    columns, parts = tile
+    return Kernel(columns, parts, False, False, dtype)
+
+
+_VERSION = 1  # another one where what is handed to a kernel changes, or a fault of it is mended
+_FILE = re.compile(r"products(\d+)-(\d+)-(\d+)-(gated|plain)-(bias|bare)-(f16|bf16)\.cubin")
 _PROVIDED: dict[Kernel, bytes] = {}
 
 
-def provide(folder: Path, names: Iterable[str]) -> None:
-    """Take kernels from a bundle, instead of compiling them. Those of another version are compiled here; raises
-    :class:`BackendError` where that cannot be done, or where a file is missing."""
+def provide(folder: Path, names: Iterable[str], device: torch.device) -> None:
+    """Take kernels from a bundle, and load them on ``device`` if that is a GPU. Those of another version, and those
+    that this driver does not take, are compiled here; raises :class:`BackendError` where that cannot be done, or where
+    a file is missing."""
     for name in names:
         found = _FILE.fullmatch(name)
         if found is None:
             raise BackendError(f"{folder} names {name!r}, which is no kernel of a bundle")
-        columns, parts, gated, bias, kind = found.groups()
+        version, columns, parts, gated, bias, kind = found.groups()
         dtype = next(d for d, (k, _) in _KINDS.items() if k == kind)
         kernel = Kernel(int(columns), int(parts), gated == "gated", bias == "bias", dtype)
-        if kernel.file != name:
-            _check_compiler()
-        elif kernel not in _PROVIDED:
+        if int(version) == _VERSION and kernel not in _PROVIDED:
             try:
                 _PROVIDED[kernel] = (folder / name).read_bytes()
             except OSError as e:
                 raise BackendError(f"cannot read {folder / name}: {e.strerror or e}") from e
+        if device.type == "cuda":
+            try:
+                _load(kernel, device)
+            except DriverError as e:
+                raise BackendError(f"{folder / name} cannot be used here: {e}: convert again on this machine") from e
 
 
-def _check_compiler() -> None:
+def _load(kernel: Kernel, device: torch.device) -> None:
     try:
-        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
-    except Exception as e:  # the import's, or what looks for the library has errors of its own
-        raise BackendError(
-            f"this bundle's kernels are of another version, and {PACKAGE} cannot load NVRTC to compile ours ({e}): "
-            "pip install cuda-bindings nvidia-cuda-nvrtc, or convert again"
-        ) from e
+        _function_of(kernel, device)
+    except DriverError:
+        if _PROVIDED.pop(kernel, None) is None:
+            raise
+        _function_of(kernel, device)  # now compiled here
 
 
 def tiled_gated_product(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Tensor:
@@ -106,7 +125,8 @@ def tiled_gated_product(x: Tensor, weight: Tensor, bias: Tensor | None, columns:
     ``columns``."""
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
     bias = None if bias is None else _aligned(bias)
-    _launch(_aligned(x)[None, None], _aligned(weight), bias, out, (1, 1), (0, 0), (columns, 2), gated=True)
+    kernel = gated_kernel(columns, bias is not None, x.dtype)
+    _launch(kernel, _aligned(x)[None, None], _aligned(weight), bias, out, (1, 1), (0, 0))
     return out
 
 
@@ -116,7 +136,7 @@ def tiled_convolution(
     """Of ``x`` (batch, height, width, channels) with a matrix (columns, kernel's pixels x channels), (batch, height,
     width, columns)."""
     out = x.new_empty(_convolved(x.shape, weight.shape[0], kernel, padding))
-    _launch(_aligned(x), _aligned(weight), None, out, kernel, padding, tile)
+    _launch(convolution_kernel(tile, x.dtype), _aligned(x), _aligned(weight), None, out, kernel, padding)
     return out
 
 
@@ -153,26 +173,26 @@ class _Sizes(ctypes.Structure):
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, kernel: Sequence[int], padding: Sequence[int],
-    tile: Sequence[int], gated: bool = False,
+    kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, taps: Sequence[int],
+    padding: Sequence[int],
 ) -> None:  # fmt: skip
-    columns, parts = tile
-    batch, height, width, _ = _convolved(x.shape, 0, kernel, padding)
+    columns, parts = kernel.columns, kernel.parts
+    batch, height, width, _ = _convolved(x.shape, 0, taps, padding)
     wide = _wide(height, width)
     tall = _PIXELS // wide
     sizes = _Sizes(
-        batch, height, width, out.shape[-1], x.shape[-1], math.prod(kernel), kernel[1], *padding,
+        batch, height, width, out.shape[-1], x.shape[-1], math.prod(taps), taps[1], *padding,
         wide.bit_length() - 1,
     )  # fmt: skip
     pixels = batch * launch.blocks_of(height, tall) * launch.blocks_of(width, wide)
-    tiles = launch.blocks_of(pixels, _CLUSTER) * (out.shape[-1] // (columns if gated else parts * columns))
+    tiles = launch.blocks_of(pixels, _CLUSTER) * (out.shape[-1] // (columns if kernel.gated else parts * columns))
     maps = [_described(x, (1, tall, wide)), _described(weight, (columns // _CLUSTER,))]
     pointers = [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in (bias, out)]
     given = (ctypes.c_void_p * 5)(*(ctypes.addressof(a) for a in (*maps, *pointers, sizes)))
     blocks = _CLUSTER * min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count // _CLUSTER)
     stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-    function = _function_of(Kernel(columns, parts, gated, bias is not None, x.dtype), x.device)
-    call("cuLaunchKernel", function, blocks, 1, 1, _THREADS, 1, 1, _bytes(columns, parts), stream, given, None)
+    function, shared = _function_of(kernel, x.device), _bytes(columns, parts)
+    call("cuLaunchKernel", function, blocks, 1, 1, _THREADS, 1, 1, shared, stream, given, None)
 
 
 def _wide(height: int, width: int) -> int:
@@ -186,13 +206,15 @@ def _wide(height: int, width: int) -> int:
 
 
 def _described(tensor: Tensor, block: Sequence[int]) -> Any:
-    """A CUtensorMap of ``tensor``, read in blocks of (..., _INNER); outside there are zeros."""
+    """A CUtensorMap of ``tensor``, without gaps, read in blocks of (..., _INNER); outside there are zeros."""
     rank, size = tensor.ndim, tensor.itemsize
     room = (ctypes.c_char * 192)()
     at = -ctypes.addressof(room) % 64
     found = (ctypes.c_char * 128).from_buffer(room, at)  # keeps the room
     dims = (ctypes.c_uint64 * rank)(*reversed(tensor.shape))
-    strides = (ctypes.c_uint64 * (rank - 1))(*(s * size for s in reversed(tensor.stride()[:-1])))
+    # Of the shape: what dims of size 1 have for strides means nothing to PyTorch
+    dense = itertools.accumulate(reversed(tensor.shape[1:]), operator.mul)
+    strides = (ctypes.c_uint64 * (rank - 1))(*(n * size for n in dense))
     box, steps = (ctypes.c_uint32 * rank)(_INNER, *reversed(block)), (ctypes.c_uint32 * rank)(*[1] * rank)
     address = ctypes.c_void_p(tensor.data_ptr())
     call(
@@ -231,6 +253,8 @@ def _step(columns: int, parts: int) -> int:
 @functools.cache
 def compiled(kernel: Kernel) -> bytes:
     """As the driver loads it. Needs NVRTC, and no GPU."""
+    if (reason := _no_compiler()) is not None:
+        raise DriverError(reason)
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
 
     def checked(result: tuple[Any, ...]) -> Any:
@@ -239,7 +263,10 @@ def compiled(kernel: Kernel) -> bytes:
         return result[1] if len(result) > 1 else None
 
     header = _header(kernel.columns, _KINDS[kernel.dtype][0]).encode()
-    text, options = _source().read_bytes(), [o.encode() for o in _options(kernel)]
+    columns, parts, gated, bias, _ = kernel
+    values = {"COLUMNS": columns, "PARTS": parts, "STAGES": stages(columns, parts), "GATED": gated, "BIAS": bias}
+    given = ["--gpu-architecture=sm_90a", "-std=c++17", *(f"-D{name}={int(n)}" for name, n in values.items())]
+    text, options = Path(__file__).with_name("products.cu").read_bytes(), [o.encode() for o in given]
     program = checked(nvrtc.nvrtcCreateProgram(text, b"products.cu", 1, [header], [b"wgmma.cuh"]))
     [code] = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(code) != 0:
@@ -250,16 +277,6 @@ def compiled(kernel: Kernel) -> bytes:
     checked(nvrtc.nvrtcGetCUBIN(program, result))
     checked(nvrtc.nvrtcDestroyProgram(program))
     return result
-
-
-def _source() -> Path:
-    return Path(__file__).with_name("products.cu")
-
-
-def _options(kernel: Kernel) -> list[str]:
-    columns, parts, gated, bias, _ = kernel
-    values = {"COLUMNS": columns, "PARTS": parts, "STAGES": stages(columns, parts), "GATED": gated, "BIAS": bias}
-    return ["--gpu-architecture=sm_90a", "-std=c++17", *(f"-D{name}={int(n)}" for name, n in values.items())]
 
 
 def _header(columns: int, kind: str) -> str:

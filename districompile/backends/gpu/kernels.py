@@ -1,7 +1,6 @@
 """The kernels. Imports Triton: for processes that compile, or time, on a GPU.
 
-Sizes are known when compiling. Strides are in elements; the last dim's is 1. Accumulation is in
-float32.
+Sizes are known when compiling. Strides are in elements; the last dim's is 1. Accumulation is in float32.
 """
 
 # No annotations from __future__: Triton, and what puts these kernels into a program, read them.
@@ -10,14 +9,15 @@ import triton.language as tl
 
 
 @triton.jit
-def gate(product, out, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def gate(product, out, COLUMNS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """What reads a product of 2 COLUMNS columns where a kernel for gated products is not used: to compare with."""
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = product + places // COLUMNS * (2 * COLUMNS) + places % COLUMNS
-    value = tl.load(at).to(tl.float32)
-    other = tl.load(at + COLUMNS).to(tl.float32)
+    inside = places < SIZE
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(at + COLUMNS, mask=inside, other=0.0).to(tl.float32)
     y = value * other * 0.5 * (1.0 + tl.math.erf(other * 0.7071067811865476))
-    tl.store(out + places, y.to(out.dtype.element_ty))
+    tl.store(out + places, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
