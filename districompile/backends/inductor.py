@@ -22,122 +22,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from districompile.backends import flash_attention
 from districompile.backends.attention import use_fastest
-from districompile.backends.base import BuildSegment, Engine, check_input
+from districompile.backends.base import BuildSegment, Engine
 from districompile.backends.eager import EagerBackend
 from districompile.backends.gpu import hopper
 from districompile.backends.gpu.gated import use_gated_products
 from districompile.backends.inductor_called import called_kernels, has_kernels
 from districompile.backends.inductor_compiler import choose_compiler
 from districompile.backends.inductor_direct import split_products
+from districompile.backends.inductor_engine import CHANNELS_LAST, MEMORY_FORMATS, InductorEngine
 from districompile.backends.inductor_graph import Job, Operand, Part, Room, image_values, lift_parts, rooms
 from districompile.backends.inductor_pool import Pool, compile_here, default_workers
 from districompile.backends.inductor_target import capability, check_here, target_of, torch_version
 from districompile.backends.inductor_unfold import use_fastest as use_fastest_convolutions
-from districompile.errors import BackendError, BundleError, InputError
+from districompile.errors import BackendError, BundleError
 from districompile.ir.plan import TensorSpec
 from districompile.ir.serialize import content_hash, graph_to_json
 from districompile.weights import WeightFile
 
 TIMED = ("products", "convolutions", "kernels")
 _FORMAT = "districompile inductor 4"
-_READ = (_FORMAT, "districompile inductor 3")  # which calls no kernels
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 # How many operands an expression may have that each of its readers computes anew. A group norm has its table, what a
 # convolution gave with its bias, and the time embedding or the other summand of a residual, with its bias. By default
 # (4) many would be written to memory, and read again by the convolution's padded input and by the rows that travel.
 _FUSION = {"realize_reads_threshold": 6}
 _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
-_CHANNELS_LAST = {
-    4: ("channels_last", torch.channels_last),
-    5: ("channels_last_3d", torch.channels_last_3d),
-}
-_MEMORY_FORMATS = {"contiguous": torch.contiguous_format, **{name: f for name, f in _CHANNELS_LAST.values()}}
-
-
-class InductorEngine(Engine):
-    """A loaded package. Inputs, and outputs if the caller has memory for them, are bound by name.
-
-    ``enqueue`` works on the device's current stream and does not wait for it, so that it can be captured into a CUDA
-    graph (after one call outside of it, which loads the kernels). An output that is not bound is fresh memory at each
-    call. A bound output must not overlap an input. Tensors whose strides are not those compiled for are copied.
-
-    ``rooms``: outputs that are rows of an input, written there; they are not bound.
-    """
-
-    binds_outputs = True
-
-    def __init__(
-        self, loader: Any, inputs: Mapping[str, Operand], weights: Sequence[Tensor], outputs: Mapping[str, Operand],
-        parts: Mapping[str, Sequence[Part]], rooms: Mapping[str, Room], device: torch.device,
-    ) -> None:  # fmt: skip
-        self.rooms = self._rooms = dict(rooms)
-        self._loader, self._weights, self._device = loader, list(weights), device
-        self._inputs, self._outputs, self._parts = dict(inputs), dict(outputs), dict(parts)
-        self._specs = {name: o.spec for name, o in (*self._outputs.items(), *self._inputs.items())}
-        self._bound: dict[str, Tensor] = {}
-        self._targets: dict[str, Tensor] = {}
-        self._results: dict[str, Tensor] = {}
-
-    @property
-    def strides(self) -> dict[str, tuple[int, ...]]:
-        """The strides in which this engine writes each output without a copy; row-major for most."""
-        return {name: operand.strides for name, operand in self._outputs.items()}
-
-    def bind(self, name: str, tensor: Tensor) -> None:
-        check_input(name, tensor, self._specs)
-        if tensor.device != self._device:
-            raise InputError(f"{name} is on {tensor.device}, and this engine runs on {self._device}")
-        if name in self._inputs:
-            self._bound[name] = tensor
-        else:
-            self._targets[name] = tensor
-
-    def enqueue(self) -> None:
-        self._results = {}
-        if self._device.type == "cuda" and torch.cuda.current_device() != self._device.index:
-            with torch.cuda.device(self._device):
-                self._run()
-        else:
-            self._run()
-
-    @torch.no_grad()
-    def _run(self) -> None:
-        inputs = []
-        for name, operand in self._inputs.items():
-            tensor = self._as_compiled(operand, self._bound.pop(name))
-            for output, room in self._rooms.items():
-                if room.source == name:
-                    self._results[output] = tensor[room.start : room.stop]
-            inputs += [part.of(tensor) for part in self._parts[name]] if name in self._parts else [tensor]
-        buffers, late = [], []
-        for name, operand in self._outputs.items():
-            target = self._targets.pop(name, None)
-            buffer = target if target is not None and operand.fits(target) else operand.empty(self._device)
-            if target is not None and buffer is not target:
-                late.append((target, buffer))
-            self._results[name] = target if target is not None else buffer
-            buffers.append(buffer)
-        self._loader.run([*inputs, *self._weights, *buffers])
-        for target, buffer in late:
-            target.copy_(buffer)
-
-    def _as_compiled(self, operand: Operand, tensor: Tensor) -> Tensor:
-        if operand.fits(tensor):
-            return tensor
-        same = tensor.is_contiguous(memory_format=_MEMORY_FORMATS[operand.format])
-        if same and tensor.data_ptr() % 16 == 0:  # but for dims of size 1
-            return tensor.as_strided(operand.spec.shape, operand.strides)
-        return operand.empty(self._device).copy_(tensor)
-
-    def output(self, name: str) -> Tensor:
-        return self._results[name]
-
-    def release(self) -> None:
-        self._results = {}
 
 
 class InductorBackend:
@@ -172,7 +84,7 @@ class InductorBackend:
         self._own_attention = attention == "auto" and "kernels" in self._timed
         # Engines differ by torch, by the machine's device and by the options
         target = target_of(self._kind)
-        self.version = f"3, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
+        self.version = f"4, torch {torch.__version__}, {target}, {self._channels_last}, {self._options}"
         self._plans: dict[int, tuple[BuildSegment, _Package]] = {}  # by id of the segment, which is kept alive
         self._images: set[str] = set()  # values that go from segment to segment as images
         self._futures: dict[str, Future[None]] = {}
@@ -254,14 +166,14 @@ class InductorBackend:
     def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
         try:
             data = json.loads(path.read_text())
-            if data["format"] not in _READ:
-                raise BackendError(f"{path} is of another version: {data['format']!r}, not {_FORMAT!r}")
+            if data["format"] != _FORMAT:
+                raise BackendError(f"{path} is of another version: {data['format']!r}, not {_FORMAT!r}: convert again")
             groups = [{str(n): Operand.from_json(o) for n, *o in data[k]} for k in _GROUPS]
             package = str(data["package"])
             parts = {str(n): [Part(*map(int, p)) for p in listed] for n, listed in data["parts"].items()}
             found = {str(n): Room(str(source), int(a), int(b)) for n, (source, a, b) in data["rooms"].items()}
             calls = [str(name) for name in data["calls"]]
-            kernels = [str(name) for name in data.get("kernels", [])]
+            kernels = [str(name) for name in data["kernels"]]
             target, kind, built = str(data["target"]), str(data["device"]), str(data["torch"])
         except (OSError, ValueError, KeyError, TypeError, BundleError) as e:
             raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e
@@ -279,7 +191,7 @@ class InductorBackend:
         loader = self._load_package(path.parent / package, device)
         for name, operand in needed.items():
             _check_weight(path, weights, name, operand.spec)
-        tensors = [weights.tensor(n, device, _MEMORY_FORMATS[o.format]) for n, o in needed.items()]
+        tensors = [weights.tensor(n, device, MEMORY_FORMATS[o.format]) for n, o in needed.items()]
         return InductorEngine(loader, inputs, tensors, outputs, parts, found, device)
 
     def _load_package(self, path: Path, device: torch.device) -> Any:
@@ -348,7 +260,7 @@ class InductorBackend:
     def _value_format(self, name: str, spec: TensorSpec) -> str:
         """Images that go from segment to segment keep the format convolutions want; what transports move is plain."""
         plain = name not in self._images or not spec.dtype.is_floating_point or spec.shape[1] < 8
-        return "contiguous" if plain else _CHANNELS_LAST[len(spec.shape)][0]
+        return "contiguous" if plain else CHANNELS_LAST[len(spec.shape)][0]
 
     def __del__(self) -> None:
         pool: Pool | None = self.__dict__.get("_pool")
@@ -401,7 +313,7 @@ def _weight_formats(segment: BuildSegment) -> dict[str, str]:
     placeholders = [n for n in segment.graph.graph.nodes if n.op == "placeholder"][len(segment.inputs) :]
     formats = {}
     for (name, spec), node in zip(segment.weights, placeholders, strict=True):
-        known = _CHANNELS_LAST.get(len(spec.shape))
+        known = CHANNELS_LAST.get(len(spec.shape))
         if known and node.users and all(u.target in _CONVOLUTIONS and u.args[1] is node for u in node.users):
             formats[name] = known[0]
     return formats
