@@ -1,6 +1,8 @@
-"""One rank of distrifuser's patch parallelism, for ``bench_gpu.py``: SDXL's UNet with random weights, no guidance.
+"""One rank of distrifuser's patch parallelism, for ``bench_gpu.py``: SDXL's UNet with random weights.
 
-    torchrun --nproc-per-node N tools/bench_distrifuser.py CHECKOUT LATENT
+    torchrun --nproc-per-node N tools/bench_distrifuser.py CHECKOUT LATENT none|batch|split
+
+Guidance as ``bench_gpu.py`` has it: none, both halves as a batch, or each on half of the ranks.
 
 Uses what distrifuser's own pipeline uses: buffers for all sites, and three CUDA graphs (exact, first and later
 displaced calls). Rank 0 prints one JSON line a figure.
@@ -19,7 +21,7 @@ import torch.distributed as dist
 
 @torch.no_grad()
 def main() -> None:
-    checkout, latent = sys.argv[1], int(sys.argv[2])
+    checkout, latent, guidance = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     sys.path.insert(0, checkout)
     import huggingface_hub
 
@@ -30,16 +32,19 @@ def main() -> None:
     from gpu_parts import example, median_ms, network, peak_gib
 
     config = DistriConfig(
-        height=latent * 8, width=latent * 8, do_classifier_free_guidance=False, mode="corrected_async_gn"
-    )
+        height=latent * 8, width=latent * 8, mode="corrected_async_gn",
+        do_classifier_free_guidance=guidance != "none", split_batch=guidance == "split",
+    )  # fmt: skip
     device = torch.device(config.device)
     module = DistriUNetPP(network("sdxl", device), config)
-    kwargs = example(module, device, latent, latent)
-    kwargs["timestep"] = kwargs["timestep"].reshape(1)  # one for each image
+    images = 1 if guidance == "none" else 2
+    kwargs = example(module, device, latent, latent, images)
+    kwargs["timestep"] = kwargs["timestep"].repeat(images)  # one for each image
 
     def call(counter: int, record: bool = False) -> Any:
         module.set_counter(counter)
-        return module(**kwargs, return_dict=False, record=record)[0]
+        given = {**kwargs, "added_cond_kwargs": dict(kwargs["added_cond_kwargs"])}  # of which it puts its half back
+        return module(**given, return_dict=False, record=record)[0]
 
     manager = PatchParallelismCommManager(config)
     module.set_comm_manager(manager)

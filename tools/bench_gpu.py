@@ -47,6 +47,10 @@ def main() -> None:
     parser.add_argument("--models", default="sdxl", help="of sdxl, sd15, or one JSON configuration of a diffusers UNet")
     parser.add_argument("--latents", default="128,256,480")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument(
+        "--guidance", default="none", choices=("none", "batch", "split"),
+        help="none: one image; batch: both halves of a guided step in one call; split: each on half of the ranks",
+    )  # fmt: skip
     parser.add_argument("--predict-ranks", default="4,8")
     parser.add_argument("--bandwidth", type=float, default=379.0, help="GB/s from one GPU to another, for predict")
     parser.add_argument("--phases", default="steady,warmup")
@@ -92,7 +96,7 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
             for part in args.only.split(","):
                 base = {"part": part, "model": model, "latent": latent, "optimise": args.optimise,
                         "inductor": args.inductor, "max_autotune": args.max_autotune,
-                        "attention": args.attention, "timed": args.timed}  # fmt: skip
+                        "attention": args.attention, "timed": args.timed, "guidance": args.guidance}  # fmt: skip
                 if part == "passes":
                     found += [{**base, "ranks": args.ranks, "optimise": o} for o in ("none", *OPTIMISATIONS, "all")]
                 elif part == "predict":
@@ -107,6 +111,8 @@ def drive(args: argparse.Namespace) -> None:
     unknown = [p for p in args.only.split(",") if p not in PARTS]
     if unknown:
         raise SystemExit(f"no part named {unknown[0]!r}; there are: {', '.join(PARTS)}")
+    if args.guidance == "split" and {"free", "passes", "predict"} & set(args.only.split(",")):
+        raise SystemExit("one rank of a guidance half is what --guidance none measures, on half as many --ranks")
     done = [json.loads(line)["job"] for line in args.out.read_text().splitlines()] if args.out.exists() else []
     waiting = [job for job in jobs(args) if not any(d == {**job, "done": True} for d in done)]
     while waiting:
@@ -190,7 +196,7 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
 
     turn = gpu_parts.Turn(args.work / "turn")
     if job["part"] == "single":
-        gpu_parts.single(say, turn, job["model"], height, width, tuple(args.modes.split(",")))
+        gpu_parts.single(say, turn, job["model"], height, width, tuple(args.modes.split(",")), images(job))
         return
 
     def predicting(**figure: Any) -> None:
@@ -207,8 +213,13 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
         ("steady",) if job["part"] == "passes" else tuple(args.phases.split(",")),
         _backend_options(args),
         args.work / f"free-{os.getpid()}", job["part"] == "free" and not args.no_check, args.profile,
-        _optimise(job), args.segments,
+        _optimise(job), args.segments, images(job),
     )  # fmt: skip
+
+
+def images(job: dict[str, Any]) -> int:
+    """The batch of a call: guidance takes two, whether or not each half has ranks of its own."""
+    return 1 if job["guidance"] == "none" else 2
 
 
 def _backend_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -232,6 +243,7 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
 
     turn = gpu_parts.Turn(args.work / "turn")
     name = f"{job['model'] if len(job['model']) < 9 else 'custom'}-{height}x{width}-{job['ranks']}-{args.warmup_steps}"
+    name += "" if job["guidance"] == "none" else f"-{job['guidance']}"
     folder = args.work / (
         name + ("-autotuned" if args.max_autotune else "") + f"-{args.attention}-{args.timed.replace(',', '+')}"
     )
@@ -240,7 +252,8 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
         module = gpu_parts.network(job["model"], device)
         began = time.perf_counter()
         program = dc.convert(
-            module, kwargs=gpu_parts.example(module, device, height, width), ranks=job["ranks"],
+            module, kwargs=gpu_parts.example(module, device, height, width, images(job)), ranks=job["ranks"],
+            cfg="split" if job["guidance"] == "split" else "none",
             warmup_steps=args.warmup_steps, optimise=_optimise(job), segments=args.segments,
         )  # fmt: skip
         converted = time.perf_counter()
@@ -276,7 +289,7 @@ def reference(job: dict[str, Any], args: argparse.Namespace, latent: int) -> Non
         raise SystemExit("distrifuser is not part of this repository: give --distrifuser CHECKOUT")
     script = TOOLS / "bench_distrifuser.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job["ranks"]),
-               str(script), str(args.distrifuser), str(latent)]  # fmt: skip
+               str(script), str(args.distrifuser), str(latent), job["guidance"]]  # fmt: skip
     site = [str(args.distrifuser_site)] if args.distrifuser_site else []
     path = os.pathsep.join([*site, *filter(None, [os.environ.get("PYTHONPATH")])])
     import gpu_parts

@@ -35,8 +35,8 @@ def network(model: str, device: torch.device, dtype: torch.dtype = torch.float16
     return module
 
 
-def example(module: torch.nn.Module, device: torch.device, height: int, width: int) -> dict[str, Any]:
-    """Arguments of one call without guidance; height and width of the latent."""
+def example(module: torch.nn.Module, device: torch.device, height: int, width: int, batch: int = 1) -> dict[str, Any]:
+    """Arguments of one call; height and width of the latent. Guidance takes a batch of two."""
     config: Any = module.config
     dtype = next(module.parameters()).dtype
     generator = torch.Generator(device).manual_seed(1)
@@ -45,15 +45,15 @@ def example(module: torch.nn.Module, device: torch.device, height: int, width: i
         return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
 
     kwargs: dict[str, Any] = {
-        "sample": normal(1, 4, height, width),
+        "sample": normal(batch, 4, height, width),
         "timestep": torch.tensor(500.0, device=device),
-        "encoder_hidden_states": normal(1, 77, config.cross_attention_dim),
+        "encoder_hidden_states": normal(batch, 77, config.cross_attention_dim),
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         kwargs["added_cond_kwargs"] = {
-            "text_embeds": normal(1, pooled),
-            "time_ids": torch.full((1, 6), 1024.0, device=device, dtype=dtype),
+            "text_embeds": normal(batch, pooled),
+            "time_ids": torch.full((batch, 6), 1024.0, device=device, dtype=dtype),
         }
     return kwargs
 
@@ -125,12 +125,12 @@ def peak_gib() -> float | None:
 
 
 @torch.no_grad()
-def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tuple[str, ...]) -> None:
+def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tuple[str, ...], batch: int = 1) -> None:
     """One GPU: eager, and ``torch.compile`` with each of ``modes``, all as CUDA graphs, channels last. A mode that ends
     in ``+flash3`` has FlashAttention-3 in PyTorch's place, for all attention."""
     device = torch.device("cuda")
     module = network(model, device)
-    kwargs = example(module, device, height, width)
+    kwargs = example(module, device, height, width, batch)
     count = 20 if height * width < 100_000 else 5
 
     def eager() -> Any:
@@ -279,7 +279,7 @@ def _random(spec: Any, device: torch.device, generator: torch.Generator, statist
 def free(
     say: Say, turn: Turn, model: str, height: int, width: int, ranks: int, rank: int, phases: tuple[str, ...],
     options: Mapping[str, Any], folder: Path, check: bool = True, profile: Path | None = None,
-    optimise: str = "", segments: int = 4,
+    optimise: str = "", segments: int = 4, batch: int = 1,
 ) -> None:  # fmt: skip
     """One rank's step with transfers free, as one CUDA graph: the upper bound, and the compute part of a prediction."""
     import districompile as dc
@@ -287,7 +287,7 @@ def free(
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     module = network(model, device)
-    kwargs = example(module, device, height, width)
+    kwargs = example(module, device, height, width, batch)
     start = time.perf_counter()
     program = dc.convert(module, kwargs=kwargs, ranks=ranks, rows={"sample": 2}, optimise=optimise, segments=segments)
     converted = time.perf_counter()
