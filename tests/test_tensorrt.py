@@ -1,6 +1,6 @@
 """Engines of real networks by the real builder, without a GPU; and the ONNX files they are built from, by ONNX Runtime.
 
-Every network is built in every precision for SM80, SM89 and SM120 at once, for two and for three (uneven) ranks, with
+Every kind of network is built in every precision, for SM80, SM89 and SM120, for two and for three (uneven) ranks, with
 its exact phase cut at every collective and as one engine that holds them.
 """
 
@@ -39,15 +39,25 @@ CPU = torch.device("cpu")
 TARGETS = ("sm80", "sm89", "sm120")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
-NETWORKS = ("sd15", "sdxl", "refiner", "inpainting", "unet2d", "vae_decoder")
-# network, precision, ranks, where collectives are, GPUs built for: each network meets 2 and 3 ranks, both places, and
-# every GPU; one is built for all, as building takes the time
+# Networks with the same operators; each kind meets every precision, 2 and 3 ranks, both places and every GPU
+KINDS = {
+    "stable diffusion": ("sd15", "sdxl", "refiner", "inpainting"),
+    "unet2d": ("unet2d",),
+    "vae_decoder": ("vae_decoder",),
+}
+# network, precision, ranks, where collectives are, GPUs built for (building takes the time: one case is for all)
 CASES = [
-    (name, dtype, 2 + (i + j) % 2, ("between", "inside")[(i + j + j // 2) % 2],
-     TARGETS if (name, dtype) == ("unet2d", "fp32") else TARGETS[j : j + 1])
-    for i, name in enumerate(NETWORKS)
-    for j, dtype in enumerate(DTYPES)
-]  # fmt: skip
+    ("sd15", "fp32", 3, "inside", ("sm80",)),
+    ("sdxl", "fp16", 2, "between", ("sm89",)),
+    ("refiner", "bf16", 2, "inside", ("sm120",)),
+    ("inpainting", "fp32", 3, "between", ("sm120",)),
+    ("unet2d", "fp32", 2, "between", TARGETS),
+    ("unet2d", "fp16", 3, "inside", ("sm89",)),
+    ("unet2d", "bf16", 2, "inside", ("sm120",)),
+    ("vae_decoder", "fp32", 3, "inside", ("sm80",)),
+    ("vae_decoder", "fp16", 2, "between", ("sm89",)),
+    ("vae_decoder", "bf16", 3, "between", ("sm120",)),
+]
 
 
 def backend(target: str = ",".join(TARGETS), **options: Any) -> TensorRTBackend:
@@ -84,11 +94,13 @@ def check_engines(path: Path) -> Bundle:
 
 
 def test_cases_cover_what_they_should() -> None:
-    for name in NETWORKS:
-        assert {d for n, d, _, _, _ in CASES if n == name} == set(DTYPES)
-        assert {r for n, _, r, _, _ in CASES if n == name} == {2, 3}
-        assert {w for n, _, _, w, _ in CASES if n == name} == {"between", "inside"}
-        assert {t for n, _, _, _, targets in CASES if n == name for t in targets} == {*TARGETS}
+    assert {name for name, *_ in CASES} == {name for names in KINDS.values() for name in names}
+    for names in KINDS.values():
+        cases = [case for case in CASES if case[0] in names]
+        assert {dtype for _, dtype, _, _, _ in cases} == set(DTYPES)
+        assert {ranks for _, _, ranks, _, _ in cases} == {2, 3}
+        assert {where for _, _, _, where, _ in cases} == {"between", "inside"}
+        assert {target for *_, targets in cases for target in targets} == {*TARGETS}
     assert TARGETS in [targets for *_, targets in CASES]
 
 
