@@ -15,8 +15,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def operators_are_listed_once() -> Iterator[None]:
-    """``torch.export`` asks PyTorch's dispatcher for all operators of C++ anew each time, which takes a third of what
-    it takes to export a network of two layers; libraries in C++ are not loaded between two tests."""
+    """``torch.export`` asks PyTorch's dispatcher for all operators of C++ anew each time, a fifth of what it
+    takes to export a network of two layers; libraries in C++ are not loaded between two tests."""
     listing = export_utils._materialize_cpp_cia_ops
     listing()
     with pytest.MonkeyPatch.context() as patch:

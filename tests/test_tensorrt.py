@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 TARGETS = ("sm80", "sm89", "sm120")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
-# Networks with the same operators; each kind meets every precision, 2 and 3 ranks, both places and every GPU
+# Networks alike in their operators; each kind meets every precision, 2 and 3 ranks, both places and every GPU
 KINDS = {
     "stable diffusion": ("sd15", "sdxl", "refiner", "inpainting"),
     "unet2d": ("unet2d",),

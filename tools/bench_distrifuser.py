@@ -43,7 +43,10 @@ def main() -> None:
 
     def call(counter: int, record: bool = False) -> Any:
         module.set_counter(counter)
-        given = {**kwargs, "added_cond_kwargs": dict(kwargs["added_cond_kwargs"])}  # of which it puts its half back
+        given = {
+            **kwargs,
+            "added_cond_kwargs": dict(kwargs["added_cond_kwargs"]),
+        }  # it keeps its half there
         return module(**given, return_dict=False, record=record)[0]
 
     manager = PatchParallelismCommManager(config)
