@@ -9,6 +9,7 @@ Parts, each in processes of its own:
   passes      the displaced step of free with no optimisation, with each alone, and with all
   predict     as free for ``--predict-ranks`` (4 and 8): a rank's compute at a quarter and an eighth of the rows, and
               the transfers at ``--bandwidth``
+  convert     the bundle of ours, compared with the eager oracle and not timed: to time it later, nothing beside
   ours        the bundle on ``--ranks`` GPUs: exact and displaced step (``districompile bench``)
   steps       as ours, and ``--steps`` calls, the first ``--warmup-steps`` exact
   distrifuser the reference implementation on ``--ranks`` GPUs; needs --distrifuser CHECKOUT, and diffusers 0.27.2 in
@@ -37,7 +38,7 @@ from typing import Any
 TOOLS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOOLS.parent))  # where it is not installed
 ONE_GPU = ("single", "free", "predict", "passes")
-PARTS = (*ONE_GPU, "ours", "steps", "distrifuser")
+PARTS = (*ONE_GPU, "convert", "ours", "steps", "distrifuser")
 
 
 def main() -> None:
@@ -272,6 +273,8 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
         del module, program
         gc.collect()
         torch.cuda.empty_cache() if device.type == "cuda" else None
+    if job["part"] == "convert":
+        return
     command = [sys.executable, "-m", "districompile", "bench", str(folder)]
     if job["part"] == "steps":
         command += ["--steps", str(args.steps)]
