@@ -18,7 +18,7 @@ from districompile.unit import Unit
 
 @dataclasses.dataclass(frozen=True)
 class NodeError:
-    """One node: |cut - whole| / |whole|, in float64 (infinite for another shape), and where the model computes it."""
+    """One node: its :func:`relative_error` against the whole graph's, and where the model computes it."""
 
     node: str
     op: str
@@ -55,8 +55,12 @@ def compare_nodes(unit: Unit, inputs: Mapping[str, Tensor]) -> list[NodeError]:
 
 
 def _compared(node: fx.Node, got: Tensor, want: Tensor) -> NodeError:
-    error = float("inf")
-    if got.shape == want.shape:
-        scale = want.double().norm().clamp_min(1e-12)
-        error = float((got.double() - want.double()).norm() / scale)
-    return NodeError(node.name, str(node.target), error, source_line(node))
+    return NodeError(node.name, str(node.target), relative_error(got, want), source_line(node))
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| (2-norms), in float64 on the CPU; infinite for another shape."""
+    if got.shape != want.shape:
+        return float("inf")
+    a, b = got.double().cpu(), want.double().cpu()
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))

@@ -11,6 +11,7 @@ import torch
 
 import districompile as dc
 from districompile.commands.bench import Calls
+from districompile.compare import relative_error
 from districompile.ir.plan import Phase
 from districompile.runtime.launcher import launch
 
@@ -27,11 +28,11 @@ def compare(bundle: Path, eager: Path, ranks: int, module: torch.nn.Module, scra
     with torch.no_grad():
         one = module(**_moved(whole, next(module.parameters()).device), return_dict=False)[0].cpu()
     found: dict[str, Any] = {
-        "exact_against_one_gpu": error(first["outputs"][0], one),
-        "eager_exact_against_one_gpu": error(oracle["outputs"][0], one),
-        "exact_against_eager": error(first["outputs"][0], oracle["outputs"][0]),
+        "exact_against_one_gpu": relative_error(first["outputs"][0], one),
+        "eager_exact_against_one_gpu": relative_error(oracle["outputs"][0], one),
+        "exact_against_eager": relative_error(first["outputs"][0], oracle["outputs"][0]),
         "displaced_against_eager": max(
-            error(a, b) for a, b in zip(first["outputs"][1:], oracle["outputs"][1:], strict=True)
+            relative_error(a, b) for a, b in zip(first["outputs"][1:], oracle["outputs"][1:], strict=True)
         ),
         "same_bits_twice": all(torch.equal(a, b) for a, b in zip(first["outputs"], second["outputs"], strict=True)),
     }
@@ -60,11 +61,6 @@ def answers(bundle: str, file: str) -> None:
     if dist.get_rank() == 0:
         torch.save({"kwargs": first, "outputs": outputs}, file)
     unet.close()
-
-
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """|a - b| / |b| (2-norms)."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def _moved(x: Any, device: torch.device) -> Any:

@@ -246,6 +246,7 @@ class OneRank:
     def errors(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Each segment against the eager oracle on the same inputs: largest |a - b| / |b| (2-norms) of its outputs."""
         from districompile.backends.eager import EagerEngine
+        from districompile.compare import relative_error
         from districompile.ir.serialize import graph_from_json, graph_to_json
 
         found: dict[str, float] = {}
@@ -257,8 +258,7 @@ class OneRank:
             want = EagerEngine(graph, dict(segment.inputs), weights, plan.outputs).run(given, plan.outputs)
             got = self.engines[name].run(given, plan.outputs)
             for output in plan.outputs:
-                a, b = got[output].double(), want[output].double()
-                error = float((a - b).norm() / b.norm().clamp_min(1e-12))
+                error = relative_error(got[output], want[output])
                 found[name] = max(found.get(name, 0.0), error if error == error else float("inf"))
             return want
 

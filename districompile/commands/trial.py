@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import districompile as dc
 from districompile.backends.base import get_backend
 from districompile.commands.common import quiet_libraries
+from districompile.compare import relative_error
 from districompile.errors import Error
 from districompile.progress import Progress
 
@@ -121,7 +122,7 @@ def main(name: str, scratch: Path) -> None:
         want = net(x)
         moved = x.to(compiled.device)
         # The steady phase settles where the input stays as it is: then it gives what the exact phase does
-        errors = [_error(compiled(sample=moved), want) for _ in range(8)]
+        errors = [relative_error(compiled(sample=moved), want) for _ in range(8)]
     worst, last = errors[0], errors[-1]
     seconds = time.perf_counter() - began
     kind = compiled.device.type
@@ -130,11 +131,6 @@ def main(name: str, scratch: Path) -> None:
         sys.exit(1)
     device = torch.cuda.get_device_name() if kind == "cuda" else "the CPU"
     _say(result=f"ran on {device}, exact to {worst:.1e}, displaced to {last:.1e}, in {seconds:.0f} s")
-
-
-def _error(got: Any, want: Tensor) -> float:
-    value = (got[0] if isinstance(got, tuple) else got).double().cpu()
-    return float((value - want.double()).norm() / want.double().norm())
 
 
 def _say(**what: object) -> None:

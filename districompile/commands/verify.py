@@ -22,6 +22,7 @@ from districompile.backends.base import get_backend
 from districompile.bundle import Bundle
 from districompile.commands.common import UsageError, console, print_json, quiet_libraries
 from districompile.commands.drawing import Request, draw, place
+from districompile.compare import relative_error
 from districompile.ir.plan import Plan, dtype_name, dtype_of
 from districompile.ir.walk import replace
 from districompile.models.inputs import Example
@@ -163,14 +164,14 @@ def exact_error(
             if len(actual) != len(expected):
                 return math.inf
             for a, b in zip(actual, expected, strict=True):
-                error = relative_error(a, b)
+                error = largest_error(a, b)
                 worst = error if math.isnan(error) else max(worst, error)
                 if math.isnan(worst):
                     return worst
     return worst
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
+def largest_error(actual: Tensor, expected: Tensor) -> float:
     """max |a - b| / max |b|, in float64; infinite for another shape."""
     if actual.shape != expected.shape:
         return math.inf
@@ -204,11 +205,10 @@ def measure_drift(
         before, after = expected, actual
         of, peak = "sample", float(expected.max() - expected.min())
     assert expected is not None and actual is not None and before is not None and after is not None
-    error = (after - before).double().norm() / before.double().norm()
     return {
         "steps": settings.steps,
         "warmup_steps": int(options.get("warmup_steps", 0)),
-        "relative_error": float(error),
+        "relative_error": relative_error(after, before),
         "psnr_db": psnr(actual, expected, peak),
         "of": of,
     }
