@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import io
 import traceback
@@ -18,13 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from districompile.decompose import decompose
 from districompile.errors import CaptureError, InputError
 from districompile.ir.plan import InputSpec, TensorSpec
 from districompile.ir.walk import source_line
-from districompile.registry import find_rule, is_pointwise
 from districompile.structure import describe_output, flatten_call
 
-aten = torch.ops.aten
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 
@@ -63,8 +61,8 @@ def capture(module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     buffers or inputs, or whose output holds something else than tensors and constants.
     """
     signature, args, kwargs = bind_call(module, args, dict(kwargs or {}))
-    program = _export(module, args, kwargs)
-    graph, names = _graph_of(program)
+    program, functional = _export(module, args, kwargs)
+    graph, names = _graph_of(program, functional)
     _refuse_unknown_sizes(graph)
     inputs, constants = _inputs_of(program, names, flatten_call(signature, args, kwargs))
     weights = _weights_of(program, module)
@@ -132,79 +130,15 @@ def _known_outputs(module: torch.nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def _export(module: torch.nn.Module, args: Any, kwargs: Any) -> torch.export.ExportedProgram:
+def _export(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[torch.export.ExportedProgram, fx.Graph]:
     try:
         # torch.export prints the graph so far to stderr where it fails: our error says where and why
         quiet = contextlib.redirect_stderr(io.StringIO())
         with _evaluating(module), _known_outputs(module), torch.no_grad(), warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")
-            program = torch.export.export(module, tuple(args), dict(kwargs), strict=False)
-            return _spelled_out(program)
+            return decompose(torch.export.export(module, tuple(args), dict(kwargs), strict=False))
     except Exception as e:
         raise CaptureError(f"{type(module).__name__} cannot be exported: {_reason(e)}") from e
-
-
-# Loops over a sequence, frames read by strides, factorisations that check their result: better computed whole
-_KEPT_WHOLE = {
-    "aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "aten::stft", "aten::istft", "aten::linalg_inv",
-    "aten::linalg_cholesky", "aten::linalg_solve", "aten::linalg_lstsq", "aten::linalg_pinv", "aten::linalg_eigh",
-    "aten::linalg_eig", "aten::linalg_det", "aten::linalg_slogdet", "aten::linalg_svd", "aten::linalg_svdvals",
-}  # fmt: skip
-
-
-def _spelled_out(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program made functional, with convolutions, norms, linears and attention whole, and operators that no rule
-    knows written as those they are made of, where torch says which: an ``hstack`` is a ``cat``, an ``addmm`` a product
-    and a sum."""
-    # Each run traces the whole program again: one, for most models, does both.
-    program = _decomposed(program, _unknown(program)) or program.run_decompositions({})
-    for _ in range(4):  # what operators are made of may be made of others
-        table = _unknown(program)
-        spelled = _decomposed(program, table) if table else None
-        if spelled is None:
-            break
-        program = spelled
-    return program
-
-
-def _unknown(program: torch.export.ExportedProgram) -> dict[Any, Callable[..., Any]]:
-    """What operators without a rule are made of."""
-    table = {}
-    for node in program.graph.nodes:
-        op = node.target
-        if not isinstance(op, torch._ops.OpOverload) or op._schema.name in _KEPT_WHOLE:
-            continue
-        if find_rule(op) is None and not is_pointwise(op) and (made_of := _made_of(op)) is not None:
-            table[op] = made_of
-    return table
-
-
-@functools.cache
-def _core_table() -> dict[Any, Callable[..., Any]]:
-    """PyTorch's, which takes a third of a second to put together."""
-    table = dict(torch._decomp.core_aten_decompositions())
-    table.update({op: torch._decomp.decomposition_table[op] for op in (aten.addmm.default, aten.addmv.default)})
-    return table
-
-
-@functools.cache
-def _made_of(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
-    """What ``op`` is made of, or None. Libraries of operators may have been loaded since the table was put together."""
-    if op in _core_table() or op.namespace == "aten":
-        return _core_table().get(op)
-    return dict(torch._decomp.core_aten_decompositions()).get(op)
-
-
-def _decomposed(
-    program: torch.export.ExportedProgram, table: dict[Any, Callable[..., Any]]
-) -> torch.export.ExportedProgram | None:
-    """None where that fails, or leaves a check of values as a side effect, which a compiled program has no place for:
-    then such operators are computed whole, on gathered inputs."""
-    try:
-        spelled = program.run_decompositions(table)
-    except Exception:
-        return None
-    return None if any(s.kind == OutputKind.TOKEN for s in spelled.graph_signature.output_specs) else spelled
 
 
 def _reason(error: BaseException) -> str:
@@ -216,8 +150,8 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}{where}"
 
 
-def _graph_of(program: torch.export.ExportedProgram) -> tuple[fx.Graph, dict[str, str]]:
-    """The program's graph with parameters, buffers and constants as ``get_attr`` nodes, and user inputs as
+def _graph_of(program: torch.export.ExportedProgram, functional: fx.Graph) -> tuple[fx.Graph, dict[str, str]]:
+    """The functional graph with parameters, buffers and constants as ``get_attr`` nodes, and user inputs as
     placeholders.
 
     Also gives the placeholder of every user input, by the name the export gave it.
@@ -227,7 +161,7 @@ def _graph_of(program: torch.export.ExportedProgram) -> tuple[fx.Graph, dict[str
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     names: dict[str, str] = {}
-    for node in program.graph.nodes:
+    for node in functional.nodes:
         if node.op == "placeholder" and not node.users and not isinstance(node.meta.get("val"), Tensor):
             continue  # a constant: built in
         if node.op == "placeholder" and node.name in lifted:

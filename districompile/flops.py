@@ -24,8 +24,7 @@ def flops_of(node: fx.Node, rank: int | None = None) -> float:
     if name == "aten::linear":
         return 2.0 * out.numel() * _arg(node, 1, rank).shape[1]
     if name.startswith("aten::conv") and out.ndim > 2:
-        weight = _arg(node, 1, rank)
-        per_output = weight[0].numel()
+        per_output = math.prod(_arg(node, 1, rank).shape[1:])
         source = _arg(node, 0, rank) if "transpose" in name else out
         return 2.0 * source.numel() * per_output
     if name == "aten::scaled_dot_product_attention":

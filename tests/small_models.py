@@ -15,6 +15,8 @@ pytest.importorskip("diffusers")
 
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 
+import districompile as dc
+from districompile.capture import Captured
 from districompile.models.sources import VaeDecoder
 
 Call = tuple[nn.Module, dict[str, Any]]
@@ -131,6 +133,13 @@ def reference(name: str, batch: int, h: int, w: int) -> tuple[nn.Module, dict[st
     module, kwargs = MODELS[name](batch, h, w)
     with torch.no_grad():
         return module, kwargs, first(module(**kwargs))
+
+
+@functools.lru_cache(maxsize=2)
+def captured(name: str, batch: int, h: int, w: int) -> Captured:
+    """The graph of that model, which takes longer than to cut it: conversions leave it as it is."""
+    module, kwargs, _ = reference(name, batch, h, w)
+    return dc.capture(module, kwargs=kwargs)
 
 
 def first(output: Any) -> Tensor:

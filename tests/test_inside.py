@@ -20,7 +20,7 @@ from districompile.runtime.lockstep import LockstepLinks
 from districompile.runtime.runner import LockstepRunner
 from districompile.runtime.static import StaticExecutor
 from districompile.runtime.streams import Decision
-from tests.small_models import reference, relative_error
+from tests.small_models import captured, reference, relative_error
 
 CPU = torch.device("cpu")
 
@@ -47,8 +47,8 @@ def taken(plan: Plan, steps: Any, rank: int, values: dict[str, torch.Tensor]) ->
     ],
 )  # fmt: skip
 def test_joined_phase_equals_the_original(name: str, height: int, ranks: int, passes: list[Any]) -> None:
-    module, kwargs, want = reference(name, 1, height, 8)
-    program = dc.convert(module, kwargs=kwargs, ranks=ranks, passes=passes)
+    _, kwargs, want = reference(name, 1, height, 8)
+    program = dc.convert(captured(name, 1, height, 8), ranks=ranks, passes=passes)
     left = delivered(program.plan.phases["steady"])
     plan = whole_plan(program._phases["warmup"], left, ranks)
     segments = [whole_segment(program._phases["warmup"], left, r) for r in range(ranks)]
@@ -100,8 +100,8 @@ def test_steady_phase_goes_on_from_a_joined_exact_phase(static: bool) -> None:
     """The same calls as with collectives between engines."""
     import dataclasses
 
-    module, kwargs, _ = reference("sdxl", 1, 20, 8)
-    program = dc.convert(module, kwargs=kwargs, ranks=2)
+    _, kwargs, _ = reference("sdxl", 1, 20, 8)
+    program = dc.convert(captured("sdxl", 1, 20, 8), ranks=2)
     plain = program._engines()
     left = delivered(program.plan.phases["steady"])
     whole = whole_plan(program._phases["warmup"], left, 2)
@@ -147,8 +147,7 @@ def test_reductions_and_empty_exchanges_are_joined() -> None:
 
 
 def test_only_some_backends_hold_collectives(tmp_path: Any) -> None:
-    module, kwargs, _ = reference("sdxl", 1, 20, 8)
-    program = dc.convert(module, kwargs=kwargs, ranks=2)
+    program = dc.convert(captured("sdxl", 1, 20, 8), ranks=2)
     with pytest.raises(BackendError, match="the eager backend cuts at every collective; use 'between'"):
         program.save(tmp_path / "b", backend="eager", collectives="inside")
     with pytest.raises(ConvertError, match="'between' engines or 'inside' of them"):

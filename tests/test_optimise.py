@@ -6,37 +6,44 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import districompile as dc
 from districompile.passes.leave_room import LeaveRoom
 from districompile.refit import refit
 from districompile.unit import OPTIMISATIONS
-from tests.small_models import first, reference, relative_error
+from tests.small_models import captured, first, reference, relative_error
 
 # There is nothing to leave room for in small networks: see below
 CASES = [*((name, 3) for name in OPTIMISATIONS if name != "leave-room"), ("all", 2)]
 
 
-@pytest.mark.parametrize("optimise, ranks", CASES)
 @pytest.mark.parametrize("name", ["sdxl", "unet2d"])
-def test_results_are_the_same(name: str, optimise: str, ranks: int) -> None:
-    module, kwargs, want = reference(name, 1, 20, 8)
-    plain = dc.convert(module, kwargs=kwargs, ranks=ranks)
-    program = dc.convert(module, kwargs=kwargs, ranks=ranks, optimise=optimise)
-    assert relative_error(first(program.simulate(**kwargs)), want) <= 1e-5
-    plain.simulate(**kwargs)
+def test_results_are_the_same(name: str) -> None:
+    _, kwargs, want = reference(name, 1, 20, 8)
     moved = {**kwargs, "sample": kwargs["sample"] * 1.1}
-    for _ in range(2):
-        got, expected = (first(p.simulate(phase="steady", **moved)) for p in (program, plain))
-        assert relative_error(got, expected) <= 1e-5
-    assert len(program.plan.collectives) <= len(plain.plan.collectives)
+
+    def converted(ranks: int, optimise: str = "") -> tuple[int, list[Tensor]]:
+        """Number of collectives; one exact call and two displaced ones."""
+        program = dc.convert(captured(name, 1, 20, 8), ranks=ranks, optimise=optimise)
+        exact = first(program.simulate(**kwargs))
+        return len(program.plan.collectives), [exact, *(first(program.simulate(phase="steady", **moved)) for _ in "ab")]
+
+    plain = {ranks: converted(ranks) for ranks in (2, 3)}
+    for optimise, ranks in CASES:
+        count, (exact, *displaced) = converted(ranks, optimise)
+        assert relative_error(exact, want) <= 1e-5, optimise
+        for got, expected in zip(displaced, plain[ranks][1][1:], strict=True):
+            assert relative_error(got, expected) <= 1e-5, optimise
+        assert count <= plain[ranks][0], optimise
 
 
 @pytest.mark.parametrize("name, ranks", [("sdxl", 2), ("unet2d", 3), ("unet2d", 1)])
 def test_room_for_own_rows(name: str, ranks: int) -> None:
-    module, kwargs, want = reference(name, 2, 20, 8)
-    plain = dc.convert(module, kwargs=kwargs, ranks=ranks, optimise="hoist-fetches")
-    program = dc.convert(module, kwargs=kwargs, ranks=ranks, optimise="hoist-fetches", passes=[LeaveRoom(1e9, 1)])
+    _, kwargs, want = reference(name, 2, 20, 8)
+    graph = captured(name, 2, 20, 8)
+    plain = dc.convert(graph, ranks=ranks, optimise="hoist-fetches")
+    program = dc.convert(graph, ranks=ranks, optimise="hoist-fetches", passes=[LeaveRoom(1e9, 1)])
     assert ("insert" in program.graph_text("steady")) == (ranks > 1)
     assert relative_error(first(program.simulate(**kwargs)), want) <= 1e-5
     plain.simulate(**kwargs)
@@ -49,14 +56,14 @@ def test_room_for_own_rows(name: str, ranks: int) -> None:
 
 
 def test_room_is_less_than_a_share_of_the_weights() -> None:
-    module, kwargs, _ = reference("sdxl", 1, 20, 8)
+    graph = captured("sdxl", 1, 20, 8)
 
     def inserts(share: float) -> int:
         passes = [LeaveRoom(share, 1)]
         options = {"optimise": "merge-linears,hoist-fetches", "passes": passes}
-        return dc.convert(module, kwargs=kwargs, ranks=2, **options).graph_text("steady").count("dc.insert")
+        return dc.convert(graph, ranks=2, **options).graph_text("steady").count("dc.insert")
 
-    plan = dc.convert(module, kwargs=kwargs, ranks=2, optimise="merge-linears,hoist-fetches").plan
+    plan = dc.convert(graph, ranks=2, optimise="merge-linears,hoist-fetches").plan
     weights = sum(spec.nbytes for spec in plan.weights.values())
     whole = [c for c in plan.collectives.values() if c.kind == "attention"]
     room = sum(c.specs[0].nbytes for c in whole)  # both ranks have half of the rows
@@ -79,6 +86,7 @@ def test_merged_weights_can_be_refitted(tmp_path: Path) -> None:
     with unet.exact():
         assert relative_error(first(unet(**kwargs)), want) <= 1e-5
     reference.cache_clear()
+    captured.cache_clear()
 
 
 def test_unknown_optimisations_are_named() -> None:

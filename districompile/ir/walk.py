@@ -26,7 +26,17 @@ def leaves(x: Any) -> Iterator[Any]:
 
 def of_type(x: Any, kind: type[T]) -> list[T]:
     """The leaves of ``x`` that are of one type: nodes, values, ..."""
-    return [v for v in leaves(x) if isinstance(v, kind)]
+    found: list[T] = []
+    waiting = [x]
+    while waiting:  # no generators within generators: this is asked of every node, at each step of a conversion
+        v = waiting.pop()
+        if isinstance(v, list | tuple):
+            waiting += reversed(v)
+        elif isinstance(v, dict):
+            waiting += reversed(v.values())
+        elif isinstance(v, kind):
+            found.append(v)
+    return found
 
 
 def per_ranks_of(node: fx.Node) -> list[PerRank[Any]]:
