@@ -13,6 +13,10 @@ from torch._export import utils as export_utils
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--networks", type=int, default=240, help="how many random networks test_fuzz.py cuts")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def operators_are_listed_once() -> Iterator[None]:
     """``torch.export`` asks PyTorch's dispatcher for all operators of C++ anew each time, a fifth of what it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tests.families.base import randomise
 from tests.helpers_cut import Cutting
 
-CHUNKS, EXAMPLES = 12, 44  # 528 networks a run, in pieces that workers share
+CHUNKS = 12  # pieces that workers share
 C = 4  # channels everywhere
 
 
@@ -334,10 +335,10 @@ def networks(draw: st.DrawFn) -> tuple[Net, Tensor, list[float]]:
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_random_networks(chunk: int) -> None:
+def test_random_networks(chunk: int, request: pytest.FixtureRequest) -> None:
     @seed(chunk)
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=math.ceil(request.config.getoption("--networks") / CHUNKS),
         deadline=None,
         database=None,
         phases=[Phase.generate],

@@ -29,8 +29,9 @@ from districompile.ir.plan import PHASES, Run, Take
 from districompile.runtime.executor import Executor
 from districompile.runtime.inputs import InputChecker
 from districompile.weights import WeightFile
+from tests.helpers_net import make_program
 from tests.helpers_segments import make_segment, write_weights
-from tests.small_models import MODELS, first, reference, relative_error
+from tests.small_models import MODELS, first, relative_error
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("tensorrt_rtx", reason="the package tensorrt_rtx is not installed: no engine can be built here")
@@ -41,7 +42,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
 # Networks alike in their operators; each kind meets every precision, 2 and 3 ranks, both places and every GPU
 KINDS = {
-    "stable diffusion": ("sd15", "sdxl", "refiner", "inpainting"),
+    "stable diffusion": ("sd15", "sdxl", "refiner"),
     "unet2d": ("unet2d",),
     "vae_decoder": ("vae_decoder",),
 }
@@ -50,7 +51,6 @@ CASES = [
     ("sd15", "fp32", 3, "inside", ("sm80",)),
     ("sdxl", "fp16", 2, "between", ("sm89",)),
     ("refiner", "bf16", 2, "inside", ("sm120",)),
-    ("inpainting", "fp32", 3, "between", ("sm120",)),
     ("unet2d", "fp32", 2, "between", TARGETS),
     ("unet2d", "fp16", 3, "inside", ("sm89",)),
     ("unet2d", "bf16", 2, "inside", ("sm120",)),
@@ -196,8 +196,7 @@ def test_demo_through_the_command_line(tmp_path: Path, capsys: Any) -> None:
 
 def test_the_same_onnx_file_for_both(tmp_path: Path) -> None:
     """With weights in place, TensorRT reads the very file that the onnxruntime backend writes and checks."""
-    module, kwargs, _ = reference("unet2d", 1, 12, 8)
-    program = dc.convert(module, kwargs=kwargs, ranks=2)
+    program = make_program(2)
     program.save(tmp_path / "ort", backend="onnxruntime")
     program.save(tmp_path / "trt", backend=backend("sm89", weights="inside"))
 
@@ -225,8 +224,7 @@ def test_one_target_each(target: str, tmp_path: Path) -> None:
 
 def test_equal_segments_and_other_targets(tmp_path: Path) -> None:
     """An engine's name changes with the target, so that bundles cannot be mixed up; equal ranks share engines."""
-    module, kwargs, _ = reference("unet2d", 1, 16, 8)
-    program = dc.convert(module, kwargs=kwargs, ranks=2)
+    program = make_program(2)
     program.save(tmp_path / "a", backend=backend("sm89"))
     plan = Bundle.open(tmp_path / "a").plan
     assert all(len(set(s.engines)) == 1 for p in plan.phases.values() for s in p.segments.values())
