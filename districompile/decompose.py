@@ -250,6 +250,7 @@ def _rewritten(old: fx.Graph, forms: Mapping[fx.Node, _Form]) -> fx.Graph:
             env[node].meta.update(node.meta)
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
+            env[node].name = node.name  # a graph renames an ``input``, by which the signature knows it
     graph.eliminate_dead_code()
     return graph
 

@@ -143,3 +143,13 @@ def test_results_stay_what_they_are() -> None:
     with torch.no_grad():
         outs = interpret(captured.graph, values, lambda name: captured.weights[name][1](), 1)
         assert torch.equal(outs[0][0], block(X, T))
+
+
+def test_an_input_may_have_the_name_of_a_builtin() -> None:
+    class Net(nn.Module):
+        def forward(self, input: Tensor, range: Tensor) -> Tensor:
+            return (input + range).reshape(2, -1)
+
+    captured = dc.capture(Net(), (X, X))
+    assert [i.path for i in captured.inputs] == ["input", "range"]
+    assert [i.value for i in captured.inputs] == [n.name for n in captured.graph.find_nodes(op="placeholder")]
