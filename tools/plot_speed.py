@@ -2,8 +2,8 @@
 
     python tools/plot_speed.py docs/measurements/four-h100.jsonl --out docs/images/speed.svg
 
-One panel a latent, one call without guidance. Dashed: the quickest of one GPU, divided by the number of GPUs; what is
-below it gains more than one GPU's program loses. Needs matplotlib.
+One panel a latent, one call without guidance. Dashed: the quickest of one GPU, divided by the number of GPUs.
+Needs matplotlib (``pip install "districompile[plots]"``).
 """
 
 from __future__ import annotations

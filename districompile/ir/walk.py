@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import fx
@@ -12,23 +12,11 @@ from districompile.ir.layout import PerRank
 T = TypeVar("T")
 
 
-def leaves(x: Any) -> Iterator[Any]:
-    """Everything in nested containers that is not one itself."""
-    if isinstance(x, list | tuple):
-        for v in x:
-            yield from leaves(v)
-    elif isinstance(x, dict):
-        for v in x.values():
-            yield from leaves(v)
-    else:
-        yield x
-
-
 def of_type(x: Any, kind: type[T]) -> list[T]:
     """The leaves of ``x`` that are of one type: nodes, values, ..."""
     found: list[T] = []
     waiting = [x]
-    while waiting:  # no generators within generators: this is asked of every node, at each step of a conversion
+    while waiting:  # a loop: this is asked of every node at each step of a conversion
         v = waiting.pop()
         if isinstance(v, list | tuple):
             waiting += reversed(v)
