@@ -42,7 +42,7 @@ def convert(
     ranks: int,
     rows: Mapping[str, int] | None = None,
     cfg: str = "none",
-    groupnorm: str = "corrected_async",
+    groupnorm: str = "forecast",
     displace: Sequence[str] | str = DISPLACEABLE,
     warmup_steps: int = 4,
     segments: int = 4,

@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 Cfg = Literal["none", "batch", "split"]
-GroupNorm = Literal["corrected_async", "sync", "stale", "local"]
+GroupNorm = Literal["forecast", "corrected_async", "sync", "stale", "local"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 MODEL_HELP = "'demo', a diffusers folder, a hub id (owner/name), or package.module:factory."
@@ -39,7 +39,7 @@ CfgOption = Annotated[
         "split: each half on its own half of the GPUs; none: no guidance."
     ),
 ]
-GroupNormOption = Annotated[GroupNorm | None, typer.Option(help="Statistics of displaced norms [corrected_async].")]
+GroupNormOption = Annotated[GroupNorm | None, typer.Option(help="Statistics of displaced norms [forecast].")]
 Warmup = Annotated[int | None, typer.Option(min=1, help="Exact steps at the start of every image [4].")]
 Displace = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from districompile.errors import ConvertError
 from districompile.ir.plan import Phase
 
 Stage = Literal["whole", "local", "lowered"]
-GROUPNORM_MODES = ("corrected_async", "sync", "stale", "local")
+GROUPNORM_MODES = ("forecast", "corrected_async", "sync", "stale", "local")
 OPTIMISATIONS = ("share-subexpressions", "merge-linears", "hoist-fetches", "leave-room", "hoist-conditioning")
 DISPLACEABLE = ("attention", "conv", "norm", "resize", "other")
 
@@ -24,7 +24,7 @@ class Options:
 
     ranks: int
     cfg: str = "none"
-    groupnorm: str = "corrected_async"
+    groupnorm: str = GROUPNORM_MODES[0]
     displace: tuple[str, ...] = DISPLACEABLE
     warmup_steps: int = 4
     segments: int = 4

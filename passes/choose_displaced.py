@@ -10,7 +10,7 @@ import dataclasses
 from typing import ClassVar
 
 from districompile.ir.ops import ops
-from districompile.unit import DISPLACEABLE, Stage, Unit
+from districompile.unit import DISPLACEABLE, GROUPNORM_MODES, Stage, Unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ChooseDisplaced:
     reductions, the gathering of outputs, and operators computed on gathered inputs."""
 
     kinds: tuple[str, ...] = DISPLACEABLE
-    groupnorm: str = "corrected_async"
+    groupnorm: str = GROUPNORM_MODES[0]
 
     name: ClassVar[str] = "choose-displaced"
     exact: ClassVar[bool] = False

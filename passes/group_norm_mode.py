@@ -1,20 +1,32 @@
-"""How displaced group norms get their statistics in the steady phase.
+"""How displaced group norms get their statistics in the displaced phase.
 
-At a displaced norm site the statistics of the other ranks are the previous step's. ``stale`` merges them with this
-rank's own of this step, which is what the graph does as it stands. ``corrected_async`` (DistriFusion) merges the
-previous step's of
-*all* ranks and adds this rank's own change since then. ``local`` uses this rank's own alone and exchanges nothing.
+At a displaced norm the statistics of the other ranks are those that they sent during the previous step.
 
-    %g = dc.place(%halo, %m, 0, ...)        %old = dc.previous(%m)
-    %s = dc.merge_moments(%g, [...])    ->  %g = dc.place(%halo, %old, 0, ...)
-                                            %s = dc.merge_moments(%g, [...])
-                                            %c = dc.correct_moments(%s, %old, %m)
+- ``forecast`` (the default): each rank sends a forecast of its next statistics, its own of this step moved on by what
+  the last step changed. The receiver corrects all others by half of what its own forecast missed, puts its own fresh
+  statistics in, and merges (docs/decisions/0037).
+- ``corrected_async`` (DistriFusion, arXiv 2402.19481, section 4.2): the previous step's of *all* ranks, plus this
+  rank's own whole change since then.
+- ``stale``: the previous step's of the others and this rank's own of this step. This is the graph as it stands.
+- ``local``: this rank's own alone; nothing is exchanged.
+
+``forecast``, on a graph that ``announce-statistics`` prepared:
+
+    %s = dc.announce(%m)                     %s = dc.forecast_moments(%m, %m_previous)
+    %g = dc.place(%halo, %s, 0, ...)     ->  %g = dc.place(%halo, %s_previous, 0, ...)
+    %t = dc.merge_moments(%g, [...])         %t = dc.merge_forecasts(%g, %m, [...])
+
+``corrected_async``:
+
+    %g = dc.place(%halo, %m, 0, ...)         %g = dc.place(%halo, %m_previous, 0, ...)
+    %t = dc.merge_moments(%g, [...])     ->  %t = dc.merge_moments(%g, [...])
+                                             %c = dc.correct_moments(%t, %m_previous, %m)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -25,7 +37,7 @@ from districompile.unit import GROUPNORM_MODES, Stage, Unit
 
 @dataclasses.dataclass(frozen=True)
 class GroupNormMode:
-    """Requires the lowered graph of the steady phase."""
+    """Requires the lowered graph of the displaced phase."""
 
     mode: str = GROUPNORM_MODES[0]
 
@@ -42,13 +54,34 @@ class GroupNormMode:
             if gathered.target is not ops.place.default or not exchange.meta.get("displaced"):
                 continue
             emitter.target = merge
-            if self.mode == "corrected_async":
+            if self.mode == "forecast":
+                _forecast(unit.graph, emitter, merge, gathered)
+            elif self.mode == "corrected_async":
                 _correct(unit.graph, emitter, merge, gathered)
             elif self.mode == "local":
                 fresh = gathered.args[1]
                 merge.args = (fresh, [1.0])
                 merge.meta["local"] = emitter.local_results(merge.target, merge.args, {})
         unit.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+
+def _forecast(graph: fx.Graph, emitter: Cutter, merge: fx.Node, gathered: fx.Node) -> None:
+    """Two norms of one value share ``gathered``, or what is announced: each part is replaced once."""
+    sent: Any = gathered.args[1]
+    if sent.target is ops.announce.default:
+        fresh = sent.args[0]
+        with graph.inserting_before(sent):
+            previous = emitter.emit(ops.previous.default, fresh, name=f"{fresh.name}_previous")
+        sent.target, sent.args = ops.forecast_moments.default, (fresh, previous)
+    if sent.target is ops.forecast_moments.default:
+        with graph.inserting_before(gathered):
+            expected = emitter.emit(ops.previous.default, sent, name=f"{sent.name}_previous")
+        gathered.replace_input_with(sent, expected)
+    elif sent.target is ops.previous.default:
+        sent = sent.args[0]
+    if sent.target is not ops.forecast_moments.default:
+        return  # a pass of the user's displaced it later: the previous step's statistics, as they stand
+    merge.target, merge.args = ops.merge_forecasts.default, (gathered, sent.args[0], merge.args[1])
 
 
 def _correct(graph: fx.Graph, emitter: Cutter, merge: fx.Node, gathered: fx.Node) -> None:

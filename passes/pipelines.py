@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from districompile.passes.annotate import Annotate
+from districompile.passes.announce_statistics import AnnounceStatistics
 from districompile.passes.choose_displaced import ChooseDisplaced
 from districompile.passes.drop_noops import DropNoOps
 from districompile.passes.explicit_casts import ExplicitCasts
@@ -23,7 +24,7 @@ PASSES: dict[str, type[Any]] = {
     p.name: p
     for p in (
         DropNoOps, ExplicitCasts, ShareSubexpressions, MergeLinears, Annotate, Localise, HoistFetches, LeaveRoom,
-        ChooseDisplaced, LowerCollectives, GroupNormMode, HoistConditioning,
+        ChooseDisplaced, AnnounceStatistics, LowerCollectives, GroupNormMode, HoistConditioning,
     )
 }  # fmt: skip
 
@@ -42,6 +43,8 @@ def cut(options: Options) -> list[Pass]:
         LeaveRoom(),
         ChooseDisplaced(kinds=options.displace, groupnorm=options.groupnorm),
     ]
+    if options.groupnorm == "forecast":
+        passes.append(AnnounceStatistics())
     return [p for p in passes if p.name not in OPTIMISATIONS or p.name in options.optimise]
 
 
@@ -53,7 +56,7 @@ def lower(options: Options) -> list[Pass]:
 def steady(options: Options) -> list[Pass]:
     """What the displaced phase does on top. The warm-up phase is the lowered graph as it is."""
     passes: list[Pass] = []
-    if options.groupnorm in ("corrected_async", "local"):
+    if options.groupnorm in ("forecast", "corrected_async", "local"):
         passes.append(GroupNormMode(mode=options.groupnorm))
     if HoistConditioning.name in options.optimise:
         passes.append(HoistConditioning())

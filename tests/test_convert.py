@@ -49,7 +49,7 @@ def test_nested_inputs_and_outputs_keep_their_structure() -> None:
         ({"ranks": 0}, "ranks must be at least 1"),
         ({"ranks": 3, "cfg": "split"}, "3 is odd"),
         ({"ranks": 2, "cfg": "split"}, "halves the batch, which is 1"),
-        ({"ranks": 2, "groupnorm": "fast"}, "unknown groupnorm mode 'fast'; there are: corrected_async"),
+        ({"ranks": 2, "groupnorm": "fast"}, "unknown groupnorm mode 'fast'; there are: forecast, corrected_async"),
         ({"ranks": 2, "displace": "walls"}, "cannot displace 'walls'"),
         ({"ranks": 2, "warmup_steps": 0}, "start from an exact one"),
         ({"ranks": 2, "rows": {"image": 2}}, "rows names 'image', but the tensor inputs are: sample, timestep"),

@@ -83,7 +83,11 @@ def merge_moments(parts: Tensor, counts: list[float]) -> Tensor:
     """:func:`districompile.ir.ops.merge_moments`, rank by rank."""
     if len(counts) > _UNROLLED:
         return plain.merge_moments(parts, counts)
-    pairs, shares = _pairs(parts), [c / sum(counts) for c in counts]
+    return _merged(_pairs(parts), counts)
+
+
+def _merged(pairs: list[Pair], counts: list[float]) -> Tensor:
+    shares = [c / sum(counts) for c in counts]
     whole = _weighted([mean for mean, _ in pairs], shares)
     return _stacked(whole, _weighted([var + (mean - whole).square() for mean, var in pairs], shares))
 
@@ -99,6 +103,30 @@ def correct_moments(merged: Tensor, stale: Tensor, fresh: Tensor) -> Tensor:
     """:func:`districompile.ir.ops.correct_moments`."""
     [(mean, var)], [(old_mean, old_var)], [(new_mean, new_var)] = _pairs(merged), _pairs(stale), _pairs(fresh)
     return _stacked(*plain.corrected(mean, var, old_mean, old_var, new_mean, new_var))
+
+
+def announce(moments: Tensor) -> Tensor:
+    """:func:`districompile.ir.ops.announce`; what it holds stays a pair."""
+    copy = moments.clone()
+    if moments in _PAIRS:
+        _PAIRS[copy] = _PAIRS[moments]
+    return copy
+
+
+def forecast_moments(moments: Tensor, previous: Tensor) -> Tensor:
+    """:func:`districompile.ir.ops.forecast_moments`."""
+    [(mean, var)], [(old_mean, old_var)] = _pairs(moments), _pairs(previous)
+    return _stacked(*plain.forecast(mean, var, old_mean, old_var), rows=True)
+
+
+def merge_forecasts(parts: Tensor, fresh: Tensor, counts: list[float]) -> Tensor:
+    """:func:`districompile.ir.ops.merge_forecasts`, rank by rank."""
+    if len(counts) > _UNROLLED:
+        return plain.merge_forecasts(parts, fresh, counts)
+    own, *others = _pairs(parts)
+    [(mean, var)] = _pairs(fresh)
+    shift, growth = plain.missed(*own, mean, var)
+    return _merged([(mean, var), *((m + shift, v * growth) for m, v in others)], counts)
 
 
 def normalize(x: Tensor, stats: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -147,7 +175,9 @@ def _wide(x: Tensor) -> torch.dtype:
 
 FUSED: dict[Any, Callable[..., Any]] = {
     ops.moments.default: moments, ops.place.default: place, ops.merge_moments.default: merge_moments,
-    ops.correct_moments.default: correct_moments, ops.normalize.default: normalize,
+    ops.correct_moments.default: correct_moments, ops.announce.default: announce,
+    ops.forecast_moments.default: forecast_moments, ops.merge_forecasts.default: merge_forecasts,
+    ops.normalize.default: normalize,
     torch.ops.aten.linear.default: linear, PRODUCT_CONVOLUTION: unfolded, KERNEL_CONVOLUTION: traced,
     gated.GATED_PRODUCT: gated.traced, attention.KERNEL_ATTENTION: attention.traced,
     attention.PRODUCT_ATTENTION: attention.traced_product,

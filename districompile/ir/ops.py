@@ -42,6 +42,9 @@ _LIB.define(
 _LIB.define("moments(Tensor x, int groups) -> Tensor")
 _LIB.define("merge_moments(Tensor parts, float[] counts) -> Tensor")
 _LIB.define("correct_moments(Tensor merged, Tensor stale, Tensor fresh) -> Tensor")
+_LIB.define("announce(Tensor moments) -> Tensor")
+_LIB.define("forecast_moments(Tensor moments, Tensor previous) -> Tensor")
+_LIB.define("merge_forecasts(Tensor parts, Tensor fresh, float[] counts) -> Tensor")
 _LIB.define("normalize(Tensor x, Tensor stats, int groups, Tensor? weight, Tensor? bias, float eps) -> Tensor")
 
 
@@ -202,8 +205,11 @@ def merge_moments(parts: Tensor, counts: list[float]) -> Tensor:
 
     Chan, Golub and LeVeque's parallel update, for R parts at once.
     """
+    return _merged(parts[:, 0], parts[:, 1], counts)
+
+
+def _merged(mean: Tensor, var: Tensor, counts: list[float]) -> Tensor:
     total = sum(counts)
-    mean, var = parts[:, 0], parts[:, 1]
     if len(set(counts)) == 1:
         average = mean.mean(0)
         return torch.stack([average, var.mean(0) + (mean - average).square().mean(0)])
@@ -237,6 +243,54 @@ def corrected(
     shift = new_mean - old_mean
     spread = var + (new_var - old_var) + 2 * shift * (old_mean - mean)
     return mean + shift, torch.where(spread > 0, spread, new_var)
+
+
+def announce(moments: Tensor) -> Tensor:
+    """``moments``, as a value of its own: what a rank sends of its statistics in the exact phase."""
+    return moments.clone()
+
+
+def forecast_moments(moments: Tensor, previous: Tensor) -> Tensor:
+    """Moments of the next step, from those of this one and the ``previous`` one (each (1, 2, B, G)).
+
+    A step changes the mean by what the last step changed it by, and the variance by the same factor. Neither change is
+    trusted beyond what groups do from one step to the next: a standard deviation of the mean, and ``MOST_GROWTH`` or
+    its inverse of the variance. So the variance stays positive, whatever the data do (decision 37).
+    """
+    mean, var = forecast(moments[0, 0], moments[0, 1], previous[0, 0], previous[0, 1])
+    return torch.stack([mean, var]).unsqueeze(0)
+
+
+MOST_GROWTH = 4.0  # of a variance from one step to the next
+_SMALL = 1e-12  # under any variance that a norm's epsilon lets through
+
+
+def forecast(mean: Tensor, var: Tensor, old_mean: Tensor, old_var: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of :func:`forecast_moments`, each (B, G)."""
+    most = torch.sqrt(var)
+    shift = torch.minimum(torch.maximum(mean - old_mean, -most), most)
+    growth = ((var + _SMALL) / (old_var + _SMALL)).clamp(1 / MOST_GROWTH, MOST_GROWTH)
+    return mean + shift, var * growth
+
+
+def merge_forecasts(parts: Tensor, fresh: Tensor, counts: list[float]) -> Tensor:
+    """Moments of the whole from every rank's forecast for this step (``parts``, (R, 2, B, G), this rank's own first)
+    and this rank's own of this step (``fresh``, (1, 2, B, G)): (2, B, G).
+
+    The others are corrected by half of what this rank's own forecast missed: half is the share whose error is least
+    where nobody knows how alike the ranks' misses are (decision 37). Then all are merged as in :func:`merge_moments`,
+    so that the variance is never less than the ranks' own variances together.
+    """
+    mean, var = fresh[0, 0], fresh[0, 1]
+    shift, growth = missed(parts[0, 0], parts[0, 1], mean, var)
+    means = torch.cat([mean.unsqueeze(0), parts[1:, 0] + shift])
+    return _merged(means, torch.cat([var.unsqueeze(0), parts[1:, 1] * growth]), counts)
+
+
+def missed(expected_mean: Tensor, expected_var: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Half of what a forecast missed: what to add to a mean, and what to multiply a variance by."""
+    growth = ((var + _SMALL) / (expected_var + _SMALL)).clamp(1 / MOST_GROWTH, MOST_GROWTH)
+    return 0.5 * (mean - expected_mean), torch.sqrt(growth)
 
 
 def normalize(x: Tensor, stats: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -274,6 +328,9 @@ COMPOSITES = {
         moments,
         merge_moments,
         correct_moments,
+        announce,
+        forecast_moments,
+        merge_forecasts,
         normalize,
     )
 }
