@@ -30,7 +30,7 @@ from districompile.runtime.inputs import InputChecker
 from districompile.runtime.runner import LockstepRunner
 from districompile.runtime.streams import Decision
 from districompile.structure import flatten_call, rebuild_output
-from districompile.unit import DISPLACEABLE, OPTIMISATIONS, Options, Unit
+from districompile.unit import DISPLACEABLE, DRIFT_LIMIT, OPTIMISATIONS, Options, Unit
 from districompile.weights import WeightFile
 
 
@@ -45,6 +45,7 @@ def convert(
     groupnorm: str = "forecast",
     displace: Sequence[str] | str = DISPLACEABLE,
     warmup_steps: int = 4,
+    drift_limit: float = DRIFT_LIMIT,
     segments: int = 4,
     passes: Iterable[Pass | str] = (),
     rules: Iterable[str] = (),
@@ -61,7 +62,9 @@ def convert(
     ``rows`` names the inputs that are cut, as they are passed, and the dim of their rows (``{"sample": 2}``); left
     out, it is every floating-point image or volume among the inputs. ``cfg="split"`` gives each half of the batch
     (guidance) to half of the ranks. ``groupnorm``, ``displace`` and ``warmup_steps`` say how the steady phase differs
-    from the exact one; ``displace="none"`` makes it exact too. ``segments``: into how many engines the steady phase
+    from the exact one; ``displace="none"`` makes it exact too. After ``warmup_steps`` exact steps,
+    steps stay exact until the image has settled: until it changes at most ``drift_limit`` times as fast as the sampler
+    moves it (:mod:`districompile.runtime.drift`; 0 turns this off). ``segments``: into how many engines the steady phase
     is cut at most. ``passes`` run on the local graph, before collectives are lowered; ``rules`` are modules that
     register operator rules. ``strict`` refuses a module with an operator that has to be computed whole. ``optimise``
     names exact optimisations of the graph ("all", or of :data:`~districompile.unit.OPTIMISATIONS`). ``dump`` is a
@@ -72,7 +75,9 @@ def convert(
     for rule_module in rules:
         import_rules(rule_module)
     chosen = OPTIMISATIONS if optimise == "all" else optimise.split(",") if isinstance(optimise, str) else optimise
-    options = _options(ranks, cfg, groupnorm, displace, warmup_steps, segments, strict, tuple(k for k in chosen if k))
+    options = _options(
+        ranks, cfg, groupnorm, displace, warmup_steps, segments, strict, tuple(k for k in chosen if k), drift_limit
+    )
     bars = tasks(progress)
     halved: Sequence[str] = ()
     if isinstance(module, Captured):
@@ -104,7 +109,7 @@ def convert(
 
 def _options(
     ranks: int, cfg: str, groupnorm: str, displace: Sequence[str] | str, warmup_steps: int, segments: int, strict: bool,
-    optimise: tuple[str, ...],
+    optimise: tuple[str, ...], drift_limit: float,
 ) -> Options:  # fmt: skip
     if cfg == "split":
         if ranks % 2:
@@ -115,7 +120,7 @@ def _options(
     if isinstance(displace, str):
         displace = DISPLACEABLE if displace == "all" else [k for k in displace.split(",") if k]
     kinds = tuple(k for k in displace if k != "none")
-    return Options(ranks, cfg, groupnorm, kinds, warmup_steps, segments, strict, optimise)
+    return Options(ranks, cfg, groupnorm, kinds, warmup_steps, segments, strict, optimise, drift_limit)
 
 
 def _pipelines() -> Any:

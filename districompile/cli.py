@@ -41,6 +41,20 @@ CfgOption = Annotated[
 ]
 GroupNormOption = Annotated[GroupNorm | None, typer.Option(help="Statistics of displaced norms [forecast].")]
 Warmup = Annotated[int | None, typer.Option(min=1, help="Exact steps at the start of every image [4].")]
+DriftLimit = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Steps stay exact until the image changes at most so many times as fast as the sampler moves it; 0: only "
+        "--warmup-steps are exact [1].",
+    ),
+]
+QualityFloor = Annotated[
+    str | None,
+    typer.Option(
+        help="Convert with the fastest setting whose worst picture is so close to one device's, as 40dB. Draws pictures."
+    ),
+]
 Displace = Annotated[
     str | None,
     typer.Option(help="Exchanges to displace, of attention,conv,norm,resize,other; or none, or all [all]."),
@@ -112,6 +126,7 @@ def convert(
     cfg: CfgOption = None,
     groupnorm: GroupNormOption = None,
     warmup_steps: Warmup = None,
+    drift_limit: DriftLimit = None,
     displace: Displace = None,
     backend: BackendOption = None,
     dtype: DtypeOption = None,
@@ -135,6 +150,12 @@ def convert(
     max_autotune: MaxAutotuneOption = None,
     attention: AttentionOption = None,
     timed: TimedOption = None,
+    quality_floor: QualityFloor = None,
+    quality_prompts: Annotated[
+        Path | None, typer.Option(help="--quality-floor: a text file, one prompt a line (else a few of its own).")
+    ] = None,
+    quality_seeds: Annotated[str, typer.Option(help="--quality-floor: as 0,1 or 0-3; every prompt with each.")] = "0,1",
+    quality_steps: Annotated[int, typer.Option(min=2, help="--quality-floor: sampling steps.")] = 20,
     as_json: Json = False,
 ) -> int:
     """Compile MODEL for N processes into a bundle on disk."""
@@ -142,12 +163,16 @@ def convert(
 
     settings = command.Settings(
         model=model, gpus=gpus, height=height, width=width, batch=batch, cfg=cfg, groupnorm=groupnorm,
-        warmup_steps=warmup_steps, displace=displace, backend=backend, dtype=dtype, segments=segments, strict=strict,
+        warmup_steps=warmup_steps, drift_limit=drift_limit, displace=displace, backend=backend, dtype=dtype,
+        segments=segments, strict=strict,
         dump=dump, passes=tuple(passes or ()), rules=tuple(rules or ()), stop_after=stop_after, skip=tuple(skip or ()),
         optimise=optimise, target=target, tensorrt_flavour=tensorrt_flavour, engine_weights=engine_weights,
         collectives=collectives, max_autotune=max_autotune, attention=attention, timed=timed,
     )  # fmt: skip
-    return command.main(settings, out, as_json)
+    floor = None
+    if quality_floor is not None:
+        floor = command.Floor(quality_floor, quality_prompts, quality_seeds, quality_steps)
+    return command.main(settings, out, as_json, floor)
 
 
 @app.command()
@@ -178,12 +203,40 @@ def verify(
         Literal["onnxruntime"] | None,
         typer.Option(help="Run what a tensorrt bundle's engines were built from by ONNX Runtime: needs no GPU."),
     ] = None,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Draw many pictures and compare each with one device's.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="--quality: a text file, one prompt a line (else a few of its own).")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="--quality: prompts, where no file is given.")] = 8,
+    seeds: Annotated[str | None, typer.Option(help="--quality: as 0,1 or 0-3; every prompt with each (--seed).")] = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            help="--quality: compare with these group norm modes too, with commas; reference: the paper's code."
+        ),
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="--quality: guidance scale (else the pipeline's own).")] = None,
+    report: Annotated[Path | None, typer.Option(help="--quality: write an HTML page with pictures here.")] = None,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="--quality: start one process a rank, instead of all in this one.")
+    ] = False,
     nodes: Annotated[bool, typer.Option("--nodes", help="Compare every operator too: finds a wrong rule.")] = False,
     model: ModelOverride = None,
     device: DeviceOption = None,
     as_json: Json = False,
 ) -> int:
-    """Compare a bundle with the original model: the exact phase's error, and the displaced phase's drift."""
+    """Compare a bundle with the original model: the exact phase's error, and the displaced phase's drift.
+    With --quality: the pictures of many prompts and seeds."""
+    if quality:
+        from districompile.commands import quality as measuring
+
+        chosen = measuring.Settings(
+            bundle=bundle, prompts=prompts, pictures=pictures, seeds=seeds if seeds is not None else str(seed),
+            modes=modes, steps=steps, guidance=guidance, report=report, processes=processes, model=model, device=device,
+        )  # fmt: skip
+        return measuring.main(chosen, as_json)
     from districompile.commands import verify as command
 
     settings = command.Settings(
@@ -224,6 +277,7 @@ def run(
     cfg: CfgOption = None,
     groupnorm: GroupNormOption = None,
     warmup_steps: Warmup = None,
+    drift_limit: DriftLimit = None,
     displace: Displace = None,
     backend: BackendOption = None,
     dtype: DtypeOption = None,
@@ -252,6 +306,7 @@ def run(
         out=out, log_dir=log_dir, model=model, gpus=gpus, transport=transport, cuda_graph=cuda_graph, device=device,
         conversion={
             "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
+            "drift_limit": drift_limit,
             "displace": displace, "backend": backend, "dtype": dtype, "segments": segments, "target": target,
             "optimise": optimise, "max_autotune": max_autotune, "attention": attention, "timed": timed,
             "tensorrt_flavour": tensorrt_flavour, "engine_weights": engine_weights, "collectives": collectives,

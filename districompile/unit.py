@@ -4,6 +4,7 @@ rows."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from torch import fx
@@ -15,6 +16,7 @@ from districompile.ir.plan import Phase
 Stage = Literal["whole", "local", "lowered"]
 GROUPNORM_MODES = ("forecast", "corrected_async", "sync", "stale", "local")
 OPTIMISATIONS = ("share-subexpressions", "merge-linears", "hoist-fetches", "leave-room", "hoist-conditioning")
+DRIFT_LIMIT = 1.0  # see districompile/runtime/drift.py, and docs/quality.md for what it gives
 DISPLACEABLE = ("attention", "conv", "norm", "resize", "other")
 
 
@@ -30,6 +32,7 @@ class Options:
     segments: int = 4
     strict: bool = False
     optimise: tuple[str, ...] = ()  # of OPTIMISATIONS
+    drift_limit: float = DRIFT_LIMIT  # above this rate of change steps are exact; 0: no limit
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -46,6 +49,8 @@ class Options:
             raise ConvertError(f"there is no optimisation {wrong[0]!r}; there are: {', '.join(OPTIMISATIONS)}, or all")
         if self.warmup_steps < 1:
             raise ConvertError("warmup_steps must be at least 1: displaced steps start from an exact one")
+        if not 0 <= self.drift_limit < math.inf:
+            raise ConvertError(f"drift_limit must be 0 (no limit) or above, not {self.drift_limit}")
         if self.segments < 1:
             raise ConvertError(f"segments must be at least 1, not {self.segments}")
 

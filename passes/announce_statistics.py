@@ -14,6 +14,7 @@ import dataclasses
 from typing import ClassVar
 
 from districompile.cutter import Cutter
+from districompile.ir.layout import Factor
 from districompile.ir.ops import ops
 from districompile.unit import Stage, Unit
 
@@ -36,5 +37,5 @@ class AnnounceStatistics:
             emitter.target = fetch
             with unit.graph.inserting_before(fetch):
                 announced = emitter.emit(ops.announce.default, moments, name=f"{moments.name}_announced")
-            announced.meta["layout"] = moments.meta["layout"]
+            announced.meta["layout"] = moments.meta["layout"].with_dim(1, (Factor(4),))
             fetch.replace_input_with(moments, announced)

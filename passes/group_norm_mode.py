@@ -12,7 +12,7 @@ At a displaced norm the statistics of the other ranks are those that they sent d
 
 ``forecast``, on a graph that ``announce-statistics`` prepared:
 
-    %s = dc.announce(%m)                     %s = dc.forecast_moments(%m, %m_previous)
+    %s = dc.announce(%m)                     %s = dc.forecast_moments(%m, %s_previous)
     %g = dc.place(%halo, %s, 0, ...)     ->  %g = dc.place(%halo, %s_previous, 0, ...)
     %t = dc.merge_moments(%g, [...])         %t = dc.merge_forecasts(%g, %m, [...])
 
@@ -55,7 +55,7 @@ class GroupNormMode:
                 continue
             emitter.target = merge
             if self.mode == "forecast":
-                _forecast(unit.graph, emitter, merge, gathered)
+                _forecast(unit.graph, merge, gathered)
             elif self.mode == "corrected_async":
                 _correct(unit.graph, emitter, merge, gathered)
             elif self.mode == "local":
@@ -65,23 +65,28 @@ class GroupNormMode:
         unit.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
 
 
-def _forecast(graph: fx.Graph, emitter: Cutter, merge: fx.Node, gathered: fx.Node) -> None:
-    """Two norms of one value share ``gathered``, or what is announced: each part is replaced once."""
+def _forecast(graph: fx.Graph, merge: fx.Node, gathered: fx.Node) -> None:
+    """Norms of one value may share what is announced, which is replaced once."""
     sent: Any = gathered.args[1]
     if sent.target is ops.announce.default:
-        fresh = sent.args[0]
-        with graph.inserting_before(sent):
-            previous = emitter.emit(ops.previous.default, fresh, name=f"{fresh.name}_previous")
-        sent.target, sent.args = ops.forecast_moments.default, (fresh, previous)
-    if sent.target is ops.forecast_moments.default:
-        with graph.inserting_before(gathered):
-            expected = emitter.emit(ops.previous.default, sent, name=f"{sent.name}_previous")
-        gathered.replace_input_with(sent, expected)
-    elif sent.target is ops.previous.default:
-        sent = sent.args[0]
+        before = _carried(graph, sent)
+        sent.target, sent.args = ops.forecast_moments.default, (sent.args[0], before)
+    elif sent.meta.get("carried"):  # another norm read the same
+        sent = next(n for n in graph.nodes if n.name == sent.meta["recalls"])
     if sent.target is not ops.forecast_moments.default:
         return  # a pass of the user's displaced it later: the previous step's statistics, as they stand
+    gathered.replace_input_with(sent, sent.args[1])
     merge.target, merge.args = ops.merge_forecasts.default, (gathered, sent.args[0], merge.args[1])
+
+
+def _carried(graph: fx.Graph, sent: fx.Node) -> fx.Node:
+    """What the call before announced: a state that each call leaves for the next one."""
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        state = graph.placeholder(f"{sent.name}_previous")
+    state.meta = {k: v for k, v in sent.meta.items() if k in ("val", "local", "layout", "site")}
+    state.meta |= {"recalls": sent.name, "carried": True}
+    return state
 
 
 def _correct(graph: fx.Graph, emitter: Cutter, merge: fx.Node, gathered: fx.Node) -> None:

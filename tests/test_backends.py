@@ -132,6 +132,12 @@ COMPOSITES: dict[str, tuple[Function, list[Tensor]]] = {
     "merge even": (lambda p: ops.merge_moments(p, [8.0, 8.0]), [rand(2, 2, 1, 3)]),
     "merge uneven": (lambda p: ops.merge_moments(p, [8.0, 24.0]), [rand(2, 2, 1, 3)]),
     "correct": (ops.correct_moments, [rand(2, 1, 3), rand(1, 2, 1, 3), rand(1, 2, 1, 3)]),
+    "announce": (ops.announce, [rand(1, 2, 1, 3)]),
+    "forecast": (ops.forecast_moments, [rand(1, 2, 1, 3).abs(), rand(1, 2, 1, 3).abs()]),
+    "merge forecasts": (
+        lambda p, f: ops.merge_forecasts(p, f, [8.0, 24.0]),
+        [rand(2, 2, 1, 3).abs(), rand(1, 2, 1, 3).abs()],
+    ),
     "normalize": (
         lambda x, s, w, b: ops.normalize(x, s, 2, w, b, 1e-5),
         [rand(1, 4, 3, 2), rand(2, 1, 2).abs(), rand(4), rand(4)],

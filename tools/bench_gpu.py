@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="processes that compile our engines")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--warmup-steps", type=int, default=4)
+    parser.add_argument("--groupnorm", default="forecast", help="of our displaced phase")
+    parser.add_argument("--drift-limit", type=float, help="of ours; 0 measures no drift (else the default)")
     parser.add_argument("--work", type=Path, default=Path("bench-work"), help="bundles and packages, kept")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one part")
@@ -97,7 +99,8 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
             for part in args.only.split(","):
                 base = {"part": part, "model": model, "latent": latent, "optimise": args.optimise,
                         "inductor": args.inductor, "max_autotune": args.max_autotune,
-                        "attention": args.attention, "timed": args.timed, "guidance": args.guidance}  # fmt: skip
+                        "attention": args.attention, "timed": args.timed, "guidance": args.guidance,
+                        "groupnorm": args.groupnorm, "drift_limit": args.drift_limit}  # fmt: skip
                 if part == "passes":
                     found += [{**base, "ranks": args.ranks, "optimise": o} for o in ("none", *OPTIMISATIONS, "all")]
                 elif part == "predict":
@@ -214,7 +217,7 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
         ("steady",) if job["part"] == "passes" else tuple(args.phases.split(",")),
         _backend_options(args),
         args.work / f"free-{os.getpid()}", job["part"] == "free" and not args.no_check, args.profile,
-        _optimise(job), args.segments, images(job),
+        _optimise(job), args.segments, images(job), job["groupnorm"],
     )  # fmt: skip
 
 
@@ -241,10 +244,12 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
 
     import districompile as dc
     from districompile.backends.inductor import InductorBackend
+    from districompile.unit import DRIFT_LIMIT
 
     turn = gpu_parts.Turn(args.work / "turn")
     name = f"{job['model'] if len(job['model']) < 9 else 'custom'}-{height}x{width}-{job['ranks']}-{args.warmup_steps}"
     name += "" if job["guidance"] == "none" else f"-{job['guidance']}"
+    name += f"-{job['groupnorm']}" + ("" if job["drift_limit"] is None else f"-{job['drift_limit']:g}")
     folder = args.work / (
         name + ("-autotuned" if args.max_autotune else "") + f"-{args.attention}-{args.timed.replace(',', '+')}"
     )
@@ -255,7 +260,8 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
         program = dc.convert(
             module, kwargs=gpu_parts.example(module, device, height, width, images(job)), ranks=job["ranks"],
             cfg="split" if job["guidance"] == "split" else "none",
-            warmup_steps=args.warmup_steps, optimise=_optimise(job), segments=args.segments,
+            groupnorm=job["groupnorm"], warmup_steps=args.warmup_steps,
+            drift_limit=DRIFT_LIMIT if job["drift_limit"] is None else job["drift_limit"], optimise=_optimise(job), segments=args.segments,
         )  # fmt: skip
         converted = time.perf_counter()
         program.save(folder, backend=InductorBackend(device.type, **_backend_options(args)))

@@ -1,10 +1,11 @@
 """The one entry for checks, for people and for CI.
 
-    python tools/check.py            everything
+    python tools/check.py            every check; of the slow tests a third, by the date
     python tools/check.py lint       formatting and lint
     python tools/check.py types      mypy --strict; brings TensorRT's type stubs into build/typings the first time
     python tools/check.py test       pytest; further arguments go to it: tools/check.py test -k cli
-    python tools/check.py --fast     everything but the slow tests
+    python tools/check.py --all      every check and every test
+    python tools/check.py --fast     every check; none of the slow tests
     python tools/check.py --fix      reformat and repair what ruff can repair, then check
 
 Runs every check even if one fails; the exit code is 1 if any did.
@@ -36,8 +37,8 @@ STUB_ERRORS = {
 }
 
 
-def commands(check: str, fast: bool, fix: bool, extra: list[str]) -> list[list[str]]:
-    """What a check runs, one command line each."""
+def commands(check: str, slow: str, fix: bool, extra: list[str]) -> list[list[str]]:
+    """What a check runs, one command line each. ``slow``: which slow tests, "all", "some" of them, or "none"."""
     python = sys.executable
     if check == "lint":
         ruff = [python, "-m", "ruff"]
@@ -48,7 +49,8 @@ def commands(check: str, fast: bool, fix: bool, extra: list[str]) -> list[list[s
     if check == "types":
         fetch()
         return [[python, "-m", "mypy", "--strict"]]
-    return [[python, "-m", "pytest", "-q", *(["-m", "not slow"] if fast else []), *extra]]
+    chosen = {"all": ["--all"], "some": [], "none": ["-m", "not slow"]}[slow]
+    return [[python, "-m", "pytest", "-q", *chosen, *extra]]
 
 
 def fetch() -> None:
@@ -72,7 +74,9 @@ def main() -> int:
     """Run the checks asked for, in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checks", nargs="*", metavar="lint|types|test", help="which checks; all without")
-    parser.add_argument("--fast", action="store_true", help="leave out tests marked slow")
+    slow = parser.add_mutually_exclusive_group()
+    slow.add_argument("--all", dest="slow", action="store_const", const="all", help="run every test marked slow")
+    slow.add_argument("--fast", dest="slow", action="store_const", const="none", help="leave out tests marked slow")
     parser.add_argument("--fix", action="store_true", help="let ruff change files")
     options, extra = parser.parse_known_args()
     unknown = [c for c in options.checks if c not in CHECKS]
@@ -81,7 +85,7 @@ def main() -> int:
     chosen = [c for c in CHECKS if c in options.checks] or list(CHECKS)
     failed = []
     for check in chosen:
-        for command in commands(check, options.fast, options.fix, unknown + extra):
+        for command in commands(check, options.slow or "some", options.fix, unknown + extra):
             print(f"$ {' '.join(command[1:])}", flush=True)
             started = time.perf_counter()
             code = subprocess.run(command, cwd=ROOT).returncode

@@ -279,7 +279,7 @@ def _random(spec: Any, device: torch.device, generator: torch.Generator, statist
 def free(
     say: Say, turn: Turn, model: str, height: int, width: int, ranks: int, rank: int, phases: tuple[str, ...],
     options: Mapping[str, Any], folder: Path, check: bool = True, profile: Path | None = None,
-    optimise: str = "", segments: int = 4, batch: int = 1,
+    optimise: str = "", segments: int = 4, batch: int = 1, groupnorm: str = "forecast",
 ) -> None:  # fmt: skip
     """One rank's step with transfers free, as one CUDA graph: the upper bound, and the compute part of a prediction."""
     import districompile as dc
@@ -289,7 +289,10 @@ def free(
     module = network(model, device)
     kwargs = example(module, device, height, width, batch)
     start = time.perf_counter()
-    program = dc.convert(module, kwargs=kwargs, ranks=ranks, rows={"sample": 2}, optimise=optimise, segments=segments)
+    program = dc.convert(
+        module, kwargs=kwargs, ranks=ranks, rows={"sample": 2}, optimise=optimise, segments=segments,
+        groupnorm=groupnorm,
+    )  # fmt: skip
     converted = time.perf_counter()
     leaves = {"sample": kwargs["sample"], "timestep": kwargs["timestep"],
               "encoder_hidden_states": kwargs["encoder_hidden_states"],
@@ -302,7 +305,7 @@ def free(
         one = OneRank(program, phase, rank, backend, device, folder / f"{phase}-{ranks}-{height}x{width}")
         built = time.perf_counter()
         packages = len({p for p in folder.rglob("*.pt2") if phase in str(p.parent)})
-        facts = {"ranks": ranks, "rank": rank, "convert_s": round(converted - start, 1), "optimise": optimise,
+        facts = {"ranks": ranks, "rank": rank, "convert_s": round(converted - start, 1), "optimise": optimise, "groupnorm": groupnorm,
                  "build_s": round(built - began, 1), "packages": packages, "segments": len(one.engines),
                  "sent_mb": round(report.sent(cast(Any, phase))[rank] / 1e6, 1), "options": dict(options)}  # fmt: skip
         if check:

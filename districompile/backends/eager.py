@@ -27,7 +27,7 @@ class EagerEngine(Engine):
     def __init__(
         self, module: fx.GraphModule, inputs: dict[str, TensorSpec], weights: list[Tensor], outputs: tuple[str, ...]
     ) -> None:
-        self._module = module
+        self.module = module
         self._inputs = inputs
         self._weights = weights
         self._outputs = outputs
@@ -44,7 +44,7 @@ class EagerEngine(Engine):
         # not inference mode: its tensors cannot be written in place by the caller's own code afterwards
         self._results = {}
         inputs = [self._bound.pop(name) for name in self._inputs]
-        self._results = dict(zip(self._outputs, self._module(*inputs, *self._weights), strict=True))
+        self._results = dict(zip(self._outputs, self.module(*inputs, *self._weights), strict=True))
         bound, self._bound = self._bound, {}
         for name, memory in bound.items():
             result = self._results[name]
@@ -90,7 +90,7 @@ class EagerBackend:
         }
         path.write_text(json.dumps(data, separators=(",", ":")))
 
-    def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
+    def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> EagerEngine:
         try:
             data = json.loads(path.read_text())
             if data["format"] != _FORMAT:

@@ -106,17 +106,21 @@ def correct_moments(merged: Tensor, stale: Tensor, fresh: Tensor) -> Tensor:
 
 
 def announce(moments: Tensor) -> Tensor:
-    """:func:`districompile.ir.ops.announce`; what it holds stays a pair."""
-    copy = moments.clone()
-    if moments in _PAIRS:
-        _PAIRS[copy] = _PAIRS[moments]
-    return copy
+    """:func:`districompile.ir.ops.announce`."""
+    [(mean, var)] = _pairs(moments)
+    return _announced((mean, var), (mean, var))
 
 
 def forecast_moments(moments: Tensor, previous: Tensor) -> Tensor:
     """:func:`districompile.ir.ops.forecast_moments`."""
-    [(mean, var)], [(old_mean, old_var)] = _pairs(moments), _pairs(previous)
-    return _stacked(*plain.forecast(mean, var, old_mean, old_var), rows=True)
+    [(mean, var)] = _pairs(moments)
+    return _announced(plain.forecast(mean, var, previous[0, 2], previous[0, 3]), (mean, var))
+
+
+def _announced(forecast: Pair, fresh: Pair) -> Tensor:
+    whole = torch.stack([*forecast, *fresh]).unsqueeze(0)
+    _PAIRS[whole] = [forecast]
+    return whole
 
 
 def merge_forecasts(parts: Tensor, fresh: Tensor, counts: list[float]) -> Tensor:

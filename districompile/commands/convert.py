@@ -34,6 +34,7 @@ class Settings:
     cfg: str | None = None
     groupnorm: str | None = None
     warmup_steps: int | None = None
+    drift_limit: float | None = None
     displace: str | None = None
     backend: str | None = None
     dtype: str | None = None
@@ -80,7 +81,17 @@ def make_backend(settings: Settings) -> Backend:
     return get_backend(name, **given)
 
 
-def main(settings: Settings, out: Path | None, as_json: bool) -> int:
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """What ``--quality-floor`` asks for, and what is drawn to find out."""
+
+    floor: str
+    prompts: Path | None
+    seeds: str
+    steps: int
+
+
+def main(settings: Settings, out: Path | None, as_json: bool, floor: Floor | None = None) -> int:
     """Convert, save to ``out`` and print what was made."""
     target = out or default_out(settings)
     if settings.stop_after is None:
@@ -89,7 +100,14 @@ def main(settings: Settings, out: Path | None, as_json: bool) -> int:
     quiet_libraries()
     progress = terminal_progress()
     started = time.perf_counter()
+    trials: list[dict[str, Any]] = []
+    if floor is not None:
+        from districompile.commands.quality import reach_floor
+
+        settings, trials = reach_floor(settings, floor, progress)
     program, loaded = compile_model(settings, progress)
+    if floor is not None:
+        program.plan.report["quality"] = {"floor_db": floor.floor, "steps": floor.steps, "trials": trials}
     compiled = time.perf_counter()
     if settings.stop_after is not None:
         print(program.graph_text("warmup"))
@@ -102,6 +120,8 @@ def main(settings: Settings, out: Path | None, as_json: bool) -> int:
         return 0
     terminal = console()
     terminal.print(Report(plan))
+    for line in quality_lines(plan.report):
+        terminal.print(line, markup=False, highlight=False)
     for line in pass_lines(plan.report):
         terminal.print(line, markup=False, highlight=False)
     terminal.print(
@@ -127,6 +147,7 @@ def compile_model(settings: Settings, progress: Progress) -> tuple[Any, LoadedMo
         "groupnorm": settings.groupnorm,
         "displace": settings.displace,
         "warmup_steps": settings.warmup_steps,
+        "drift_limit": settings.drift_limit,
         "segments": settings.segments,
         "optimise": settings.optimise,
         "dump": settings.dump,
@@ -186,6 +207,21 @@ def pass_lines(report: dict[str, Any]) -> list[str]:
         return []
     names = ", ".join(p["name"] + ("" if p["exact"] else " (displaced)") for p in passes)
     return [f"passes: {names}"]
+
+
+def quality_lines(report: dict[str, Any]) -> list[str]:
+    """What ``--quality-floor`` tried, and what it chose."""
+    quality = report.get("quality")
+    if not quality:
+        return []
+    lines = [f"quality floor {quality['floor_db']}, {quality['steps']} steps; tried, cheapest first:"]
+    for t in quality["trials"]:
+        exact = "" if t["exact_steps"] is None else f", {t['exact_steps']:.1f} exact steps"
+        lines.append(
+            f"  {t['candidate']}: worst {t['worst_db']:.1f} dB ({t['worst']}), mean {t['mean_db']:.1f} dB{exact}"
+            + ("  <- chosen" if t["good"] else "")
+        )
+    return lines
 
 
 def folder_bytes(folder: Path) -> int:

@@ -201,7 +201,7 @@ def moments(x: Tensor, groups: int) -> Tensor:
 
 
 def merge_moments(parts: Tensor, counts: list[float]) -> Tensor:
-    """Moments of the union of ``parts`` (R, 2, B, G), which hold ``counts`` elements each: (2, B, G).
+    """Moments of the union of ``parts`` (R, 2 or more, B, G), which hold ``counts`` elements each: (2, B, G).
 
     Chan, Golub and LeVeque's parallel update, for R parts at once.
     """
@@ -246,19 +246,21 @@ def corrected(
 
 
 def announce(moments: Tensor) -> Tensor:
-    """``moments``, as a value of its own: what a rank sends of its statistics in the exact phase."""
-    return moments.clone()
+    """What a rank sends of its statistics (1, 2, B, G) in the exact phase, (1, 4, B, G): see
+    :func:`forecast_moments`."""
+    return torch.cat([moments, moments], 1)
 
 
 def forecast_moments(moments: Tensor, previous: Tensor) -> Tensor:
-    """Moments of the next step, from those of this one and the ``previous`` one (each (1, 2, B, G)).
+    """Moments of the next step, from those of this one, (1, 2, B, G), and what was announced in the ``previous`` one,
+    (1, 4, B, G). Announces both, (1, 4, B, G): mean and variance of the next step, then of this one.
 
     A step changes the mean by what the last step changed it by, and the variance by the same factor. Neither change is
     trusted beyond what groups do from one step to the next: a standard deviation of the mean, and ``MOST_GROWTH`` or
     its inverse of the variance. So the variance stays positive, whatever the data do (decision 37).
     """
-    mean, var = forecast(moments[0, 0], moments[0, 1], previous[0, 0], previous[0, 1])
-    return torch.stack([mean, var]).unsqueeze(0)
+    mean, var = moments[0, 0], moments[0, 1]
+    return torch.stack([*forecast(mean, var, previous[0, 2], previous[0, 3]), mean, var]).unsqueeze(0)
 
 
 MOST_GROWTH = 4.0  # of a variance from one step to the next
@@ -274,7 +276,7 @@ def forecast(mean: Tensor, var: Tensor, old_mean: Tensor, old_var: Tensor) -> tu
 
 
 def merge_forecasts(parts: Tensor, fresh: Tensor, counts: list[float]) -> Tensor:
-    """Moments of the whole from every rank's forecast for this step (``parts``, (R, 2, B, G), this rank's own first)
+    """Moments of the whole from every rank's forecast for this step (``parts``, (R, 4, B, G), this rank's own first)
     and this rank's own of this step (``fresh``, (1, 2, B, G)): (2, B, G).
 
     The others are corrected by half of what this rank's own forecast missed: half is the share whose error is least

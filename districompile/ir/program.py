@@ -101,6 +101,7 @@ def build_program(graph: fx.Graph, phase: str, parts: int = 1, states: dict[str,
         if node.target is ops.previous.default:
             kept[state_name(node)] = node.args[0].name
     recalled = {state_name(n): str(n.meta["recalls"]) for n in graph.nodes if "recalls" in n.meta}
+    kept |= {state_name(n): str(n.meta["recalls"]) for n in graph.nodes if n.meta.get("carried")}
     _check_outputs(graph)
     takes = _takes(graph)
     padded = {n for n in graph.nodes if n.users and all(u in takes for u in n.users)}  # the padding is theirs

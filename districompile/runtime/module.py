@@ -18,6 +18,7 @@ from districompile.errors import BundleError, InputError, LaunchError
 from districompile.ir.plan import PHASES, Phase, Plan, TensorSpec
 from districompile.runtime.choose import check_transport
 from districompile.runtime.conditioning import Conditioning
+from districompile.runtime.drift import DriftMonitor
 from districompile.runtime.gloo import start_gloo
 from districompile.runtime.inputs import InputChecker
 from districompile.runtime.runner import LockstepRunner, ProcessRunner, Runner, world_size
@@ -73,8 +74,11 @@ class DistributedModule(torch.nn.Module):
         self._device = device
         self._inputs = InputChecker(plan, device)
         self._streams = StreamTracker(int(plan.options.get("warmup_steps", 4)))
+        self._drift = DriftMonitor(float(plan.options.get("drift_limit", 0.0)))
+        self._image = next(i.path for i in plan.inputs if i.rows is not None)
         self._conditioning = Conditioning(plan.options.get("conditioning", ()))
         self._phase: Phase | None = None
+        self._calls = {"exact": 0, "displaced": 0}
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,15 +93,43 @@ class DistributedModule(torch.nn.Module):
             decision = self._streams.next(call.timestep)
             if self._phase is not None:
                 decision = Decision(self._phase, decision.stream, decision.reset)
+            elif self._runner.leads:  # what rank 0 decides holds for all
+                decision = self._drift.check(decision)
             decision = self._conditioning.check(decision, call.given)
             try:
                 leaves = self._runner.call(decision, call.tensors)
+                if self._runner.leads:
+                    self._drift.observe(decision.stream, call.tensors[self._image], leaves[0])
+                self._count(decision)
             except BaseException:
+                self._drift.reset()
                 self._streams.reset()  # what a failed call left is not to be built on
                 self._conditioning.reset()
                 raise
         return_dict = call.return_dict
         return rebuild_output(self.plan.output, leaves, return_dict if isinstance(return_dict, bool) else None)
+
+    def _count(self, decision: Decision) -> None:
+        if decision.reset:
+            self._calls = {"exact": 0, "displaced": 0}
+        self._calls["exact" if decision.phase == "warmup" else "displaced"] += 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process's inputs and decisions hold for all ranks: rank 0, or all ranks in this process."""
+        return self._runner.leads
+
+    @property
+    def image_calls(self) -> dict[str, int]:
+        """How many calls of the image at hand were ``"exact"`` and ``"displaced"``, as rank 0 decided (on the other
+        ranks: as they would have)."""
+        return dict(self._calls)
+
+    @property
+    def drift_rates(self) -> list[float]:
+        """How fast each call of the image at hand still changed it (:mod:`districompile.runtime.drift`), from its second
+        call on, for the first stream of calls; on rank 0. Waits for the device."""
+        return list(self._drift.rates(0))
 
     @property
     def phase(self) -> Phase | None:

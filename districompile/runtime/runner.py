@@ -29,7 +29,10 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Runner(Protocol):
-    """Runs one call. ``inputs`` are by path, as the module is called: with ``cfg`` split, both halves of the batch."""
+    """Runs one call. ``inputs`` are by path, as the module is called: with ``cfg`` split, both halves of the batch.
+    ``leads``: whether the decisions of this process hold for all ranks."""
+
+    leads: bool
 
     def call(self, decision: Decision, inputs: Tensors) -> list[torch.Tensor]:
         """The output leaves of the whole image, in order."""
@@ -84,6 +87,8 @@ class LockstepRunner:
     """All ranks, and both guidance halves, in this process, on one device. ``engines`` holds those of each rank of the
     patch axis. ``static``: in fixed memory, as processes run; else in whatever memory is free, which is the yardstick.
     """
+
+    leads = True
 
     def __init__(self, plan: Plan, engines: Sequence[Engines], device: torch.device, static: bool = False) -> None:
         self.plan, self._engines, self._device = plan, engines, device
@@ -152,6 +157,7 @@ class ProcessRunner:
     ) -> None:  # fmt: skip
         self.plan, self._device = plan, device
         rank, parts = dist.get_rank(), halves(plan)
+        self.leads = rank == 0
         self._half, patch_rank = divmod(rank, plan.ranks)
         # Groups of our own, so that nothing here can be mixed up with the user's transfers.
         self._world = GlooTransport(new_group(range(plan.ranks * parts), timeout))
