@@ -64,8 +64,8 @@ def convert(
     (guidance) to half of the ranks. ``groupnorm``, ``displace`` and ``warmup_steps`` say how the steady phase differs
     from the exact one; ``displace="none"`` makes it exact too. After ``warmup_steps`` exact steps,
     steps stay exact until the image has settled: until it changes at most ``drift_limit`` times as fast as the sampler
-    moves it (:mod:`districompile.runtime.drift`; 0 turns this off). ``segments``: into how many engines the steady phase
-    is cut at most. ``passes`` run on the local graph, before collectives are lowered; ``rules`` are modules that
+    moves it (:mod:`districompile.runtime.drift`; 0 turns this off). ``segments``: into how many engines the steady
+    phase is cut at most. ``passes`` run on the local graph, before collectives are lowered; ``rules`` are modules that
     register operator rules. ``strict`` refuses a module with an operator that has to be computed whole. ``optimise``
     names exact optimisations of the graph ("all", or of :data:`~districompile.unit.OPTIMISATIONS`). ``dump`` is a
     folder for the graph after each pass.

@@ -52,7 +52,7 @@ DriftLimit = Annotated[
 QualityFloor = Annotated[
     str | None,
     typer.Option(
-        help="Convert with the fastest setting whose worst picture is so close to one device's, as 40dB. Draws pictures."
+        help="Draw pictures, and convert with the fastest setting whose worst one is so close to one device's: 40dB."
     ),
 ]
 Displace = Annotated[
@@ -210,7 +210,9 @@ def verify(
         Path | None, typer.Option(help="--quality: a text file, one prompt a line (else a few of its own).")
     ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="--quality: prompts, where no file is given.")] = 8,
-    seeds: Annotated[str | None, typer.Option(help="--quality: as 0,1 or 0-3; every prompt with each (--seed).")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="--quality: as 0,1 or 0-3; every prompt with each (--seed).")
+    ] = None,
     modes: Annotated[
         str | None,
         typer.Option(

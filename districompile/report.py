@@ -16,6 +16,7 @@ from rich.table import Table
 from districompile.ir.plan import Deliver, Exchange, Keep, Phase, Plan, Post, Run, Take, Wait
 
 _PHASES: tuple[Phase, ...] = ("warmup", "steady")
+_FEW_ROWS = 4  # with fewer, a convolution of 3 rows reads more than a third of the previous step
 _UNSHOWN = ("ranks", "cfg_inputs")  # shown elsewhere, or of no interest to people
 
 
@@ -73,6 +74,25 @@ class Report:
             return None
         return float(flops["cut"]) / float(flops["cut"] + flops["whole"])
 
+    def few_rows(self) -> str | None:
+        """One line where a rank's displaced steps see little that is fresh, with the way out; None elsewhere.
+
+        Of the rows that a 3-row window reads on a rank with n rows, 2 of n + 2 are the previous step's."""
+        displaced = any(
+            isinstance(c, Exchange) and c.displaced and c.kind == "conv" for c in self.plan.collectives.values()
+        )
+        maps = {n: min(rows) for n, rows in self.rows().items() if min(rows) > 0}
+        if not displaced or not maps:
+            return None
+        tallest, rows = min(maps.items(), key=lambda m: (m[1], m[0]))
+        if rows >= _FEW_ROWS:
+            return None
+        stale = f"{2 / (rows + 2):.0%} of what a convolution reads there is the previous step's"
+        return (
+            f"few rows a rank: {rows} of the map of {tallest}, so {stale}; fewer GPUs, a larger image or --cfg split "
+            "give a rank more, and districompile verify --quality measures the pictures"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         phases = [p for p in _PHASES if p in self.plan.phases]
@@ -89,6 +109,8 @@ class Report:
             "engines": self.engines(),
             "weights": {"count": len(self.plan.weights), "bytes": self._weight_bytes()},
             "fallbacks": self.fallbacks(),
+            "few_rows": self.few_rows(),
+            "quality": self.plan.report.get("quality"),
             "flops": {**self.plan.report.get("flops", {}), "cut_share": self.cut_share()},
             "passes": [dict(p) for p in self.plan.report.get("passes", ())],
             "notes": list(self.plan.report.get("notes", ())),
@@ -127,7 +149,7 @@ class Report:
             yield table
         else:
             yield "fallbacks: none"
-        for note in plan.report.get("notes", ()):
+        for note in filter(None, (*plan.report.get("notes", ()), self.few_rows())):
             yield escape(f"note: {note}")
 
     def _row_table(self) -> Table:

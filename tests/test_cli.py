@@ -243,6 +243,7 @@ def test_run_needs_what_it_needs(made: Path, folder: Path, capsys: pytest.Captur
     assert not list(folder.glob("image*"))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_bench(made: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
@@ -282,6 +283,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "backend" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_trials_tell_how_far_a_backend_came(tmp_path: Path) -> None:
     assert re.match(r"ran on .*, exact to .*, displaced to .*", trial.try_backend("eager"))
     assert trial.try_backend("nonsense").startswith("failed while building engines: no backend named 'nonsense'")

@@ -93,6 +93,7 @@ def test_numbers(kernel: tuple[int, int], stride: tuple[int, int], padding: tupl
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 def test_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor_unfold, "choose", lambda *size: ())

@@ -12,10 +12,18 @@ from tests.small_models import MODELS, captured, first, reference, relative_erro
 # way down
 SIZES = {(2, 28, 16): (1, 2, 3, 4), (1, 20, 24): (3, 5, 8)}
 MORE_CHANNELS = ("inpainting", "instruct_pix2pix")  # sd15, but for the channels of its input
+ALWAYS = {("sd15", (1, 20, 24)), ("sdxl", (2, 28, 16)), ("unet2d", (1, 20, 24)), ("vae_decoder", (2, 28, 16))}
 
 
-@pytest.mark.parametrize("size", list(SIZES), ids=str)
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in MORE_CHANNELS])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=[] if (name, size) in ALWAYS else pytest.mark.slow, id=f"{name}-{size}")
+        for name in MODELS
+        if name not in MORE_CHANNELS
+        for size in SIZES
+    ],
+)
 def test_ranks_equal_one_device(name: str, size: tuple[int, int, int]) -> None:
     _, kwargs, want = reference(name, *size)
     for ranks in SIZES[size]:
@@ -27,6 +35,7 @@ def test_ranks_equal_one_device(name: str, size: tuple[int, int, int]) -> None:
         assert ranks == 1 or program.plan.report["replicated"] or (report.cut_share() or 0) > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_CHANNELS)
 def test_more_input_channels(name: str) -> None:
     size = 1, 20, 24
@@ -36,6 +45,7 @@ def test_more_input_channels(name: str) -> None:
     assert not program.report().fallbacks()
 
 
+@pytest.mark.slow
 def test_more_rank_counts() -> None:
     size = 1, 28, 16
     _, kwargs, want = reference("sd15", *size)
@@ -45,8 +55,8 @@ def test_more_rank_counts() -> None:
 
 
 def test_undisplaced_steady_phase_is_exact() -> None:
-    module, kwargs, _want = reference("sdxl", 1, 20, 16)
-    program = dc.convert(module, kwargs=kwargs, ranks=3, displace="none")
+    module, kwargs, _want = reference("sdxl", 2, 28, 16)
+    program = dc.convert(captured("sdxl", 2, 28, 16), ranks=3, displace="none")
     first(program.simulate(**kwargs))
     moved = {**kwargs, "sample": kwargs["sample"] + 0.5}
     with torch.no_grad():

@@ -13,6 +13,10 @@ from tests.families.measure import load_families, measure
 
 FAMILIES = load_families()
 RANKS = (2, 3, 4, 3)
+# Whole networks are slow, but for one of each kind; what one block does is quick
+NETWORKS = {"diffusers UNets", "diffusers UNets over frames and sequences", "MONAI",
+            "denoising-diffusion-pytorch and relatives"}  # fmt: skip
+ALWAYS = {"sdxl", "unet2d", "animatediff", "unet1d_rl", "monai_unet_conditioned", "ddpm"}
 
 
 def _ranks(name: str) -> int:
@@ -20,7 +24,12 @@ def _ranks(name: str) -> int:
     return RANKS[zlib.crc32(name.encode()) % len(RANKS)]
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+def _cases() -> list[Any]:
+    slow = {name for name, family in FAMILIES.items() if family.group in NETWORKS} - ALWAYS
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else []) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("name", _cases())
 def test_family(name: str) -> None:
     family = FAMILIES[name]
     ranks = _ranks(name)

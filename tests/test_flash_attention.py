@@ -65,6 +65,7 @@ def test_what_is_handed_over(dtype: torch.dtype, length: int, width: int, kwargs
 
 
 @pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+@pytest.mark.slow
 def test_an_engine_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_attention, "choose", lambda asked, kind: asked)
     monkeypatch.setattr(attention, "choose", lambda *size: (2,))

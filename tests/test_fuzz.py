@@ -19,6 +19,7 @@ from tests.families.base import randomise
 from tests.helpers_cut import Cutting
 
 CHUNKS = 12  # pieces that workers share
+ALWAYS = 3  # pieces of every run; the others are slow
 C = 4  # channels everywhere
 
 
@@ -334,7 +335,9 @@ def networks(draw: st.DrawFn) -> tuple[Net, Tensor, list[float]]:
     return net, x, [0.0, *(s / sum(shares) for s in itertools.accumulate(shares))]
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(chunk, marks=[] if chunk < ALWAYS else pytest.mark.slow) for chunk in range(CHUNKS)]
+)
 def test_random_networks(chunk: int, request: pytest.FixtureRequest) -> None:
     @seed(chunk)
     @settings(

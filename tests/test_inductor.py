@@ -81,6 +81,7 @@ def test_inductor_does_not_remember_what_exporting_assumed(tmp_path: Path, monke
     assert remembered == [0]
 
 
+@pytest.mark.slow
 def test_own_rows_are_written_where_others_arrive(tmp_path: Path) -> None:
     program = make_program(2, optimise="merge-linears,hoist-fetches", passes=[LeaveRoom(math.inf, 1)])
     program.save(tmp_path / "compiled", backend=InductorBackend("cpu"))
@@ -138,6 +139,7 @@ def test_a_compiler_with_its_own_library_is_not_used(compiler: str, monkeypatch:
     assert str(choose_compiler()[1]).startswith(f"cannot use the C++ compiler {compiler}: ")
 
 
+@pytest.mark.slow
 def test_a_package_beside_an_unfit_compiler_runs(compiler: str, tmp_path: Path) -> None:
     """What that compiler makes crashes when it is loaded."""
     inputs = {"x": torch.randn(3, 5)}

@@ -42,7 +42,8 @@ def taken(plan: Plan, steps: Any, rank: int, values: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize(
     "name, height, ranks, passes",
     [
-        ("sd15", 24, 3, []), ("sdxl", 20, 2, [LeaveRoom(math.inf, 1)]), ("unet2d", 20, 4, []),
+        pytest.param("sd15", 24, 3, [], marks=pytest.mark.slow), ("sdxl", 20, 2, [LeaveRoom(math.inf, 1)]),
+        pytest.param("unet2d", 20, 4, [], marks=pytest.mark.slow),
         ("vae_decoder", 7, 2, []),
     ],
 )  # fmt: skip

@@ -72,8 +72,8 @@ def test_results_threads_and_logs(tmp_path: Path, capfd: pytest.CaptureFixture[s
     ("how", "message"),
     [
         ("raise", "rank 1 failed: sample: converted for batch 2, called with 1"),
-        ("exit", "rank 1 failed: it exited with code 7"),
-        ("kill", "rank 1 failed: it was ended by SIGKILL"),
+        pytest.param("exit", "rank 1 failed: it exited with code 7", marks=pytest.mark.slow),
+        pytest.param("kill", "rank 1 failed: it was ended by SIGKILL", marks=pytest.mark.slow),
     ],
 )
 def test_a_failing_rank_ends_the_run(how: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -243,7 +243,7 @@ def draw(path: Path, plan: Plan) -> list[torch.Tensor]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("ranks", "cfg"), [(2, "none"), (2, "split")])
+@pytest.mark.parametrize(("ranks", "cfg"), [pytest.param(2, "none", marks=pytest.mark.slow), (2, "split")])
 def test_processes_equal_lockstep_bitwise(tmp_path: Path, ranks: int, cfg: str) -> None:
     plan = make_plan(ranks, batch=1 if cfg == "split" else 2, cfg=cfg)
     path = save(tmp_path / "b", plan)

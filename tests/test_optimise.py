@@ -18,7 +18,7 @@ from tests.small_models import captured, first, reference, relative_error
 CASES = [*((name, 3) for name in OPTIMISATIONS if name != "leave-room"), ("all", 2)]
 
 
-@pytest.mark.parametrize("name", ["sdxl", "unet2d"])
+@pytest.mark.parametrize("name", [pytest.param("sdxl", marks=pytest.mark.slow), "unet2d"])
 def test_results_are_the_same(name: str) -> None:
     _, kwargs, want = reference(name, 1, 20, 8)
     moved = {**kwargs, "sample": kwargs["sample"] * 1.1}
@@ -38,7 +38,7 @@ def test_results_are_the_same(name: str) -> None:
         assert count <= plain[ranks][0], optimise
 
 
-@pytest.mark.parametrize("name, ranks", [("sdxl", 2), ("unet2d", 3), ("unet2d", 1)])
+@pytest.mark.parametrize("name, ranks", [("sdxl", 2), pytest.param("unet2d", 3, marks=pytest.mark.slow), ("unet2d", 1)])
 def test_room_for_own_rows(name: str, ranks: int) -> None:
     _, kwargs, want = reference(name, 2, 20, 8)
     graph = captured(name, 2, 20, 8)

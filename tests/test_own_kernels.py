@@ -188,6 +188,7 @@ _DTYPES = [torch.float16] if _INTERPRETED else [torch.float16, torch.bfloat16]  
 _numbers = pytest.mark.skipif(not _INTERPRETED and _UNUSABLE is not None, reason=str(_UNUSABLE))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_INTERPRETED, reason="this is the interpreter")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_numbers_in_the_interpreter() -> None:

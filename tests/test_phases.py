@@ -13,7 +13,7 @@ from districompile.ir.plan import Post, Run
 from districompile.ir.program import _last_cut
 from districompile.runtime.phases import phase_needs
 from tests.helpers_net import make_program
-from tests.small_models import reference
+from tests.small_models import captured
 
 
 def test_what_is_waited_for_at_once() -> None:
@@ -33,8 +33,7 @@ def test_what_is_waited_for_at_once() -> None:
 
 
 def test_inputs_that_only_the_exact_phase_reads() -> None:
-    module, kwargs, _ = reference("sdxl", 1, 12, 8)
-    program = dc.convert(module, kwargs=kwargs, ranks=2, optimise="hoist-conditioning")
+    program = dc.convert(captured("sdxl", 1, 20, 8), ranks=2, optimise="hoist-conditioning")
     needs = phase_needs(program.plan)
     assert "encoder_hidden_states" in needs["warmup"].inputs
     assert "encoder_hidden_states" not in needs["steady"].inputs

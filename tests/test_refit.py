@@ -18,16 +18,15 @@ from districompile.bundle import Bundle
 from districompile.cli import main
 from districompile.errors import BundleError
 from districompile.refit import Lora, RefitError, new_weights, read_lora, refit
-from tests.small_models import first, randomise, reference, relative_error
+from tests.small_models import captured, first, randomise, reference, relative_error
 
 SIZE = ("sdxl", 1, 12, 8)
 
 
-@pytest.fixture(scope="module", params=["eager", "onnxruntime"])
+@pytest.fixture(scope="module", params=["eager", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def bundle(request: Any, tmp_path_factory: Any) -> Path:
-    module, kwargs, _ = reference(*SIZE)
     path: Path = tmp_path_factory.mktemp(request.param) / "bundle"
-    dc.convert(module, kwargs=kwargs, ranks=2).save(path, backend=request.param)
+    dc.convert(captured(*SIZE), ranks=2).save(path, backend=request.param)
     return path
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
@@ -254,6 +255,7 @@ def test_adaptive_maximum_pooling(data: st.DataObject, fractions: tuple[float, .
     check(op, Sample((randn(2, 3, *sizes), _each(data.draw, n, 1, 12)), (2 + at,), used=(0,)), fractions)
 
 
+@pytest.mark.slow
 @MANY
 @given(st.data(), places())
 def test_tokens_become_windows(data: st.DataObject, fractions: tuple[float, ...]) -> None:
@@ -415,6 +417,7 @@ _ON_MIXED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @settings(FEW, max_examples=40)
 @given(st.data(), places())
 def test_mixed_dims(data: st.DataObject, fractions: tuple[float, ...]) -> None:

@@ -66,23 +66,35 @@ def used_results(result: Any, sample: Sample) -> Sequence[int]:
     return sample.used or range(len(result) if isinstance(result, list | tuple) else 1)
 
 
+class Case:
+    """An operator on a sample: its graph, made once for all places it is cut at, and what the operator computes."""
+
+    def __init__(self, op: Any, sample: Sample) -> None:
+        self.mode = FakeTensorMode()
+        self.graph, self.inputs, self.rows = graph_of(op, sample, self.mode)
+        self.annotation = propagate(self.graph, self.rows, (0.0, 1.0), self.mode).values
+        whole = op(*sample.args, **sample.kwargs)
+        many = isinstance(whole, list | tuple)
+        self.want: list[Tensor] = [whole[i] for i in used_results(whole, sample)] if many else [whole]
+
+    def cut(self, fractions: Sequence[float]) -> tuple[Propagated, list[Tensor]]:
+        """The propagated graph, and what the ranks compute (joined)."""
+        found = propagate(self.graph, self.rows, fractions, self.mode, self.annotation)
+        seen: dict[str, list[Any]] = {}
+        ranks = len(fractions) - 1
+        interpret(found.graph, self.inputs, self.inputs.__getitem__, ranks, lambda n, v: seen.__setitem__(n.name, v))
+        got = []
+        for node in self.graph.output_node().args[0]:  # type: ignore[union-attr]
+            value = found.values[node.name]
+            assert isinstance(value, Value)
+            got.append(join(seen[value.node.name], value.layout))
+        return found, got
+
+
 def run_cut(op: Any, sample: Sample, fractions: Sequence[float]) -> tuple[Propagated, list[Tensor], list[Tensor]]:
     """The propagated graph, what the ranks compute (joined), and what the operator computes."""
-    mode = FakeTensorMode()
-    graph, inputs, rows = graph_of(op, sample, mode)
-    annotation = propagate(graph, rows, (0.0, 1.0), mode).values
-    found = propagate(graph, rows, fractions, mode, annotation)
-    ranks = len(fractions) - 1
-    seen: dict[str, list[Any]] = {}
-    interpret(found.graph, inputs, inputs.__getitem__, ranks, lambda n, v: seen.__setitem__(n.name, v))
-    whole = op(*sample.args, **sample.kwargs)
-    want = [whole[i] for i in used_results(whole, sample)] if isinstance(whole, list | tuple) else [whole]
-    got = []
-    for node in graph.output_node().args[0]:  # type: ignore[union-attr]
-        value = found.values[node.name]
-        assert isinstance(value, Value)
-        got.append(join(seen[value.node.name], value.layout))
-    return found, got, want
+    case = Case(op, sample)
+    return *case.cut(fractions), case.want
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
@@ -109,14 +121,18 @@ def cut_points(draw: st.DrawFn) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize(("rule", "index"), cases())
-@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(fractions=cut_points())
-def test_cut_equals_whole(rule: Rule, index: int, fractions: tuple[float, ...]) -> None:
+def test_cut_equals_whole(rule: Rule, index: int) -> None:
     torch.manual_seed(0)
     sample = list(rule.samples())[index]  # type: ignore[misc]
-    op = torch.ops.aten.mul.Tensor if rule.op == "pointwise" else rule.op
-    found, got, want = run_cut(op, sample, fractions)
-    for g, w in zip(got, want, strict=True):
-        assert_close(g, w)
-    # A sample shows what the rule can do: falling back would show nothing
-    assert not [f for f in found.fallbacks if "too few" not in f.reason], found.fallbacks
+    case = Case(torch.ops.aten.mul.Tensor if rule.op == "pointwise" else rule.op, sample)
+
+    @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(fractions=cut_points())
+    def check(fractions: tuple[float, ...]) -> None:
+        found, got = case.cut(fractions)
+        for g, w in zip(got, case.want, strict=True):
+            assert_close(g, w)
+        # A sample shows what the rule can do: falling back would show nothing
+        assert not [f for f in found.fallbacks if "too few" not in f.reason], found.fallbacks
+
+    check()

@@ -104,7 +104,14 @@ def test_cases_cover_what_they_should() -> None:
     assert TARGETS in [targets for *_, targets in CASES]
 
 
-@pytest.mark.parametrize("name, dtype, ranks, where, targets", CASES, ids=lambda v: str(v))
+ALWAYS = ("vae_decoder", "fp16")  # takes the least; the others are slow
+
+
+@pytest.mark.parametrize(
+    "name, dtype, ranks, where, targets",
+    [pytest.param(*case, marks=[] if case[:2] == ALWAYS else pytest.mark.slow) for case in CASES],
+    ids=lambda v: str(v),
+)
 def test_engines_of_a_network(
     name: str, dtype: str, ranks: int, where: str, targets: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -181,6 +188,7 @@ def run_joined_files(bundle: Bundle, kwargs: dict[str, Any]) -> Sequence[Tensor]
     return [torch.from_numpy(r[names[0]]) for r in results]
 
 
+@pytest.mark.slow
 def test_demo_through_the_command_line(tmp_path: Path, capsys: Any) -> None:
     """Convert, then verify what the engines were built from, as a user without a GPU does."""
     out = str(tmp_path / "b")

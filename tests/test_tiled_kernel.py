@@ -130,6 +130,7 @@ def test_what_is_missing_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert "cuda.bindings cannot load NVRTC" in str(hopper._no_compiler.__wrapped__())
 
 
+@pytest.mark.slow
 def test_an_engine_names_what_it_calls(
     provided: dict[Kernel, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

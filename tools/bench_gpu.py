@@ -261,7 +261,8 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
             module, kwargs=gpu_parts.example(module, device, height, width, images(job)), ranks=job["ranks"],
             cfg="split" if job["guidance"] == "split" else "none",
             groupnorm=job["groupnorm"], warmup_steps=args.warmup_steps,
-            drift_limit=DRIFT_LIMIT if job["drift_limit"] is None else job["drift_limit"], optimise=_optimise(job), segments=args.segments,
+            drift_limit=DRIFT_LIMIT if job["drift_limit"] is None else job["drift_limit"],
+            optimise=_optimise(job), segments=args.segments,
         )  # fmt: skip
         converted = time.perf_counter()
         program.save(folder, backend=InductorBackend(device.type, **_backend_options(args)))

@@ -305,7 +305,8 @@ def free(
         one = OneRank(program, phase, rank, backend, device, folder / f"{phase}-{ranks}-{height}x{width}")
         built = time.perf_counter()
         packages = len({p for p in folder.rglob("*.pt2") if phase in str(p.parent)})
-        facts = {"ranks": ranks, "rank": rank, "convert_s": round(converted - start, 1), "optimise": optimise, "groupnorm": groupnorm,
+        facts = {"ranks": ranks, "rank": rank, "convert_s": round(converted - start, 1), "optimise": optimise,
+                 "groupnorm": groupnorm,
                  "build_s": round(built - began, 1), "packages": packages, "segments": len(one.engines),
                  "sent_mb": round(report.sent(cast(Any, phase))[rank] / 1e6, 1), "options": dict(options)}  # fmt: skip
         if check:

@@ -120,9 +120,7 @@ def main(settings: Settings, out: Path | None, as_json: bool, floor: Floor | Non
         return 0
     terminal = console()
     terminal.print(Report(plan))
-    for line in quality_lines(plan.report):
-        terminal.print(line, markup=False, highlight=False)
-    for line in pass_lines(plan.report):
+    for line in (*quality_lines(plan.report), *pass_lines(plan.report)):
         terminal.print(line, markup=False, highlight=False)
     terminal.print(
         f"{target}: {size(folder_bytes(target))}, converted in {seconds['convert']} s, built and saved in "

@@ -95,7 +95,6 @@ def draw(pipe: Any, request: Request, progress: Progress | None = None, decode: 
     accepted = inspect.signature(pipe.__call__).parameters
     given = {name: value for name, value in offered.items() if name in accepted and value is not None}
     calls = 0
-    warmup = int(options.get("warmup_steps", 0))
     started = time.perf_counter()
     with tasks(progress).task("sampling", request.steps) as task:
 
@@ -104,10 +103,11 @@ def draw(pipe: Any, request: Request, progress: Progress | None = None, decode: 
             if not calls:
                 started = time.perf_counter()
             calls += 1
-            phase = "exact" if calls <= warmup else "displaced"
+            counts = getattr(pipe.unet, "image_calls", None)  # not of the original
+            phase = "" if counts is None else f", {counts['exact']} exact"
             rate = (calls - 1) / max(time.perf_counter() - started, 1e-9)
             task.advance()
-            task.describe(f"step {calls}/{request.steps}, {phase}" + (f", {rate:.2f} it/s" if calls > 1 else ""))
+            task.describe(f"step {calls}/{request.steps}{phase}" + (f", {rate:.2f} it/s" if calls > 1 else ""))
 
         hook: Callable[[], None] = pipe.unet.register_forward_hook(count).remove
         begin = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 
 from districompile.bundle import Bundle
 from districompile.commands.common import console, print_json
-from districompile.commands.convert import folder_bytes, pass_lines
+from districompile.commands.convert import folder_bytes, pass_lines, quality_lines
 from districompile.ir.plan import Phase
 from districompile.report import Report, phase_text, size
 
@@ -30,7 +30,7 @@ def main(path: Path, graph: Phase | None, as_json: bool) -> int:
     summary = ", ".join(f"{k} {v}" for k, v in _summary(bundle.manifest).items() if not isinstance(v, dict | list))
     terminal.print(f"{path}: {size(folder_bytes(path))}; {summary}", markup=False, highlight=False)
     terminal.print(report)
-    for line in pass_lines(bundle.plan.report):
+    for line in (*quality_lines(bundle.plan.report), *pass_lines(bundle.plan.report)):
         terminal.print(line, markup=False, highlight=False)
     return 0
 

@@ -170,7 +170,9 @@ def conversion_options(plan: Plan) -> dict[str, Any]:
 def pipeline_of(loaded: LoadedModel) -> Any:
     """The pipeline around a model. Raises :class:`UsageError` where there is none."""
     if loaded.pipeline_loader is None:
-        raise UsageError(f"{loaded.source} is no whole pipeline: pictures need one; verify without --quality compares calls")
+        raise UsageError(
+            f"{loaded.source} is no whole pipeline: pictures need one; verify without --quality compares calls"
+        )
     return loaded.pipeline_loader()
 
 
@@ -190,8 +192,8 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     try:
         for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+            first, to, last = part.strip().partition("-")
+            seeds += range(int(first), int(last if to else first) + 1)
     except ValueError:
         raise UsageError(f"--seeds {text}: give numbers with commas, or a range as 0-3") from None
     if not seeds or max(seeds) >= 2**63:
@@ -240,7 +242,7 @@ def _in_processes(settings: Settings, bundle: Bundle) -> Any:
             if found is None:
                 raise UsageError("--processes starts the ranks itself: call it without torchrun")
             tensors = load_file(job.out)
-            return Drawn(tensors["pixels"], tensors.get("latents"), tuple(found["exact"]))
+            return Drawn(tensors["pixels"], tensors.get("latents"), tuple(found["exact"]), tuple(found["rates"]))
 
     return pictures
 
@@ -257,4 +259,4 @@ def worker(job: Job) -> Mapping[str, Any]:
         tensors = {"pixels": drawn.pixels, **({} if drawn.latents is None else {"latents": drawn.latents})}
         save_file({k: v.contiguous() for k, v in tensors.items()}, job.out)
     compiled.close()
-    return {"exact": list(drawn.exact or ())}
+    return {"exact": list(drawn.exact or ()), "rates": list(drawn.rates or ())}

@@ -25,6 +25,7 @@ from districompile.commands.drawing import Request, check_guidance, draw, image_
 from districompile.ir.plan import dtype_of
 from districompile.models.sources import DEMO, load_pipeline, pipeline_location
 from districompile.progress import Silent, terminal_progress
+from districompile.report import Report
 from districompile.runtime.choose import check_transport
 from districompile.runtime.launcher import launch
 from districompile.runtime.module import check_device, load
@@ -83,6 +84,9 @@ def main(settings: Settings, as_json: bool) -> int:
     if settings.prompt is None and any(i.path == "encoder_hidden_states" for i in plan.inputs):
         raise UsageError("--prompt is needed: the model draws from text")
     pipeline_location(str(model))
+    few = Report(plan).few_rows()
+    if few is not None:
+        print(f"note: {few}", file=sys.stderr)
     request = Request(
         settings.prompt, settings.negative_prompt, settings.steps, settings.guidance, settings.seed, dict(plan.options)
     )
@@ -95,6 +99,9 @@ def main(settings: Settings, as_json: bool) -> int:
     figures = launch(worker, (job,), world, log_dir=settings.log_dir).get(0)
     if figures is None:  # another rank under an outer launcher
         return 0
+    warning = drift_warning(figures, plan.options, plan.report)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     if as_json:
         print_json(
             {**figures, "bundle": str(folder), "processes": world, "steps": settings.steps, "seed": settings.seed}
@@ -102,8 +109,8 @@ def main(settings: Settings, as_json: bool) -> int:
         return 0
     for image in figures["images"]:
         console().print(
-            f"{image}: {settings.steps} steps on {world} processes in {figures['seconds']:.1f} s "
-            f"({figures['it_per_s']:.2f} it/s)",
+            f"{image}: {settings.steps} steps ({figures['calls']['exact']} exact) on {world} processes in "
+            f"{figures['seconds']:.1f} s ({figures['it_per_s']:.2f} it/s)",
             markup=False,
             highlight=False,
         )
@@ -130,8 +137,27 @@ def worker(job: Job) -> dict[str, Any] | None:
         "images": [str(p) for p in images],
         "seconds": round(picture.seconds, 3),
         "it_per_s": round(picture.calls / picture.seconds, 3),
+        "calls": compiled.image_calls,
+        "drift": compiled.image_drift,
         "transport": compiled.transport,
     }
+
+
+def drift_warning(figures: dict[str, Any], options: dict[str, Any], report: dict[str, Any]) -> str | None:
+    """One line where the picture may differ from one device's: its displaced steps came while it still changed faster
+    than the limit, or faster than in the pictures that ``--quality-floor`` measured."""
+    drift, limit = figures.get("drift"), float(options.get("drift_limit", 0.0))
+    seen = [t["drift"] for t in (report.get("quality") or {}).get("trials", ()) if t["good"] and t["drift"] is not None]
+    if drift is None or limit <= 0:
+        return None
+    beyond = max([2 * limit, *seen])
+    if drift <= beyond:
+        return None
+    return (
+        f"during displaced steps the image changed up to {drift:.1f} times as fast as the sampler moved it "
+        f"({beyond:.1f} was expected at most); the steps after that were exact. "
+        "Lower --drift-limit or raise --warmup-steps at convert"
+    )
 
 
 def _bundle_folder(settings: Settings) -> Path:

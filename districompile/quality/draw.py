@@ -32,11 +32,13 @@ class Setting:
 @dataclasses.dataclass(frozen=True)
 class Drawn:
     """``pixels`` (B, 3, H, W) in 0 to 1; ``latents`` after each step, (steps, B, ...), or None where the pipeline does
-    not show them; ``exact``: how many calls of each picture were exact, or None for the original."""
+    not show them; ``exact``: how many calls of each picture were exact, or None for the
+    original; ``rates``: the largest drift of the others."""
 
     pixels: Tensor
     latents: Tensor | None
     exact: tuple[int, ...] | None = None
+    rates: tuple[float | None, ...] | None = None
 
 
 def draw(pipe: Any, unet: Any, cases: Sequence[Case], setting: Setting, task: Task) -> Drawn:
@@ -46,7 +48,10 @@ def draw(pipe: Any, unet: Any, cases: Sequence[Case], setting: Setting, task: Ta
     Raises :class:`QualityError` where the pipeline refuses a case, or gives no pictures.
     """
     lots = [cases[i : i + setting.images] for i in range(0, len(cases), setting.images)]
-    pixels, latents, exact = [], [], []
+    pixels: list[Tensor] = []
+    latents: list[Tensor] = []
+    exact: list[int] = []
+    rates: list[float | None] = []
     for lot in lots:
         full = [*lot, *[lot[-1]] * (setting.images - len(lot))]  # a call has one size
         drawn = _lot(pipe, unet, full, setting, task)
@@ -56,8 +61,9 @@ def draw(pipe: Any, unet: Any, cases: Sequence[Case], setting: Setting, task: Ta
         calls = getattr(unet, "image_calls", None)
         if calls is not None:
             exact += [int(calls["exact"])] * len(lot)
+            rates += [unet.image_drift] * len(lot)
     whole = torch.cat(latents, 1) if len(latents) == len(lots) else None
-    return Drawn(torch.cat(pixels), whole, tuple(exact) or None)
+    return Drawn(torch.cat(pixels), whole, tuple(exact) or None, tuple(rates) or None)
 
 
 def _lot(pipe: Any, unet: Any, lot: Sequence[Case], setting: Setting, task: Task) -> Drawn:

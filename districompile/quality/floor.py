@@ -37,13 +37,15 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A candidate and what its pictures were: PSNR in dB, the worst picture, and exact steps of a picture."""
+    """A candidate and what its pictures were: PSNR in dB, the worst picture, exact steps of a picture, and the largest
+    drift of a displaced step."""
 
     candidate: Candidate
     worst_db: float
     mean_db: float
     worst: str
     exact_steps: float | None
+    drift: float | None
     good: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,12 +101,14 @@ def search(
         result = measured(candidate)
         data, worst = result.to_dict(), result.worst
         good = worst.finite and worst.psnr >= floor
-        trials.append(Trial(candidate, worst.psnr, result.mean, str(worst.case), data["exact_steps"], good))
+        trials.append(
+            Trial(candidate, worst.psnr, result.mean, str(worst.case), data["exact_steps"], result.drift, good)
+        )
         report(trials[-1])
         if good:
             return trials
     best = max(trials, key=lambda t: t.worst_db)
     raise QualityError(
-        f"no setting reaches {floor:g} dB: the best was {best.candidate}, {best.worst_db:.1f} dB for {best.worst}; choose "
-        "a lower --quality-floor, or compare calls with districompile verify"
+        f"no setting reaches {floor:g} dB: the best was {best.candidate}, {best.worst_db:.1f} dB for {best.worst}; "
+        "choose a lower --quality-floor, or compare calls with districompile verify"
     )

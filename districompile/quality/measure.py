@@ -30,8 +30,11 @@ MODES = (*GROUPNORM_MODES, REFERENCE)
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One picture against the same of one device. ``psnr`` in dB; ``drift``: relative error of the latents by step;
-    ``exact``: how many of its steps were exact; ``finite``: whether it holds numbers alone, not NaN."""
+    """One picture against the same of one device.
+
+    ``psnr`` in dB; ``drift``: relative error of the latents by step; ``exact``: how many of its steps were exact;
+    ``rate``: the largest drift of the others; ``finite``: whether it holds numbers alone, not NaN.
+    """
 
     case: Case
     psnr: float
@@ -40,6 +43,7 @@ class Score:
     seam: float
     drift: tuple[float, ...]
     exact: int | None
+    rate: float | None
     finite: bool
 
 
@@ -61,6 +65,11 @@ class Result:
     def worst(self) -> Score:
         """The picture with the lowest PSNR; one that is not finite before all others."""
         return min(self.scores, key=lambda s: (s.finite, s.psnr))
+
+    @property
+    def drift(self) -> float | None:
+        """The largest rate of change during a displaced step (:mod:`districompile.runtime.drift`)."""
+        return max((s.rate for s in self.scores if s.rate is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -108,8 +117,8 @@ class Measured:
 
 
 def measure(
-    pipe: Any, original: Any | Drawn, ways: Sequence[Way], cases: Sequence[Case], setting: Setting, borders: Sequence[float],
-    progress: Progress,
+    pipe: Any, original: Any | Drawn, ways: Sequence[Way], cases: Sequence[Case], setting: Setting,
+    borders: Sequence[float], progress: Progress,
 ) -> Measured:  # fmt: skip
     """Draw all ``cases`` with ``original`` (or take what it has drawn already) and in all ``ways``, and compare.
     ``borders`` of patches are shares of the height, between 0 and 1."""
@@ -135,9 +144,7 @@ def measure(
     return Measured(tuple(cases), expected, tuple(results), tuple(pictures))
 
 
-def compare(
-    cases: Sequence[Case], drawn: Drawn, expected: Drawn, borders: Sequence[float]
-) -> tuple[Score, ...]:
+def compare(cases: Sequence[Case], drawn: Drawn, expected: Drawn, borders: Sequence[float]) -> tuple[Score, ...]:
     """Every picture against the same of one device."""
     finite = [bool(p.isfinite().all()) for p in drawn.pixels]
     pixels = drawn.pixels.nan_to_num(0.0, 1.0, 0.0)  # black, as such a picture is written
@@ -153,6 +160,7 @@ def compare(
         metrics.seams(pixels, expected.pixels, rows),
         [tuple(s) for s in steps],
         drawn.exact or none,
+        drawn.rates or none,
         finite,
     )
     return tuple(Score(case, *values) for case, *values in zip(cases, *columns, strict=True))

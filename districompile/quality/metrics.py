@@ -17,7 +17,8 @@ IDENTICAL = 100.0  # dB: what equal pictures are said to have, so that means sta
 def psnr(actual: Tensor, expected: Tensor, peak: float = 1.0) -> list[float]:
     """Peak signal-to-noise ratio in dB, ``IDENTICAL`` at most; NaN where a picture holds NaN."""
     error = (actual.double() - expected.double()).square().flatten(1).mean(1)
-    return [min(IDENTICAL, 10 * math.log10(peak * peak / e)) if e else IDENTICAL for e in error.tolist()]
+    found = [math.inf if e == 0 else 10 * math.log10(peak * peak / e) for e in error.tolist()]
+    return [v if math.isnan(v) else min(IDENTICAL, v) for v in found]
 
 
 def ssim(actual: Tensor, expected: Tensor) -> list[float] | None:
@@ -39,8 +40,8 @@ def lpips(actual: Tensor, expected: Tensor) -> list[float] | None:
         importlib.import_module("torchvision")
         image = importlib.import_module("torchmetrics.functional.image")
         found: Any = image.learned_perceptual_image_patch_similarity
-        pairs = zip(actual.split(1), expected.split(1), strict=True)
-        return [float(found(a.clamp(0, 1), b.clamp(0, 1), net_type="alex", normalize=True)) for a, b in pairs]
+        pairs = zip(actual.clamp(0, 1), expected.clamp(0, 1), strict=True)
+        return [float(found(a[None], b[None], net_type="alex", normalize=True)) for a, b in pairs]
     except (ImportError, RuntimeError, OSError):
         return None
 

@@ -111,7 +111,9 @@ def _row(measured: Measured, number: int) -> str:
 def _figure(text: str, pixels: Tensor, low: bool = False) -> str:
     mark = ' class="low"' if low else ""
     source = base64.b64encode(png(pixels)).decode()
-    return f'<figure><img src="data:image/png;base64,{source}"><figcaption{mark}>{html.escape(text)}</figcaption></figure>'
+    return (
+        f'<figure><img src="data:image/png;base64,{source}"><figcaption{mark}>{html.escape(text)}</figcaption></figure>'
+    )
 
 
 def png(pixels: Tensor) -> bytes:

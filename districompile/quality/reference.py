@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from districompile.backends.base import Engine
-from districompile.backends.eager import EagerBackend
+from districompile.backends.eager import EagerBackend, EagerEngine
 from districompile.ir.ops import ops
 from districompile.weights import WeightFile
 
@@ -77,7 +76,7 @@ class ReferenceBackend(EagerBackend):
     """As ``eager``; engines compute with the formulas of this module when they are loaded. Converts programs of
     ``groupnorm="corrected_async"``."""
 
-    def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
+    def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> EagerEngine:
         engine = super().load(path, segment, weights, device)
         for node in engine.module.graph.nodes:
             if node.op == "call_function":

@@ -29,6 +29,7 @@ LAG = 2  # calls: the host reads what the call before the last one measured, and
 _CALM = 2  # calls in a row within the limit, before a displaced one
 _RESTLESS = 2.0  # times the limit: an image that had settled is taken for moving again
 _TINY = 1e-30
+_JUMP = 0.5  # of a squared angle: 41 degrees, far more than a step of a sampler; it may be another image
 _ROUNDING = 1e-6  # of a squared angle: float32, half precision of the tensors themselves is exact in it
 
 
@@ -59,14 +60,16 @@ def rate_of(table: Tensor, last: Tensor) -> float:
     """By how much more the idea turned than the sample, as a multiple of what the sample turned: the largest of the
     batch. ``table`` and ``last``: :func:`products` of this call and of the one before, on the host.
 
-    Infinite where the sample stayed as it was and the idea did not: that is no step of a sampler.
+    Infinite where the sample stayed as it was and the idea did not, or where it jumped: neither is a sampler's step.
     """
     rates = []
     for p, q in zip(table.double().tolist(), last.double().tolist(), strict=True):
         (xx, xo, xx1, xo1), (_, oo, ox1, oo1) = p
         (yy, yo, _, _), (_, pp, _, _) = q  # y and p: the sample and the output before
         a, b = xo / max(xx, _TINY), yo / max(yy, _TINY)  # what of the output is the sample's
-        idea = (oo1 - a * xo1 - b * ox1 + a * b * xx1) / max(math.sqrt(max(oo - a * xo, 0.0) * max(pp - b * yo, 0.0)), _TINY)
+        idea = (oo1 - a * xo1 - b * ox1 + a * b * xx1) / max(
+            math.sqrt(max(oo - a * xo, 0.0) * max(pp - b * yo, 0.0)), _TINY
+        )
         sample = xx1 / max(math.sqrt(xx * yy), _TINY)
         turned, moved = (2 * max(0.0, 1 - c) if math.isfinite(c) else math.nan for c in (idea, sample))  # squared
         beyond = turned - moved
@@ -75,6 +78,8 @@ def rate_of(table: Tensor, last: Tensor) -> float:
 
 
 def _ratio(beyond: float, moved: float) -> float:
+    if moved > _JUMP:
+        return math.inf
     if beyond <= _ROUNDING:
         return 0.0
     return math.inf if moved <= _ROUNDING else math.sqrt(beyond / moved)
@@ -130,14 +135,15 @@ class DriftMonitor:
         if self.limit <= 0:
             return
         found = self._streams.setdefault(stream, _Stream())
-        now = tuple(t.clone() for t in vectors(sample, output))  # callers may write into theirs
+        x, out = vectors(sample, output)
+        now = x.clone(), out.clone()  # callers may write into theirs
         before = found.last or now
         found.last = now
         table, done = products(now, before), None
         if table.device.type == "cuda":
             host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
             table = host.copy_(table, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         found.readings.append(_Reading(table, done))
 

@@ -79,6 +79,7 @@ class DistributedModule(torch.nn.Module):
         self._conditioning = Conditioning(plan.options.get("conditioning", ()))
         self._phase: Phase | None = None
         self._calls = {"exact": 0, "displaced": 0}
+        self._phases: list[Phase] = []  # of the first stream of calls of an image
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +112,9 @@ class DistributedModule(torch.nn.Module):
 
     def _count(self, decision: Decision) -> None:
         if decision.reset:
-            self._calls = {"exact": 0, "displaced": 0}
+            self._calls, self._phases = {"exact": 0, "displaced": 0}, []
+        if decision.stream == 0:
+            self._phases.append(decision.phase)
         self._calls["exact" if decision.phase == "warmup" else "displaced"] += 1
 
     @property
@@ -127,9 +130,19 @@ class DistributedModule(torch.nn.Module):
 
     @property
     def drift_rates(self) -> list[float]:
-        """How fast each call of the image at hand still changed it (:mod:`districompile.runtime.drift`), from its second
-        call on, for the first stream of calls; on rank 0. Waits for the device."""
+        """How fast each call of the image at hand still changed it (:mod:`districompile.runtime.drift`).
+
+        From its second call on, for the first stream of calls; on rank 0. Waits for the device."""
         return list(self._drift.rates(0))
+
+    @property
+    def image_drift(self) -> float | None:
+        """The largest of :attr:`drift_rates` of the displaced calls of the image at hand, but for the last two: what a
+        last step changes, no other builds on. None where there are none, or no limit."""
+        rates = self.drift_rates
+        pairs = list(zip(self._phases[1:], rates, strict=False)) if rates else []
+        found = [rate for phase, rate in pairs[:-2] if phase == "steady"]
+        return max(found) if found else None
 
     @property
     def phase(self) -> Phase | None:

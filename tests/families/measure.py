@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import importlib
 import importlib.util
@@ -22,6 +23,7 @@ MODULES = (
     "holdouts",
 )  # fmt: skip
 STEPS = 40  # steady calls on unchanging inputs, at most
+Given = tuple[tuple[Any, ...], dict[str, Any]]  # what a call is given; copied for each, which may pop from a list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +60,12 @@ def measure(
     call = _make(family, size)
     with torch.no_grad():
         want = call.module(*call.args, **call.kwargs)
-    call = _make(family, size)  # a forward may pop from a list that it was given
+    call = _make(family, size)  # a forward may change the network, or pop from a list that it was given
+    given = copy.deepcopy((call.args, call.kwargs))
     captured = dc.capture(call.module, call.args, call.kwargs)
     for r in ranks:
         program = dc.convert(captured, ranks=r, rows=call.rows)
-        exact = error_of(_run(program, _make(family, size)), want)
+        exact = error_of(_run(program, given), want)
         report = program.report()
         reasons = collections.Counter(f"{f['op']}: {f['reason']}" for f in report.fallbacks())
         result = Measured(
@@ -77,7 +80,7 @@ def measure(
             len(program.plan.report["replicated"]),
         )
         if r in steady:
-            result = dataclasses.replace(result, **_converge(program, family, size, want))
+            result = dataclasses.replace(result, **_converge(program, given, want))
         yield dataclasses.replace(result, seconds=time.perf_counter() - started)
         started = time.perf_counter()
 
@@ -88,22 +91,21 @@ def _make(family: Family, size: tuple[int, int]) -> Call:
     return family.make(*size)
 
 
-def _run(program: Any, call: Call, phase: Any = "warmup") -> Any:
-    return program.simulate(*call.args, phase=phase, **call.kwargs)
+def _run(program: Any, given: Given, phase: Any = "warmup") -> Any:
+    args, kwargs = copy.deepcopy(given)
+    return program.simulate(*args, phase=phase, **kwargs)
 
 
-def _converge(program: Any, family: Family, size: tuple[int, int], want: Any) -> dict[str, Any]:
+def _converge(program: Any, given: Given, want: Any) -> dict[str, Any]:
     """Start from other inputs, then call the steady phase with the right ones until it is where it stays."""
-    call = _make(family, size)
 
     def other(x: Any) -> Any:
         return x * 0.9 if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 2 else x
 
-    args, kwargs = pytree.tree_map(other, (call.args, call.kwargs))
     program.reset()
-    program.simulate(*args, **kwargs)
+    _run(program, pytree.tree_map(other, given))
     error, steps = float("inf"), 0
     while error > 1e-5 and steps < STEPS:
-        error = error_of(_run(program, _make(family, size), "steady"), want)
+        error = error_of(_run(program, given, "steady"), want)
         steps += 1
     return {"steady": error, "steps": steps}

@@ -1,0 +1,33 @@
+"""What a rank does, in a module of its own: a process that starts need not import what the networks are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import districompile as dc
+
+
+def worker(bundle: str, inputs: str, steps: int) -> list[bytes]:
+    """One rank: an exact call, then calls of one image whose timesteps fall."""
+    kwargs = torch.load(inputs)
+    unet = dc.load(bundle)
+    outputs: list[Tensor] = []
+    with unet.exact():
+        outputs.append(_first(unet(**kwargs)))
+    unet.reset()
+    for i in range(steps):
+        outputs.append(_first(unet(**call(kwargs, i))))
+    unet.close()
+    return [t.numpy().tobytes() for t in outputs]
+
+
+def call(kwargs: dict[str, Any], i: int) -> dict[str, Any]:
+    """The i-th call of an image: a sample that changes a little, a timestep that falls."""
+    return {**kwargs, "sample": kwargs["sample"] * (1 - 0.02 * i), "timestep": torch.tensor(900.0 - 20 * i)}
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
