@@ -130,13 +130,14 @@ COMPOSITES: dict[str, tuple[Function, list[Tensor]]] = {
     "strips that meet": (lambda x: ops.strips(x, 2, 2, 2), [rand(1, 2, 3, 3)]),
     "moments": (lambda x: ops.moments(x, 2), [rand(2, 4, 5, 3)]),
     "merge even": (lambda p: ops.merge_moments(p, [8.0, 8.0]), [rand(2, 2, 1, 3)]),
+    "merge announced": (lambda p: ops.merge_moments(p, [8.0, 24.0]), [rand(2, 4, 1, 3)]),
     "merge uneven": (lambda p: ops.merge_moments(p, [8.0, 24.0]), [rand(2, 2, 1, 3)]),
     "correct": (ops.correct_moments, [rand(2, 1, 3), rand(1, 2, 1, 3), rand(1, 2, 1, 3)]),
     "announce": (ops.announce, [rand(1, 2, 1, 3)]),
-    "forecast": (ops.forecast_moments, [rand(1, 2, 1, 3).abs(), rand(1, 2, 1, 3).abs()]),
+    "forecast": (ops.forecast_moments, [rand(1, 2, 1, 3).abs(), rand(1, 4, 1, 3).abs()]),
     "merge forecasts": (
         lambda p, f: ops.merge_forecasts(p, f, [8.0, 24.0]),
-        [rand(2, 2, 1, 3).abs(), rand(1, 2, 1, 3).abs()],
+        [rand(2, 4, 1, 3).abs(), rand(1, 2, 1, 3).abs()],
     ),
     "normalize": (
         lambda x, s, w, b: ops.normalize(x, s, 2, w, b, 1e-5),

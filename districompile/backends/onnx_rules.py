@@ -92,14 +92,15 @@ def _merge_moments(kind: Kind) -> Template | None:
         return None
     shares = np.array(counts, dtype="float64") / sum(counts)
     weights = shares.reshape(-1, 1, 1, 1).astype(_NUMPY[kind.inputs[0].dtype])
+    rest = kind.inputs[0].shape[1] - 2  # what is announced beside them (announce-statistics)
     constants = (
         numpy_helper.from_array(weights, "weights"),
         _int_constant("first", [0]),
-        _int_constant("halves", [1, 1]),
+        _int_constant("rows", [1, 1, *([rest] if rest else [])]),
         _int_constant("shape", list(kind.outputs[0].shape)),
     )
     nodes = (
-        helper.make_node("Split", ["parts", "halves"], ["mean", "var"], axis=1),
+        helper.make_node("Split", ["parts", "rows"], ["mean", "var", *(["rest"] if rest else [])], axis=1),
         helper.make_node("Mul", ["mean", "weights"], ["weighted"]),
         helper.make_node("ReduceSum", ["weighted", "first"], ["whole"]),
         helper.make_node("Sub", ["mean", "whole"], ["distance"]),

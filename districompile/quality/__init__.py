@@ -4,3 +4,5 @@
 :mod:`measure` does this for several ways of computing in one run, :mod:`page` shows the result, and :mod:`floor` looks
 for the fastest setting that is good enough.
 """
+
+from __future__ import annotations
