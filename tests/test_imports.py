@@ -22,6 +22,7 @@ FORBIDDEN = {
         "cutter",
         "capture",
         "passmanager",
+        "quality",
         "commands",
         "cli",
         "api",
@@ -30,6 +31,7 @@ FORBIDDEN = {
     "passes": ("backends", "runtime", "models", "bundle", "commands", "cli", "api"),
     "models": ("passes", "backends", "runtime", "bundle", "commands", "cli", "api"),
     "ir": ("passes", "runtime", "models", "bundle", "commands", "cli", "api"),
+    "quality": ("passes", "commands", "cli"),
     "report.py": ("passes", "backends", "runtime", "models", "commands", "cli", "api"),
     "progress.py": ("passes", "backends", "runtime", "models", "commands", "cli", "api", "ir"),
 }

@@ -5,8 +5,8 @@
     python tools/quality_table.py --out docs/measurements/quality.jsonl --docs docs/quality.md
 
 All ranks run in this process, operator by operator. A line that is in the file already is not measured again. With
-``--lot`` several pictures are drawn in one call. Their steps are exact where a picture's own would be: which they are is
-worked out from one device's run of the same picture, and pictures that agree on it are drawn together.
+``--lot`` several pictures are drawn in one call. Their steps are exact where a picture's own would be: which they are
+is worked out from one device's run of the same picture, and pictures that agree on it are drawn together.
 
 The second form writes the tables between the marks of the page.
 """

@@ -88,13 +88,15 @@ def worker(job: Settings) -> dict[str, Any]:
             for phase in PHASES:
                 module.phase = phase
                 figures[f"{phase} free"] = timer.timed(job.calls)
+    warmup = int(module.plan.options.get("warmup_steps", 4))
     if job.steps is not None:
-        module.phase = None
         for _ in range(2):  # all graphs of a whole run are captured in the first one
             timer.restart()
             _synchronize(module)
             start = time.perf_counter()
-            for _ in range(job.steps):
+            for number in range(job.steps):
+                # Random inputs are no image that settles: --warmup-steps says how many steps are exact
+                module.phase = "warmup" if number < warmup else "steady"
                 timer.call()
             _synchronize(module)
             run_s = time.perf_counter() - start
@@ -102,7 +104,7 @@ def worker(job: Settings) -> dict[str, Any]:
     result = {
         "rank": rank, "device": _device_name(module.device), "transport": module.transport, "load_s": loaded - began,
         "figures": figures, "peak": module.peak_bytes, "traces": traces, "kernels": kernels, "steps": job.steps,
-        "warmup_steps": int(module.plan.options.get("warmup_steps", 4)),
+        "warmup_steps": warmup,
     }  # fmt: skip
     module.close()
     return result

@@ -83,7 +83,7 @@ def main(settings: Settings, as_json: bool) -> int:
     if drift is not None:
         psnr = "identical" if drift["psnr_db"] is None else f"PSNR {drift['psnr_db']:.1f} dB"
         terminal.print(
-            f"displaced phase: {drift['steps']} steps, {drift['warmup_steps']} of them exact; relative error of the "
+            f"displaced phase: {drift['steps']} steps, {drift['exact_steps']} of them exact; relative error of the "
             f"result {drift['relative_error']:.2e}, {drift['of']} {psnr}",
             highlight=False,
         )
@@ -207,7 +207,7 @@ def measure_drift(
     assert expected is not None and actual is not None and before is not None and after is not None
     return {
         "steps": settings.steps,
-        "warmup_steps": int(options.get("warmup_steps", 0)),
+        "exact_steps": compiled.image_calls["exact"],
         "relative_error": relative_error(after, before),
         "psnr_db": psnr(actual, expected, peak),
         "of": of,
