@@ -94,6 +94,12 @@ def test_outputs_of_another_size_are_taken_as_they_are() -> None:
     assert len(found) == 6 and all(map(math.isfinite, found)) and found[0] > found[-1]
 
 
+def test_outputs_of_another_batch_are_one_vector() -> None:
+    pairs = [(x, y.sum()) for x, y in calls()]
+    assert all(r >= 0 for r in rates(pairs))
+    assert len(rates([(x, torch.cat([y, y, y])) for x, y in calls()])) == 6
+
+
 def test_a_sample_that_stays_is_no_step_of_a_sampler() -> None:
     pairs = calls()
     assert rates([(pairs[0][0], y) for _, y in pairs]) == [math.inf] * 6

@@ -34,13 +34,17 @@ _ROUNDING = 1e-6  # of a squared angle: float32, half precision of the tensors t
 
 
 def vectors(sample: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """A sample (B, C, ...) and its output as vectors (B, N), of the channels that both have: a mask or a learned
-    variance is left out. Where the sizes of the image differ, the output has no part in the sample's direction."""
-    x, out = sample.detach(), output.detach()
+    """A sample (B, C, ...) and its output as vectors (B, N), of the channels that both have.
+
+    A mask or a learned variance is left out. Where the sizes of the image differ, the output has no part in the
+    sample's direction; where the batches do, all of a call is one vector.
+    """
+    x, out = (torch.view_as_real(t) if t.is_complex() else t for t in (sample.detach(), output.detach()))
     if x.ndim == out.ndim > 2 and x.shape[0] == out.shape[0] and x.shape[2:] == out.shape[2:]:
         channels = min(x.shape[1], out.shape[1])
         x, out = x[:, :channels], out[:, :channels]
-    return x.reshape(x.shape[0], -1), out.reshape(out.shape[0], -1) if out.ndim else out.reshape(1, 1)
+    batch = x.shape[0] if x.ndim and x.shape[:1] == out.shape[:1] else 1
+    return x.reshape(batch, -1), out.reshape(batch, -1)
 
 
 def products(now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]) -> Tensor:

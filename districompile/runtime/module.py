@@ -74,7 +74,9 @@ class DistributedModule(torch.nn.Module):
         self._device = device
         self._inputs = InputChecker(plan, device)
         self._streams = StreamTracker(int(plan.options.get("warmup_steps", 4)))
-        self._drift = DriftMonitor(float(plan.options.get("drift_limit", 0.0)))
+        # Without a timestep every call is exact
+        limit = 0.0 if self._inputs.timestep_path is None else float(plan.options.get("drift_limit", 0.0))
+        self._drift = DriftMonitor(limit)
         self._image = next(i.path for i in plan.inputs if i.rows is not None)
         self._conditioning = Conditioning(plan.options.get("conditioning", ()))
         self._phase: Phase | None = None
