@@ -54,6 +54,8 @@ def main(settings: Settings, as_json: bool) -> int:
     modes = [m for m in (settings.modes or "").split(",") if m]
     check_modes(modes)
     seeds = parse_seeds(settings.seeds)
+    if settings.prompts is not None:
+        read_prompts(settings.prompts)  # a mistake is found before the work
     check_guidance(bundle.plan.options, settings.guidance)
     if settings.report is not None:
         if settings.report.is_dir() or settings.report.suffix.lower() not in (".html", ".htm"):
@@ -111,6 +113,8 @@ def reach_floor(
 ) -> tuple[converting.Settings, list[dict[str, Any]]]:
     """The settings with the cheapest options that reach ``floor``, and what was tried; ranks run in this process."""
     wanted, seeds = parse_floor(floor.floor), parse_seeds(floor.seeds)
+    if floor.prompts is not None:
+        read_prompts(floor.prompts)  # a mistake is found before the work
     dtype = dtype_of(settings.dtype or converting.DEFAULT_DTYPE)
     with progress.task(f"loading {settings.model}"):
         loaded = load_source(settings.model, dtype)
@@ -127,7 +131,7 @@ def reach_floor(
         expected = draw(pipe, loaded.module, cases, setting, task)
 
     def measured(candidate: Candidate) -> Result:
-        options = {**conversion_options(plan), **candidate.options}
+        options = {**conversion_options(plan), **candidate.options, "passes": settings.passes, "rules": settings.rules}
         ways = [way_of(str(options.pop("groupnorm")), loaded.module, example, settings.gpus, device, options)]
         return measure(pipe, expected, ways, cases, setting, borders_of(plan), progress).results[0]
 

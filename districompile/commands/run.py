@@ -147,7 +147,8 @@ def drift_warning(figures: dict[str, Any], options: dict[str, Any], report: dict
     """One line where the picture may differ from one device's: its displaced steps came while it still changed faster
     than the limit, or faster than in the pictures that ``--quality-floor`` measured."""
     drift, limit = figures.get("drift"), float(options.get("drift_limit", 0.0))
-    seen = [t["drift"] for t in (report.get("quality") or {}).get("trials", ()) if t["good"] and t["drift"] is not None]
+    trials = (report.get("quality") or {}).get("trials", ())
+    seen = [t["drift"] for t in trials if t.get("good") and t.get("drift") is not None]
     if drift is None or limit <= 0:
         return None
     beyond = max([2 * limit, *seen])

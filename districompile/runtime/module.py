@@ -27,6 +27,8 @@ from districompile.runtime.trace import Trace
 from districompile.structure import rebuild_output
 from districompile.weights import WeightFile
 
+_MOST_DRIFT = 1e6  # a sample that stays or jumps; JSON knows no infinity
+
 
 class Config(dict[str, Any]):
     """A model's configuration, read by key or by attribute."""
@@ -144,7 +146,7 @@ class DistributedModule(torch.nn.Module):
         rates = self.drift_rates
         pairs = list(zip(self._phases[1:], rates, strict=False)) if rates else []
         found = [rate for phase, rate in pairs[:-2] if phase == "steady"]
-        return max(found) if found else None
+        return min(max(found), _MOST_DRIFT) if found else None
 
     @property
     def phase(self) -> Phase | None:
