@@ -281,7 +281,7 @@ def merge_forecasts(parts: Tensor, fresh: Tensor, counts: list[float]) -> Tensor
 
     The others are corrected by half of what this rank's own forecast missed: half is the share whose error is least
     where nobody knows how alike the ranks' misses are (decision 37). Then all are merged as in :func:`merge_moments`,
-    so that the variance is never less than the ranks' own variances together.
+    so that the variance is a sum of positive terms.
     """
     mean, var = fresh[0, 0], fresh[0, 1]
     shift, growth = missed(parts[0, 0], parts[0, 1], mean, var)

@@ -98,6 +98,8 @@ class DistributedModule(torch.nn.Module):
             decision = self._streams.next(call.timestep)
             if self._phase is not None:
                 decision = Decision(self._phase, decision.stream, decision.reset)
+                if decision.reset:
+                    self._drift.reset()
             elif self._runner.leads:  # what rank 0 decides holds for all
                 decision = self._drift.check(decision)
             decision = self._conditioning.check(decision, call.given)
