@@ -1,7 +1,7 @@
 """Pictures of the demo model on N ranks against one device: the figures of docs/quality.md, one JSON line each.
 
     python tools/quality_table.py --out docs/measurements/quality.jsonl [--ranks 2,3,4,6,8] [--modes forecast,sync,...]
-        [--steps 20,50,8] [--pictures 64] [--seeds 0-3] [--lot 16] [--device cuda] [--budget SECONDS]
+        [--steps 20,50,8] [--pictures 64] [--seeds 0-3] [--lot 16] [--device cuda] [--dtype float16] [--budget SECONDS]
     python tools/quality_table.py --out docs/measurements/quality.jsonl --docs docs/quality.md
 
 All ranks run in this process, operator by operator. A line that is in the file already is not measured again. With
@@ -99,8 +99,10 @@ class Scheduled(nn.Module):
 class Demo:
     """The demo model with what one device draws, by number of steps."""
 
-    def __init__(self, cases: Sequence[Case], lot: int, device: torch.device, warmup: int, limit: float) -> None:
-        self.pipe, self.loaded = load_pipeline("demo"), load_source("demo")
+    def __init__(
+        self, cases: Sequence[Case], lot: int, device: torch.device, warmup: int, limit: float, dtype: torch.dtype
+    ) -> None:
+        self.pipe, self.loaded = load_pipeline("demo", dtype), load_source("demo", dtype)
         self.cases, self.lot, self.device, self.warmup, self.limit = list(cases), lot, device, warmup, limit
         self.loaded.module.to(device)
         place(self.pipe, device)
@@ -165,7 +167,7 @@ def jobs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for ranks in map(int, args.ranks.split(",")):
             for mode in args.modes.split(","):
                 yield {"mode": mode, "ranks": ranks, "steps": steps, "prompts": args.pictures, "seeds": args.seeds,
-                       "warmup_steps": args.warmup_steps, "drift_limit": args.drift_limit}  # fmt: skip
+                       "warmup_steps": args.warmup_steps, "drift_limit": args.drift_limit, "dtype": args.dtype}  # fmt: skip
 
 
 def main() -> None:
@@ -180,6 +182,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0-3")
     parser.add_argument("--warmup-steps", type=int, default=4)
     parser.add_argument("--drift-limit", type=float, default=DRIFT_LIMIT)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of both sides")
     parser.add_argument("--lot", type=int, default=1, help="pictures of one call")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds; no job is started after them")
@@ -193,7 +196,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     began, done = time.perf_counter(), [line["job"] for line in read(args.out)]
     cases = make_cases(demo_prompts(args.pictures), parse_seeds(args.seeds))
-    demo = Demo(cases, args.lot, torch.device(args.device), args.warmup_steps, args.drift_limit)
+    dtype = getattr(torch, args.dtype)
+    demo = Demo(cases, args.lot, torch.device(args.device), args.warmup_steps, args.drift_limit, dtype)
     for job in jobs(args):
         if job in done or time.perf_counter() - began > args.budget:
             continue
