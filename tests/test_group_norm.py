@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import districompile as dc
 from districompile.ir.ops import ops
@@ -168,3 +168,25 @@ def test_modes_agree_where_nothing_changes() -> None:
         for _ in range(3):
             got = program.simulate(data(0), phase="steady")
         assert (mode == "local") != torch.allclose(got, want, rtol=1e-5, atol=1e-5), mode
+
+
+def test_statistics_of_all_ranks_are_read_where_they_are() -> None:
+    """As rows of one tensor each pair would be a choice between two places, which Triton 3.6 does not compile."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from districompile.backends import inductor_forms as forms
+
+    def merged(received: Tensor, previous: Tensor, x: Tensor) -> Tensor:
+        fresh = forms.moments(x, 4)
+        parts = forms.place(received, previous, 0, 1, 2, 0, 1)
+        return forms.merge_forecasts(parts, fresh, [32.0, 32.0, 64.0, 32.0])
+
+    args = (torch.rand(3, 4, 1, 4), torch.rand(1, 4, 1, 4), torch.randn(1, 8, 8, 8))
+    traced = make_fx(merged)(*args)
+    assert isinstance(traced, fx.GraphModule)
+    traced.graph.eliminate_dead_code()
+    assert not [n for n in traced.graph.nodes if n.target is torch.ops.aten.cat.default]
+    parts = ops.place(args[0], args[1], 0, 1, 2, 0, 1)
+    torch.testing.assert_close(
+        traced(*args), ops.merge_forecasts(parts, ops.moments(args[2], 4), [32.0, 32.0, 64.0, 32.0])
+    )

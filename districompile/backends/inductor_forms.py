@@ -25,6 +25,7 @@ _UNROLLED = 16  # ranks whose statistics are merged without a loop
 
 Pair = tuple[Tensor, Tensor]
 _PAIRS: MutableMapping[Tensor, list[Pair]] = WeakIdKeyDictionary()  # what stacked statistics were made of
+_PLACED: MutableMapping[Tensor, tuple[Tensor, Tensor, int, int]] = WeakIdKeyDictionary()  # one row among others' rows
 
 
 def _stacked(mean: Tensor, var: Tensor, *, rows: bool = False) -> Tensor:
@@ -39,6 +40,10 @@ def _pairs(stats: Tensor) -> list[Pair]:
     """Mean and variance, each (B, G), of every row of (R, 2, B, G), or of (2, B, G)."""
     if stats in _PAIRS:
         return _PAIRS[stats]
+    if stats in _PLACED:
+        foreign, own, before, after = _PLACED[stats]
+        others = [(row[0], row[1]) for row in foreign[: before + after]]
+        return [*others[:before], *_pairs(own), *others[before:]]
     return [(row[0], row[1]) for row in (stats if stats.ndim == 4 else stats.unsqueeze(0))]
 
 
@@ -64,11 +69,14 @@ def moments(x: Tensor, groups: int) -> Tensor:
 
 
 def place(foreign: Tensor, x: Tensor, dim: int, before: int, after: int, start: int, stop: int) -> Tensor:
-    """:func:`districompile.ir.ops.place`; statistics of several ranks stay pairs."""
+    """:func:`districompile.ir.ops.place`; statistics of several ranks stay pairs, where they are read as such.
+
+    Read from one tensor of all ranks, each pair would be a choice between two places in memory. Triton 3.6 does not
+    compile a kernel with the reduction and that many choices ("operand does not dominate this use").
+    """
     whole = plain.place(foreign, x, dim, before, after, start, stop)
-    if x in _PAIRS and (start, stop) == (0, 1) and before + after < _UNROLLED:
-        others = _pairs(foreign)
-        _PAIRS[whole] = [*others[:before], *_pairs(x), *others[before : before + after]]
+    if dim == 0 and x.ndim == 4 and (start, stop) == (0, 1) and x.shape[0] == 1 and before + after < _UNROLLED:
+        _PLACED[whole] = foreign, x, before, after
     return whole
 
 
