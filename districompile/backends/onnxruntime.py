@@ -43,6 +43,7 @@ class OnnxRuntimeEngine(Engine):
         self._inputs = {name: spec for name, spec in inputs.items() if name not in self._weights}
         given = {o.name: TensorSpec(tuple(o.shape), _DTYPES[o.type]) for o in session.get_outputs()}
         self._outputs = {name: given[name] for name in outputs}
+        self.input_specs, self.output_specs = self._inputs, self._outputs
         self._bound: dict[str, Tensor] = {}
         self._results: dict[str, Tensor] = {}
 
@@ -76,6 +77,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     suffix = ".onnx"
+    native_code = False
     version = f"1, opset {OPSET}"
 
     def __init__(self) -> None:

@@ -93,7 +93,9 @@ def _check_interface(plan: Plan) -> None:
     """Inputs, signature, constants and the structure of the output."""
     names = [n.lstrip("*") for n in plan.signature]
     _need(all(map(_PARAMETER.fullmatch, plan.signature)) and _unique(names), f"the signature is {plan.signature}")
-    _need(_unique(i.path for i in plan.inputs), "two inputs have the same path")
+    paths = sorted(f"{path}." for path in (*(i.path for i in plan.inputs), *plan.constants))
+    inside = next((a for a, b in itertools.pairwise(paths) if b.startswith(a)), None)
+    _need(inside is None, f"another input or constant has the path of {str(inside)[:-1]}, or one inside of it")
     _need(_unique(i.value for i in plan.inputs), "two inputs have the same value")
     _need(any(i.rows is not None for i in plan.inputs), "no input is cut into rows")
     more = any(n.startswith("**") for n in plan.signature)
@@ -106,7 +108,6 @@ def _check_interface(plan: Plan) -> None:
         order.append(names.index(parameter) if parameter in names else len(names))
     _need(order == sorted(order), "the inputs are in another order than the parameters")
     for path, value in plan.constants.items():
-        _need(path not in {i.path for i in plan.inputs}, f"{path} is an input and a constant")
         _need(value is None or isinstance(value, bool | int | float | str), f"the constant {path} is {value!r}")
     leaves = list(_leaves(plan.output, "output"))
     _need(leaves == list(range(len(leaves))), f"the leaves of the output are numbered {leaves}")
