@@ -20,6 +20,7 @@ import torch
 from districompile import cli
 from districompile.commands import trial
 from districompile.errors import BackendError
+from districompile.manifest import manifest_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -263,7 +264,7 @@ def test_a_bundle_for_a_gpu_starts_nothing_without_one(
 ) -> None:
     shutil.copytree(made, folder / "gpu")
     manifest = folder / "gpu" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "device": "cuda: sm89"}))
+    manifest.write_text(manifest_text({**json.loads(manifest.read_text()), "device": "cuda: sm89"}))
     for command in ("run", "bench"):
         line = failing(capsys, command, "gpu")
         assert line.startswith("gpu was made for a GPU, and there is none here"), line

@@ -108,7 +108,8 @@ class Piece:
 class Exchange:
     """A row exchange. Rank r contributes ``source`` (``specs[r]``) and receives a tensor of ``results[r]``, assembled
     from ``pieces`` along ``dim``; rows that no piece covers hold ``fill``. ``pattern`` says what the pieces amount
-    to."""
+    to. ``source_rows[r]`` and ``result_rows[r]`` say which rows of the whole image these are, as runs (first, count)
+    in order, ``first`` being -1 for rows outside of it: pieces are checked against them."""
 
     name: str
     site: str  # the operator it serves, as shown to users: "down_blocks.0.resnets.0.conv1"
@@ -121,6 +122,8 @@ class Exchange:
     fill: float
     pattern: Literal["none", "neighbour", "all_gather", "general"]
     displaced: bool = False  # in the steady phase
+    source_rows: tuple[tuple[tuple[int, int], ...], ...] = ()
+    result_rows: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     def sent_bytes(self, rank: int) -> int:
         """Bytes that ``rank`` sends to other ranks in one call."""

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from districompile.errors import BundleError
 from districompile.ir.options import check_options, check_report
 from districompile.ir.plan import (
@@ -36,6 +38,7 @@ Specs = tuple[TensorSpec, ...]  # by rank
 
 _MOST_RANKS = 4096
 _MOST_BYTES = 1 << 48
+_MOST_ROWS = 1 << 24
 _PARAMETER = re.compile(r"\*{0,2}[^\W\d]\w*")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
@@ -174,19 +177,32 @@ def _check_collective(plan: Plan, c: Collective) -> None:
         parts.sort(key=lambda part: part.start)
         apart = all(a.stop <= b.start for a, b in itertools.pairwise(parts))
         _need(apart, f"{c.name} puts rows of two ranks at one place on rank {dst}")
-    if any(p.src == p.dst for p in c.pieces):
-        _check_whole(c, plan.ranks)
+    if c.source_rows or c.result_rows:
+        _check_rows(plan, c)
 
 
-def _check_whole(c: Exchange, ranks: int) -> None:
-    """An exchange that also moves a rank's own rows gives every rank the rows of all ranks in order."""
-    starts = [0, *itertools.accumulate(s.shape[c.dim] for s in c.specs)]
-    for dst in range(ranks):
-        pieces = sorted((p for p in c.pieces if p.dst == dst), key=lambda p: p.at)
-        shifts = {starts[p.src] + p.start - p.at for p in pieces}
-        if c.kind == "output":
-            whole = c.results[dst].shape[c.dim] == starts[-1] == sum(p.rows for p in pieces)
-            _need(shifts == {0} and whole, f"{c.name} does not give rank {dst} all rows in order")
+def _check_rows(plan: Plan, c: Exchange) -> None:
+    """The pieces put the rows of the image where the exchange says that they are, and nothing elsewhere."""
+    sources = _rows_of(plan, c, c.source_rows, c.specs)
+    results = _rows_of(plan, c, c.result_rows, c.results)
+    found = [np.full_like(rows, -1) for rows in results]
+    for p in c.pieces:
+        found[p.dst][p.at : p.at + p.rows] = sources[p.src][p.start : p.start + p.rows]
+    for rank, (rows, wanted) in enumerate(zip(found, results, strict=True)):
+        _need(np.array_equal(rows, wanted), f"{c.name} gives rank {rank} other rows of the image than it should")
+
+
+def _rows_of(
+    plan: Plan, c: Exchange, runs: tuple[tuple[tuple[int, int], ...], ...], specs: Specs
+) -> list[np.ndarray[Any, Any]]:
+    _need(len(runs) == plan.ranks, f"{c.name} names the rows of {len(runs)} ranks")
+    found = []
+    for by_rank, spec in zip(runs, specs, strict=True):
+        fits = all(first >= -1 and 0 < count <= _MOST_ROWS and first <= _MOST_BYTES for first, count in by_rank)
+        _need(fits and sum(n for _, n in by_rank) == spec.shape[c.dim], f"{c.name} names other rows than it has")
+        parts = [np.full(n, -1) if first < 0 else np.arange(first, first + n) for first, n in by_rank]
+        found.append(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
+    return found
 
 
 class _Phase:
