@@ -26,15 +26,11 @@ from districompile.errors import BundleError
 from districompile.ir.plan import Plan
 from districompile.ir.validate import validate
 from districompile.manifest import AGAIN as _AGAIN
-from districompile.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    PLAN,
-    WEIGHTS,
-    check_places,
-    manifest_text,
-    read_manifest,
-)
+from districompile.manifest import FORMAT_VERSION as FORMAT_VERSION
+from districompile.manifest import MANIFEST as MANIFEST
+from districompile.manifest import PLAN as PLAN
+from districompile.manifest import WEIGHTS as WEIGHTS
+from districompile.manifest import check_places, manifest_text, read_manifest
 
 PLAN_TEXT = "plan.txt"
 ENGINES = "engines"

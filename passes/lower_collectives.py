@@ -230,7 +230,7 @@ def _plan(exchange: fx.Node, source: fx.Node, f: _Fetch) -> Exchange:
 def _source_rows(f: _Fetch, whole: bool) -> tuple[tuple[tuple[int, int], ...], ...]:
     """The rows of the whole that each rank sends from: its own, or those at the ends of its own."""
     top, bottom = f.strips
-    found = []
+    found: list[tuple[tuple[int, int], ...]] = []
     for start, end in itertools.pairwise(f.bounds):
         if whole or top + bottom >= end - start:
             found.append(((start, end - start),))

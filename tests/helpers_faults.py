@@ -6,8 +6,7 @@ import copy
 import hashlib
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +118,3 @@ def set_tripwire(folder: Path) -> Path:
     source += "@dataclasses.dataclass\nclass Record:\n    a: object\n"
     (folder / f"{TRIPWIRE}.py").write_text(source)
     return fired
-
-
-def copied(source: Path, target: Path) -> Path:
-    shutil.copytree(source, target)
-    return target
-
-
-Call = Callable[[], Tensor]

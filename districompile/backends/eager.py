@@ -116,8 +116,7 @@ class EagerBackend:
     def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> EagerEngine:
         try:
             data = json.loads(path.read_text())
-            if data["format"] != _FORMAT:
-                raise BackendError(f"{path} is of another version: {data['format']!r}, not {_FORMAT!r}")
+            version = data["format"]
             names = [*data["inputs"], *data["weights"]]
             outputs = tuple(data["outputs"])
             if not all(isinstance(n, str) for n in (*names, *outputs)):
@@ -129,6 +128,8 @@ class EagerBackend:
             raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e
         except BackendError as e:
             raise BackendError(f"{path}: {e}") from e
+        if version != _FORMAT:
+            raise BackendError(f"{path} is of another version: {version!r}, not {_FORMAT!r}")
         placeholders = [spec_of(n) for n in module.graph.nodes if n.op == "placeholder"]
         fits = outputs == tuple(segment) and len(placeholders) == len(set(names)) == len(names)
         if not fits or len(specs) != len(outputs):
@@ -144,6 +145,9 @@ class EagerBackend:
 
     def content_name(self, path: Path) -> str:
         """The name that :func:`districompile.backends.build.segment_hash` gives to what ``path`` holds."""
-        data = json.loads(path.read_text())
-        names = [data["inputs"], data["weights"], data["outputs"]]
-        return content_hash(json.dumps([self.name, self.version, names, canonical(data["graph"]), []]))
+        try:
+            data = json.loads(path.read_text())
+            names = [data["inputs"], data["weights"], data["outputs"]]
+            return content_hash(json.dumps([self.name, self.version, names, canonical(data["graph"]), []]))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e

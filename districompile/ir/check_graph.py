@@ -81,7 +81,7 @@ def _check_parts(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dic
     name = target._schema.name
     if name not in ("aten::unbind", "aten::split", "aten::unsafe_split"):
         return
-    given = {a.name: a.default_value for a in target._schema.arguments}
+    given: dict[str, Any] = {a.name: a.default_value for a in target._schema.arguments}
     given |= dict(zip(given, args, strict=False)) | kwargs
     size = given.get("split_size", 1)
     if isinstance(size, int) and given["self"].shape[given["dim"]] > _MOST_PARTS * max(1, size):

@@ -59,7 +59,7 @@ def validate(plan: Plan) -> None:
         _need(name == collective.name, f"the collective {name} calls itself {collective.name}")
         _check_collective(plan, collective)
     _need({*plan.phases} == {*PHASES}, f"the phases are {', '.join(plan.phases) or 'missing'}")
-    checked = {name: _Phase(plan, name) for name in PHASES}
+    checked: dict[str, _Phase] = {name: _Phase(plan, name) for name in PHASES}
     for phase in checked.values():
         phase.check()
     _check_phases_together(plan, checked)
@@ -67,7 +67,7 @@ def validate(plan: Plan) -> None:
 
 def value_specs(plan: Plan, phase: str) -> dict[str, Specs]:
     """What every value that a step of ``phase`` can read is on each rank, states included."""
-    checked = {name: _Phase(plan, name) for name in PHASES}
+    checked: dict[str, _Phase] = {name: _Phase(plan, name) for name in PHASES}
     for each in checked.values():
         each.check()
     states = {state: specs for each in checked.values() for state, specs in each.kept.items()}
