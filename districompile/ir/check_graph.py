@@ -62,6 +62,8 @@ class _Shapes(fx.Interpreter):
             if target._schema.is_mutable:
                 raise BackendError(f"the graph uses the operator {target}, which writes to its arguments")
             _check_parts(target, args, kwargs)
+            if kwargs.get("device") is None and any(a.name == "device" for a in target._schema.arguments):
+                kwargs = {**kwargs, "device": torch.device("meta")}  # a new tensor would be on the CPU
         elif target.__name__ != "getitem":
             _check_numbers(target.__name__, args)
         result = super().call_function(target, args, kwargs)
