@@ -326,6 +326,7 @@ class _Loader:
         self._bundle, self._backend, self._device = bundle, backend, device
         self._weights: WeightFile = WeightFile.open(bundle.weights_path)
         check_weights(bundle.plan, self._weights)
+        self._specs = {phase: value_specs(bundle.plan, phase) for phase in bundle.plan.phases}
 
     def engines(self, rank: int) -> dict[str, dict[str, Engine]]:
         """Engines of one rank by phase and segment; equal ones are loaded once, as segments of a rank run in turn."""
@@ -334,7 +335,7 @@ class _Loader:
         checked: set[Path] = set()
         for phase, plan in self._bundle.plan.phases.items():
             engines[phase] = {}
-            specs = {v: by_rank[rank] for v, by_rank in value_specs(self._bundle.plan, phase).items()}
+            specs = {v: by_rank[rank] for v, by_rank in self._specs[phase].items()}
             for name, segment in plan.segments.items():
                 key = (segment.engines[rank], segment.outputs)
                 path = self._bundle.engine_path(key[0], self._backend.suffix)
