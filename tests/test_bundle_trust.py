@@ -253,9 +253,7 @@ def test_native_code() -> None:
 
 
 @pytest.mark.parametrize("command", [["verify", "--model", "demo"], ["bench"], ["run"]])
-def test_native_code_is_refused_on_request(
-    copy: Path, command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_native_code_is_refused_on_request(copy: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     edit(copy, manifest={"backend": "inductor"})
     assert cli.main([command[0], str(copy), *command[1:], "--no-native-code"]) == 2
     assert "machine code, made by the inductor backend" in capsys.readouterr().err
