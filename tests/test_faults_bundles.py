@@ -1,8 +1,8 @@
 """Bundles with one changed value, their hashes made right again: refused in one line, or as good as before.
 
 Not changed are values that nothing in a bundle could contradict: what rows outside of the image are filled with
-(``fill``, ``above`` and ``below``), and what a reduction does (``op``). Whoever changes them makes another model. Nor are
-numbers in a graph contradicted, once the engine has the name of its new content.
+(``fill``, ``above`` and ``below``), and what a reduction does (``op``). Whoever changes them makes another model.
+Nor are numbers in a graph contradicted, once the engine has the name of its new content.
 """
 
 from __future__ import annotations
