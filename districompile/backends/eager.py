@@ -121,9 +121,8 @@ class EagerBackend:
             outputs = tuple(data["outputs"])
             if not all(isinstance(n, str) for n in (*names, *outputs)):
                 raise TypeError("a name is no text")
-            text = json.dumps(data["graph"])
-            module = graph_from_json(text, device)
-            specs = output_specs(text)
+            module = graph_from_json(json.dumps(data["graph"]), device)
+            specs = output_specs(module, device)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e
         except BackendError as e:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from districompile.errors import BackendError
 from districompile.ir.plan import TensorSpec
-from districompile.ir.serialize import graph_from_json
 
 _MOST_EXPONENT = 64
 _MOST_PARTS = 1 << 16
@@ -25,17 +25,20 @@ def machine_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def output_specs(text: str) -> tuple[TensorSpec, ...]:
-    """What the graph in ``text`` gives.
+def output_specs(module: fx.GraphModule, device: torch.device | None = None) -> tuple[TensorSpec, ...]:
+    """What a graph read by :func:`~districompile.ir.serialize.graph_from_json` gives on ``device`` (cpu).
 
     Raise :class:`BackendError` for an operator that writes to its arguments, for arguments that an operator does not
     take, and for a value that is larger than this machine's memory.
     """
-    module = graph_from_json(text, torch.device("meta"))
-    inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    mode = FakeTensorMode()  # strides as on the device: a view may depend on them
+    values = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    for value in values:
+        _check_size("input", value)
     runner = _Shapes(module)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), mode:
+            inputs = [torch.empty(v.shape, dtype=v.dtype, device=device or torch.device("cpu")) for v in values]
             results: Sequence[Any] = runner.run(*inputs, enable_io_processing=False)
     except BackendError:
         raise
@@ -49,7 +52,7 @@ def output_specs(text: str) -> tuple[TensorSpec, ...]:
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph on meta tensors."""
+    """Runs a graph on fake tensors."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -62,8 +65,6 @@ class _Shapes(fx.Interpreter):
             if target._schema.is_mutable:
                 raise BackendError(f"the graph uses the operator {target}, which writes to its arguments")
             _check_parts(target, args, kwargs)
-            if kwargs.get("device") is None and any(a.name == "device" for a in target._schema.arguments):
-                kwargs = {**kwargs, "device": torch.device("meta")}  # a new tensor would be on the CPU
         elif target.__name__ != "getitem":
             _check_numbers(target.__name__, args)
         result = super().call_function(target, args, kwargs)
@@ -71,11 +72,16 @@ class _Shapes(fx.Interpreter):
         if len(parts) > _MOST_PARTS:
             raise BackendError(f"the graph's {self.at} gives {len(parts)} parts")
         for part in parts:
-            if isinstance(part, Tensor) and part.numel() * part.itemsize > machine_bytes():
-                raise BackendError(f"the graph's {self.at} gives {list(part.shape)}: more than this machine's memory")
+            if isinstance(part, Tensor):
+                _check_size(self.at, part)
             if isinstance(part, int) and abs(part) >= 1 << 63:
                 raise BackendError(f"the graph's {self.at} gives a number of more than 64 bits")
         return result
+
+
+def _check_size(what: str, value: Tensor) -> None:
+    if value.numel() * value.itemsize > machine_bytes():
+        raise BackendError(f"the graph's {what} gives {list(value.shape)}: more than this machine's memory")
 
 
 def _check_parts(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
