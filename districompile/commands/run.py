@@ -20,7 +20,6 @@ from districompile.commands.common import (
     is_bundle,
     print_json,
     quiet_libraries,
-    source_of,
 )
 from districompile.commands.drawing import Request, check_guidance, draw, image_format, place, save_images
 from districompile.ir.plan import dtype_of
@@ -81,11 +80,13 @@ def main(settings: Settings, as_json: bool) -> int:
     check_device(bundle, settings.device)
     check_native_code(bundle, settings.native_code)
     plan = bundle.plan
-    model = source_of(bundle.manifest, settings.model)
+    model = str(settings.model or bundle.manifest.get("source") or "")
+    if not model:
+        raise UsageError(f"{folder} does not say where its model came from: give --model")
     check_guidance(plan.options, settings.guidance)
     if settings.prompt is None and any(i.path == "encoder_hidden_states" for i in plan.inputs):
         raise UsageError("--prompt is needed: the model draws from text")
-    pipeline_location(model)
+    pipeline_location(model)  # refuses a function, without a call
     few = Report(plan).few_rows()
     if few is not None:
         print(f"note: {few}", file=sys.stderr)
