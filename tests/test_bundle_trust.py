@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -264,7 +265,8 @@ def test_native_code_is_refused_on_request(copy: Path, command: list[str], capsy
     assert dc.load(copy, lockstep=True, native_code=False) is not None
 
 
-def test_an_onnx_file_reads_no_file_but_the_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("location", ["../secret", "plan.json", "/etc/passwd"])
+def test_an_onnx_file_reads_no_file_but_the_weights(tmp_path: Path, location: str) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     x = torch.randn(1, 4, 8, 4)
@@ -277,9 +279,9 @@ def test_an_onnx_file_reads_no_file_but_the_weights(tmp_path: Path) -> None:
         for tensor in model.graph.initializer:
             for entry in tensor.external_data:
                 if entry.key == "location":
-                    entry.value = "../secret"
+                    entry.value = location
         path.write_bytes(model.SerializeToString())
         manifest["files"][f"engines/{path.name}"]["size"] = path.stat().st_size
     (folder / "manifest.json").write_text(manifest_text(manifest))
-    with pytest.raises(dc.Error, match="secret"):
+    with pytest.raises(dc.Error, match=f"in {re.escape(location)}, not weights"):
         dc.load(folder, lockstep=True, verify="quick")
