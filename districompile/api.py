@@ -29,7 +29,7 @@ from districompile.report import Report, phase_text
 from districompile.runtime.inputs import InputChecker
 from districompile.runtime.runner import LockstepRunner
 from districompile.runtime.streams import Decision
-from districompile.structure import flatten_call, rebuild_output
+from districompile.structure import flatten_call, packages_of, rebuild_output
 from districompile.unit import DISPLACEABLE, DRIFT_LIMIT, OPTIMISATIONS, Options, Unit
 from districompile.weights import WeightFile
 
@@ -253,9 +253,9 @@ class Program:
         call = InputChecker(self.plan, device)(args, kwargs)
         with torch.no_grad():
             leaves = self._runner.call(Decision(phase, 0, False), call.tensors)
-        return rebuild_output(
-            self.plan.output, leaves, call.return_dict if isinstance(call.return_dict, bool) else None
-        )
+        described = self._captured.output
+        return_dict = call.return_dict if isinstance(call.return_dict, bool) else None
+        return rebuild_output(described, leaves, return_dict, trusted=packages_of(described))
 
     def reset(self) -> None:
         """Forget the state of the calls so far: the next image starts with the warm-up phase."""

@@ -13,24 +13,26 @@ import datetime
 import errno
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from districompile.errors import BundleError
 from districompile.ir.plan import Plan
+from districompile.ir.validate import validate
+from districompile.manifest import AGAIN as _AGAIN
+from districompile.manifest import FORMAT_VERSION as FORMAT_VERSION
+from districompile.manifest import MANIFEST as MANIFEST
+from districompile.manifest import PLAN as PLAN
+from districompile.manifest import WEIGHTS as WEIGHTS
+from districompile.manifest import check_places, manifest_text, read_manifest
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-PLAN = "plan.json"
 PLAN_TEXT = "plan.txt"
-WEIGHTS = "weights.safetensors"
 ENGINES = "engines"
 
 _CHUNK = 1 << 22
@@ -119,7 +121,7 @@ class BundleWriter:
         """Write the manifest of ``bundle``, with ``changes`` and the files that are here now."""
         created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         manifest = {**bundle.manifest, **changes, "created": created, "files": self._files(None)}
-        self.path(MANIFEST).write_text(json.dumps(manifest, indent=1, default=str))
+        self.path(MANIFEST).write_text(manifest_text(manifest))
         self._finished = True
 
     def finish(
@@ -142,7 +144,9 @@ class BundleWriter:
         cannot hold is kept as text. ``graphs`` are dumps by file name. ``engines`` says what built the engines, and for
         which devices, where that matters.
         """
-        self.text(PLAN, plan.to_json())
+        text = plan.to_json()
+        validate(Plan.from_json(text))  # what could not be opened is not written
+        self.text(PLAN, text)
         self.text(PLAN_TEXT, plan_text)
         for name, text in (graphs or {}).items():
             self.text(f"graphs/{name}", text)
@@ -155,11 +159,11 @@ class BundleWriter:
             "backend": backend,
             "device": device,
             "engines": None if engines is None else dict(engines),
-            "mesh": {"cfg": 2 if plan.options.get("cfg") == "split" else 1, "patch": plan.ranks},
+            "mesh": _mesh(plan),
             "config": None if config is None else dict(config),
             "files": self._files(progress),
         }
-        self.path(MANIFEST).write_text(json.dumps(manifest, indent=1, default=str))
+        self.path(MANIFEST).write_text(manifest_text(manifest))
         self._finished = True
 
     def _files(self, progress: Progress | None) -> dict[str, dict[str, Any]]:
@@ -206,8 +210,9 @@ class Bundle:
         Raises :class:`BundleError`, one line that names the file and the way out.
         """
         folder = Path(path)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         files = manifest["files"]
+        check_places(folder, files, ENGINES)
         paths = {name: folder / name for name in files}
         if verify:
             for name, file in paths.items():
@@ -217,11 +222,16 @@ class Bundle:
                 if sha256 != files[name]["sha256"]:
                     raise BundleError(f"{folder / name} was changed: its hash is not the one in {MANIFEST}{_AGAIN}")
         try:
-            plan = Plan.from_json((folder / PLAN).read_text())
+            plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+            validate(plan)
         except OSError as e:
             raise BundleError(f"{folder / PLAN} cannot be read: {e.strerror}{_AGAIN}") from e
+        except UnicodeDecodeError as e:
+            raise BundleError(f"{folder / PLAN} cannot be read: {e}{_AGAIN}") from e
         except BundleError as e:
             raise BundleError(f"{folder}: {e}{_AGAIN}") from e
+        if manifest["mesh"] != _mesh(plan):
+            raise BundleError(f"{folder}: its plan is for {_mesh(plan)}, its manifest for {manifest['mesh']}{_AGAIN}")
         return Bundle(folder, manifest, plan)
 
     @property
@@ -238,7 +248,8 @@ class Bundle:
         raise BundleError(f"{self.path / ENGINES / engine} is missing{_AGAIN}")
 
 
-_AGAIN = ": copy the bundle again, or convert again"
+def _mesh(plan: Plan) -> dict[str, int]:
+    return {"cfg": 2 if plan.options.get("cfg") == "split" else 1, "patch": plan.ranks}
 
 
 def hash_files(paths: Mapping[str, Path], progress: Progress | None = None) -> dict[str, str]:
@@ -260,34 +271,6 @@ def hash_files(paths: Mapping[str, Path], progress: Progress | None = None) -> d
             raise BundleError(f"{path} cannot be read: {e.strerror}{_AGAIN}") from e
         hashes[name] = digest.hexdigest()
     return hashes
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise BundleError(f"{folder}: there is no such bundle; make one with `districompile convert`")
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(path.read_text())
-        version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BundleError(f"{path} cannot be read ({type(e).__name__}: {e}){_AGAIN}") from e
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{folder} has format version {version}, and this districompile reads version {FORMAT_VERSION}: "
-            "use the districompile that wrote it "
-            f"({(manifest.get('versions') or {}).get('districompile', 'unknown')}), or convert again"
-        )
-    if not isinstance(manifest.get("files"), dict) or not {PLAN, WEIGHTS} <= manifest["files"].keys():
-        raise BundleError(f"{path} does not list the bundle's files{_AGAIN}")
-    for name, entry in manifest["files"].items():
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or PurePosixPath(name).is_absolute():
-            raise BundleError(f"{path} lists the file {name!r} outside of the bundle: do not use this bundle")
-        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
-            raise BundleError(f"{path} lists {name!r} without size and hash{_AGAIN}")
-    return dict(manifest)
 
 
 def _check_size(folder: Path, name: str, file: Path, size: int) -> None:

@@ -115,6 +115,14 @@ ModelOverride = Annotated[
     str | None, typer.Option("--model", help="Where the original model is now, if it moved since convert.")
 ]
 
+NativeCode = Annotated[
+    bool,
+    typer.Option(
+        "--native-code/--no-native-code",
+        help="Load engines that are machine code (inductor, tensorrt): only from whom you would take a program.",
+    ),
+]
+
 
 @app.command()
 def convert(
@@ -227,6 +235,7 @@ def verify(
     nodes: Annotated[bool, typer.Option("--nodes", help="Compare every operator too: finds a wrong rule.")] = False,
     model: ModelOverride = None,
     device: DeviceOption = None,
+    native_code: NativeCode = True,
     as_json: Json = False,
 ) -> int:
     """Compare a bundle with the original model: the exact phase's error, and the displaced phase's drift.
@@ -237,6 +246,7 @@ def verify(
         chosen = measuring.Settings(
             bundle=bundle, prompts=prompts, pictures=pictures, seeds=seeds if seeds is not None else str(seed),
             modes=modes, steps=steps, guidance=guidance, report=report, processes=processes, model=model, device=device,
+            native_code=native_code,
         )  # fmt: skip
         return measuring.main(chosen, as_json)
     from districompile.commands import verify as command
@@ -252,6 +262,7 @@ def verify(
         backend=backend,
         model=model,
         device=device,
+        native_code=native_code,
     )
     return command.main(settings, as_json)
 
@@ -297,6 +308,7 @@ def run(
     ] = "auto",
     cuda_graph: Annotated[bool, typer.Option(help="On GPUs, replay each call as one CUDA graph.")] = True,
     device: DeviceOption = None,
+    native_code: NativeCode = True,
     as_json: Json = False,
 ) -> int:
     """Draw one image on all processes of a bundle. A MODEL is converted first, and kept in a cache for the next
@@ -306,6 +318,7 @@ def run(
     settings = command.Settings(
         bundle=bundle, prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, seed=seed,
         out=out, log_dir=log_dir, model=model, gpus=gpus, transport=transport, cuda_graph=cuda_graph, device=device,
+        native_code=native_code,
         conversion={
             "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
             "drift_limit": drift_limit,
@@ -348,12 +361,15 @@ def bench(
     transport: Annotated[str, typer.Option(help="What moves rows between ranks: auto, peer, nccl, gloo.")] = "auto",
     cuda_graph: Annotated[bool, typer.Option(help="Replay calls as CUDA graphs.")] = True,
     device: DeviceOption = None,
+    native_code: NativeCode = True,
     kernels: Annotated[Path | None, typer.Option(help="Write a table of a displaced step's kernels here.")] = None,
 ) -> int:
     """Time a bundle's exact and displaced steps on this machine with random inputs: one JSON line a figure."""
     from districompile.commands import bench as command
 
-    return command.main(command.Settings(bundle, calls, steps, trace, transport, cuda_graph, device, kernels))
+    return command.main(
+        command.Settings(bundle, calls, steps, trace, transport, cuda_graph, device, kernels, native_code)
+    )
 
 
 @app.command()

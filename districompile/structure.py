@@ -3,13 +3,17 @@
 A call is flattened to ``{path: leaf}``, where a path is where a user passes the leaf: ``"sample"``,
 ``"added_cond_kwargs.time_ids"``, ``"residuals.0"``. An output is described by plain JSON data, its tensors numbered in
 order, so that the bundle holds no pickle and the class of the output need not exist where a bundle is inspected.
+
+A class that a description names is imported and called only if it is one of :data:`OUTPUT_CLASSES`, or of a package
+that the caller trusts. Any other output is an :class:`OutputNamespace`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +22,34 @@ from districompile.errors import BundleError, CaptureError, InputError
 
 Description = dict[str, Any]
 _CONSTANTS = (type(None), bool, int, float, str)
+
+OUTPUT_CLASSES = frozenset(
+    {
+        "diffusers.models.autoencoders.autoencoder_tiny:AutoencoderTinyOutput",
+        "diffusers.models.autoencoders.vae:DecoderOutput",
+        "diffusers.models.autoencoders.vae:EncoderOutput",
+        "diffusers.models.autoencoders.vq_model:VQEncoderOutput",
+        "diffusers.models.controlnets.controlnet:ControlNetOutput",
+        "diffusers.models.controlnets.controlnet_sd3:SD3ControlNetOutput",
+        "diffusers.models.controlnets.controlnet_flux:FluxControlNetOutput",
+        "diffusers.models.controlnets.controlnet_xs:ControlNetXSOutput",
+        "diffusers.models.modeling_outputs:AutoencoderKLOutput",
+        "diffusers.models.modeling_outputs:Transformer2DModelOutput",
+        "diffusers.models.transformers.prior_transformer:PriorTransformerOutput",
+        "diffusers.models.transformers.transformer_temporal:TransformerTemporalModelOutput",
+        "diffusers.models.unets.unet_1d:UNet1DOutput",
+        "diffusers.models.unets.unet_2d:UNet2DOutput",
+        "diffusers.models.unets.unet_2d_condition:UNet2DConditionOutput",
+        "diffusers.models.unets.unet_3d_condition:UNet3DConditionOutput",
+        "diffusers.models.unets.unet_kandinsky3:Kandinsky3UNetOutput",
+        "diffusers.models.unets.unet_motion_model:UNetMotionOutput",
+        "diffusers.models.unets.unet_spatio_temporal_condition:UNetSpatioTemporalConditionOutput",
+        "diffusers.models.unets.unet_stable_cascade:StableCascadeUNetOutput",
+        "transformers.modeling_outputs:BaseModelOutput",
+        "transformers.modeling_outputs:BaseModelOutputWithPooling",
+    }
+)
+"""Records without code of their own, of libraries that are trusted anyway."""
 
 
 def flatten_call(signature: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,21 +158,26 @@ def _describe(x: Any, numbers: Iterator[int], where: str) -> Description:
     )
 
 
-def rebuild_output(description: Mapping[str, Any], leaves: Sequence[Any], return_dict: bool | None = None) -> Any:
+def rebuild_output(
+    description: Mapping[str, Any],
+    leaves: Sequence[Any],
+    return_dict: bool | None = None,
+    trusted: Collection[str] = (),
+) -> Any:
     """The output that ``description`` describes, with ``leaves`` in place of its tensors.
 
     ``return_dict=False`` turns an output object into a tuple of its fields that are not None (the convention of
     diffusers' ``to_tuple``), and a dict into a tuple of its values. ``return_dict=True`` changes nothing: where a tuple
-    was captured no class is known, and the tuple is given. A class that cannot be imported is replaced by
-    :class:`OutputNamespace`.
+    was captured no class is known, and the tuple is given. A class that is neither of :data:`OUTPUT_CLASSES` nor of a
+    package in ``trusted``, or that cannot be imported, is replaced by :class:`OutputNamespace`.
     """
     if return_dict is False and description["kind"] in ("object", "dict"):
-        values = [_rebuild(d, leaves) for _, d in description["items"]]
+        values = [_rebuild(d, leaves, trusted) for _, d in description["items"]]
         return tuple(v for v in values if v is not None)
-    return _rebuild(description, leaves)
+    return _rebuild(description, leaves, trusted)
 
 
-def _rebuild(description: Mapping[str, Any], leaves: Sequence[Any]) -> Any:
+def _rebuild(description: Mapping[str, Any], leaves: Sequence[Any], trusted: Collection[str]) -> Any:
     kind = description["kind"]
     if kind == "leaf":
         return leaves[description["index"]]
@@ -148,25 +185,51 @@ def _rebuild(description: Mapping[str, Any], leaves: Sequence[Any]) -> Any:
         return description["value"]
     items = description["items"]
     if kind == "object":
-        fields = {name: _rebuild(d, leaves) for name, d in items}
-        cls = _import_class(description["class"])
+        fields = {name: _rebuild(d, leaves, trusted) for name, d in items}
+        cls = _import_class(description["class"], trusted)
         return OutputNamespace(fields) if cls is None else cls(**fields)
     if kind == "dict":
-        return {k: _rebuild(d, leaves) for k, d in items}
+        return {k: _rebuild(d, leaves, trusted) for k, d in items}
     if kind in ("list", "tuple"):
-        values = [_rebuild(d, leaves) for d in items]
+        values = [_rebuild(d, leaves, trusted) for d in items]
         return values if kind == "list" else tuple(values)
     raise BundleError(f"unknown kind of output {kind!r} in the plan: written by another version? Convert again")
 
 
-def _import_class(name: str) -> type[Any] | None:
-    """The dataclass or namedtuple called ``module:qualname``; None where it cannot be imported or is another thing."""
+def check_classes(description: Mapping[str, Any], trusted: Collection[str] = ()) -> None:
+    """Raise :class:`BundleError` for a class that does not take the fields of the description."""
+    if description["kind"] == "object":
+        cls = _import_class(description["class"], trusted)
+        fields = [name for name, _ in description["items"]]
+        try:
+            if cls is not None:
+                inspect.signature(cls).bind(**dict.fromkeys(fields))
+        except TypeError as e:
+            raise BundleError(f"the output class {description['class']} does not fit the plan: {e}") from None
+    items = description.get("items", ())
+    for item in items:
+        check_classes(item[1] if description["kind"] in ("object", "dict") else item, trusted)
+
+
+def packages_of(description: Mapping[str, Any]) -> frozenset[str]:
+    """The top-level packages of the classes in a description. Only for a description of an object at hand."""
+    named = description["kind"] in ("object", "dict")
+    found = [packages_of(item[1] if named else item) for item in description.get("items", ())]
+    own = {description["class"].partition(":")[0].partition(".")[0]} if description["kind"] == "object" else set()
+    return frozenset(own).union(*found)
+
+
+def _import_class(name: str, trusted: Collection[str]) -> type[Any] | None:
+    """The dataclass or namedtuple called ``module:qualname``; None where it is not to be imported, cannot be, or is
+    another thing."""
     module, _, qualname = name.partition(":")
+    if name not in OUTPUT_CLASSES and not any(module == p or module.startswith(f"{p}.") for p in trusted):
+        return None
     try:
         found: Any = importlib.import_module(module)
         for part in qualname.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, RuntimeError):  # RuntimeError: a lazy module's failed import
+    except (ImportError, AttributeError, RuntimeError, ValueError):  # RuntimeError: a lazy module's failed import
         return None
     is_record = isinstance(found, type) and (dataclasses.is_dataclass(found) or hasattr(found, "_fields"))
     return found if is_record else None

@@ -248,5 +248,7 @@ def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, TensorSpec], dict
     if start + expected != size:
         raise ValueError(f"its tensors end at byte {start + expected}, the file at {size}")
     for alias, name in json.loads(metadata.get(_ALIASES, "{}")).items():
+        if alias in specs:
+            raise ValueError(f"{alias!r} is there twice")
         specs[alias], offsets[alias] = specs[name], offsets[name]
     return specs, offsets

@@ -124,12 +124,17 @@ class _Fetch:
         return [b - a for a, b in itertools.pairwise(self.bounds)]
 
     @functools.cached_property
+    def rows(self) -> list[tuple[int, ...]]:
+        """The rows of each rank's result; -1 for the fill value, and for room."""
+        room = [s.stop - s.start if self.room else 0 for s in self.splits]
+        return [(*s.before, *[-1] * n, *s.after) for s, n in zip(self.splits, room, strict=True)]
+
+    @functools.cached_property
     def runs(self) -> list[_Run]:
         """What travels, in the order of the results."""
         runs: list[_Run] = []
-        for dst, s in enumerate(self.splits):
-            room = s.stop - s.start if self.room else 0
-            rows = np.array((*s.before, *[-1] * room, *s.after), dtype=np.int64)
+        for dst, wanted in enumerate(self.rows):
+            rows = np.array(wanted, dtype=np.int64)
             seams = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1
             for at, end in itertools.pairwise((0, *seams.tolist(), len(rows))):
                 row = int(rows[at]) if at < end else -1
@@ -192,8 +197,7 @@ def _exchange(emitter: Cutter, f: _Fetch, sources: dict[tuple[Any, ...], fx.Node
         source = sources[key]
     shape: list[Any] = [per_rank(sizes) for sizes in zip(*(t.shape for t in f.x.meta["local"]), strict=True)]
     del shape[f.dim]
-    room = [s.stop - s.start if f.room else 0 for s in f.splits]
-    rows = per_rank(max(1, len(s.before) + n + len(s.after)) for s, n in zip(f.splits, room, strict=True))
+    rows = per_rank(max(1, len(wanted)) for wanted in f.rows)
     shape.insert(_rows_dim(f), rows)
     return source, emitter.emit(ops.exchange.default, source, shape, name=f"{f.node.name}_halo")
 
@@ -218,8 +222,34 @@ def _plan(exchange: fx.Node, source: fx.Node, f: _Fetch) -> Exchange:
     return Exchange(
         name=exchange.name, site=f.site, kind=f.kind, source=source.name, dim=_rows_dim(f), specs=_specs(source),
         results=_specs(exchange), pieces=tuple(pieces), fill=f.fill, pattern=_pattern(pieces, len(f.splits)),
-        displaced=bool(f.node.meta.get("displaced")),
+        displaced=bool(f.node.meta.get("displaced")), source_rows=_source_rows(f, source is f.x),
+        result_rows=tuple(_row_runs(rows or [-1]) for rows in f.rows),
     )  # fmt: skip
+
+
+def _source_rows(f: _Fetch, whole: bool) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """The rows of the whole that each rank sends from: its own, or those at the ends of its own."""
+    top, bottom = f.strips
+    found: list[tuple[tuple[int, int], ...]] = []
+    for start, end in itertools.pairwise(f.bounds):
+        if whole or top + bottom >= end - start:
+            found.append(((start, end - start),))
+        else:
+            ends = ((start, top), (end - bottom, bottom))
+            found.append(tuple(run for run in ends if run[1]))
+    return tuple(found)
+
+
+def _row_runs(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Runs (first, count) of rows that follow each other, or that are all -1."""
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        first, count = runs[-1] if runs else (0, 0)
+        if count and row == (-1 if first < 0 else first + count):
+            runs[-1] = (first, count + 1)
+        else:
+            runs.append((row, 1))
+    return tuple(runs)
 
 
 def _specs(node: fx.Node) -> tuple[TensorSpec, ...]:

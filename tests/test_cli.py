@@ -20,6 +20,7 @@ import torch
 from districompile import cli
 from districompile.commands import trial
 from districompile.errors import BackendError
+from districompile.manifest import manifest_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -218,13 +219,14 @@ def test_stop_after_prints_the_graph(folder: Path, capsys: pytest.CaptureFixture
 
 
 def test_verify(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = ("--model", "cli_nets:tiny")
     capsys.readouterr()
-    assert cli.main(["verify", str(made), "--json"]) == 0
+    assert cli.main(["verify", str(made), *known, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["exact"]["ok"] and found["exact"]["max_relative_error"] <= 1e-5
     assert found["drift"] is None
-    assert cli.main(["verify", str(made), "--tolerance", "0"]) in (0, 1)
-    assert cli.main(["verify", str(made)]) == 0
+    assert cli.main(["verify", str(made), *known, "--tolerance", "0"]) in (0, 1)
+    assert cli.main(["verify", str(made), *known]) == 0
     assert "exact phase: largest relative error" in capsys.readouterr().out
 
 
@@ -263,7 +265,7 @@ def test_a_bundle_for_a_gpu_starts_nothing_without_one(
 ) -> None:
     shutil.copytree(made, folder / "gpu")
     manifest = folder / "gpu" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "device": "cuda: sm89"}))
+    manifest.write_text(manifest_text({**json.loads(manifest.read_text()), "device": "cuda: sm89"}))
     for command in ("run", "bench"):
         line = failing(capsys, command, "gpu")
         assert line.startswith("gpu was made for a GPU, and there is none here"), line

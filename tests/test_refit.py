@@ -17,6 +17,7 @@ import districompile as dc
 from districompile.bundle import Bundle
 from districompile.cli import main
 from districompile.errors import BundleError
+from districompile.manifest import manifest_text
 from districompile.refit import Lora, RefitError, new_weights, read_lora, refit
 from tests.small_models import captured, first, randomise, reference, relative_error
 
@@ -220,6 +221,6 @@ def test_engines_with_weights_inside_are_refused(bundle: Path, tmp_path: Path) -
     shutil.copytree(bundle, copied)
     data = json.loads((copied / "manifest.json").read_text())
     data["engines"] = {"weights": "inside"}
-    (copied / "manifest.json").write_text(json.dumps(data))
+    (copied / "manifest.json").write_text(manifest_text(data))
     with pytest.raises(BundleError, match="its engines hold their weights"):
         refit(copied, module=module)

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from districompile.errors import CaptureError, InputError
-from districompile.structure import OutputNamespace, describe_output, flatten_call, leaves_of, rebuild_output
+from districompile.structure import (
+    OutputNamespace,
+    describe_output,
+    flatten_call,
+    leaves_of,
+    packages_of,
+    rebuild_output,
+)
 
 
 @dataclasses.dataclass
@@ -26,7 +33,8 @@ class Point(NamedTuple):
 
 
 def round_trip(tree: Any, return_dict: bool | None = None) -> Any:
-    return rebuild_output(json.loads(json.dumps(describe_output(tree))), leaves_of(tree), return_dict)
+    described = describe_output(tree)
+    return rebuild_output(json.loads(json.dumps(described)), leaves_of(tree), return_dict, packages_of(described))
 
 
 def test_paths_follow_nesting_and_signature_order() -> None:
@@ -109,7 +117,8 @@ def test_named_class_must_be_a_record() -> None:
     """A bundle cannot make the runtime call an arbitrary function."""
     items = [["command", {"kind": "constant", "value": "true"}]]
     description = {"kind": "object", "class": "os:system", "items": items}
-    assert isinstance(rebuild_output(description, []), OutputNamespace)
+    for trusted in ((), ("os",)):
+        assert isinstance(rebuild_output(description, [], trusted=trusted), OutputNamespace)
 
 
 def test_output_that_cannot_be_stored() -> None:

@@ -64,6 +64,8 @@ class Engine(abc.ABC):
     binds_outputs: bool = False  #: whether ``bind`` takes outputs, too, and ``enqueue`` then writes straight into them
     capturable: bool = True  #: whether ``enqueue`` may be captured into a CUDA graph; means nothing on the CPU
     rooms: Collection[str] = ()  #: outputs that ``enqueue`` writes into an input, where they are read
+    input_specs: Mapping[str, TensorSpec] | None = None  #: what has to be bound; None: not known
+    output_specs: Mapping[str, TensorSpec] | None = None  #: what ``enqueue`` gives; None: not known
     scratch_bytes: int = 0  #: memory that ``enqueue`` needs and whose contents it neither expects nor leaves
 
     @abc.abstractmethod
@@ -110,7 +112,11 @@ class Engine(abc.ABC):
 
 class Backend(Protocol):
     """A way of compiling segments. ``suffix`` is the ending of its engine files in ``engines/``; ``version`` changes
-    whenever the same segment would give another file."""
+    whenever the same segment would give another file.
+
+    Optional: ``native_code = False`` says that loading an engine runs no code of the bundle (:func:`runs_native_code`);
+    ``content_name(path)`` gives the name without suffix that an engine file must have by its content.
+    """
 
     @property
     def name(self) -> str: ...
@@ -137,6 +143,11 @@ class Backend(Protocol):
     def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
         """Load an engine. ``segment`` names its outputs, in order. Raises :class:`BackendError` for a file that is no
         engine of this backend, or another segment's, or for a device that the backend does not run on."""
+
+
+def runs_native_code(backend: Backend) -> bool:
+    """Whether engines of ``backend`` are machine code. A backend that does not say so is taken for one."""
+    return bool(getattr(backend, "native_code", True))
 
 
 def check_input(name: str, tensor: torch.Tensor, specs: Mapping[str, TensorSpec]) -> None:

@@ -11,8 +11,17 @@ from torch import Tensor, fx
 
 from districompile.backends.base import BuildSegment, Engine, check_input, source_line
 from districompile.errors import BackendError
+from districompile.ir.check_graph import output_specs
 from districompile.ir.plan import TensorSpec
-from districompile.ir.serialize import graph_from_json, graph_to_json, needed, op_name, spec_of
+from districompile.ir.serialize import (
+    canonical,
+    content_hash,
+    graph_from_json,
+    graph_to_json,
+    needed,
+    op_name,
+    spec_of,
+)
 from districompile.weights import WeightFile
 
 _FORMAT = "districompile segment 1"
@@ -25,10 +34,13 @@ class EagerEngine(Engine):
     binds_outputs = True
 
     def __init__(
-        self, module: fx.GraphModule, inputs: dict[str, TensorSpec], weights: list[Tensor], outputs: tuple[str, ...]
-    ) -> None:
+        self, module: fx.GraphModule, inputs: dict[str, TensorSpec], weights: list[Tensor], outputs: tuple[str, ...],
+        path: Path | None = None,
+    ) -> None:  # fmt: skip
+        """``path``: the file that the graph was read from, whose mistakes are errors of the bundle."""
         self.module = module
-        self._inputs = inputs
+        self._path = path
+        self._inputs = self.input_specs = inputs
         self._weights = weights
         self._outputs = outputs
         self._bound: dict[str, Tensor] = {}
@@ -44,12 +56,22 @@ class EagerEngine(Engine):
         # not inference mode: its tensors cannot be written in place by the caller's own code afterwards
         self._results = {}
         inputs = [self._bound.pop(name) for name in self._inputs]
-        self._results = dict(zip(self._outputs, self.module(*inputs, *self._weights), strict=True))
+        self._results = dict(zip(self._outputs, self._compute(inputs), strict=True))
         bound, self._bound = self._bound, {}
         for name, memory in bound.items():
             result = self._results[name]
             check_input(name, memory, {name: TensorSpec(tuple(result.shape), result.dtype)})
             self._results[name] = memory.copy_(result)
+
+    def _compute(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        try:
+            results: Sequence[Tensor] = self.module(*inputs, *self._weights)
+        except Exception as e:
+            if self._path is None:
+                raise
+            reason = str(e).strip().partition("\n")[0]
+            raise BackendError(f"{self._path} cannot be computed: {reason}: convert again") from e
+        return results
 
     def output(self, name: str) -> Tensor:
         return self._results[name]
@@ -64,6 +86,7 @@ class EagerBackend:
     name = "eager"
     suffix = ".graph.json"
     version = "1"
+    native_code = False
 
     def unavailable(self) -> str | None:
         return None
@@ -93,19 +116,37 @@ class EagerBackend:
     def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> EagerEngine:
         try:
             data = json.loads(path.read_text())
-            if data["format"] != _FORMAT:
-                raise BackendError(f"{path} is of another version: {data['format']!r}, not {_FORMAT!r}")
+            version = data["format"]
             names = [*data["inputs"], *data["weights"]]
-            module = graph_from_json(json.dumps(data["graph"]), device)
             outputs = tuple(data["outputs"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            if not all(isinstance(n, str) for n in (*names, *outputs)):
+                raise TypeError("a name is no text")
+            module = graph_from_json(json.dumps(data["graph"]), device)
+            specs = output_specs(module, device)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e
+        except BackendError as e:
+            raise BackendError(f"{path}: {e}") from e
+        if version != _FORMAT:
+            raise BackendError(f"{path} is of another version: {version!r}, not {_FORMAT!r}")
         placeholders = [spec_of(n) for n in module.graph.nodes if n.op == "placeholder"]
-        if outputs != tuple(segment) or len(placeholders) != len(names):
+        fits = outputs == tuple(segment) and len(placeholders) == len(set(names)) == len(names)
+        if not fits or len(specs) != len(outputs):
             raise BackendError(f"{path} is another segment: it gives {outputs}, not {tuple(segment)}")
         count = len(data["inputs"])
         for name, spec in zip(names[count:], placeholders[count:], strict=True):
             if weights.spec(name) != spec:
                 raise BackendError(f"{path} needs the weight {name!r} as {spec}, not as {weights.spec(name)}")
         inputs = dict(zip(names[:count], placeholders[:count], strict=True))
-        return EagerEngine(module, inputs, [weights.tensor(n, device) for n in names[count:]], outputs)
+        engine = EagerEngine(module, inputs, [weights.tensor(n, device) for n in names[count:]], outputs, path)
+        engine.output_specs = dict(zip(outputs, specs, strict=True))
+        return engine
+
+    def content_name(self, path: Path) -> str:
+        """The name that :func:`districompile.backends.build.segment_hash` gives to what ``path`` holds."""
+        try:
+            data = json.loads(path.read_text())
+            names = [data["inputs"], data["weights"], data["outputs"]]
+            return content_hash(json.dumps([self.name, self.version, names, canonical(data["graph"]), []]))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            raise BackendError(f"{path} is not a segment: {type(e).__name__} {e}") from e

@@ -66,6 +66,7 @@ class InductorBackend:
 
     name = "inductor"
     suffix = ".aoti.json"
+    native_code = True
 
     def __init__(
         self, device: str | None = None, *, max_autotune: bool = False, attention: str = "auto",

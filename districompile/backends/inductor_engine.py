@@ -11,6 +11,7 @@ from torch import Tensor
 from districompile.backends.base import Engine, check_input
 from districompile.backends.inductor_graph import Operand, Part, Room
 from districompile.errors import InputError
+from districompile.ir.plan import TensorSpec
 
 CHANNELS_LAST = {
     4: ("channels_last", torch.channels_last),
@@ -38,6 +39,12 @@ class InductorEngine(Engine):
         self.rooms = self._rooms = dict(rooms)
         self._loader, self._weights, self._device = loader, list(weights), device
         self._inputs, self._outputs, self._parts = dict(inputs), dict(outputs), dict(parts)
+        self.input_specs = {name: o.spec for name, o in self._inputs.items()}
+        self.output_specs = {name: o.spec for name, o in self._outputs.items()}
+        for name, room in self._rooms.items():
+            source = self._inputs[room.source].spec
+            rows = len(range(*slice(room.start, room.stop).indices(source.shape[0])))
+            self.output_specs[name] = TensorSpec((rows, *source.shape[1:]), source.dtype)
         self._specs = {name: o.spec for name, o in (*self._outputs.items(), *self._inputs.items())}
         self._bound: dict[str, Tensor] = {}
         self._targets: dict[str, Tensor] = {}

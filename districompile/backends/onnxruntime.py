@@ -43,6 +43,7 @@ class OnnxRuntimeEngine(Engine):
         self._inputs = {name: spec for name, spec in inputs.items() if name not in self._weights}
         given = {o.name: TensorSpec(tuple(o.shape), _DTYPES[o.type]) for o in session.get_outputs()}
         self._outputs = {name: given[name] for name in outputs}
+        self.input_specs, self.output_specs = self._inputs, self._outputs
         self._bound: dict[str, Tensor] = {}
         self._results: dict[str, Tensor] = {}
 
@@ -76,6 +77,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     suffix = ".onnx"
+    native_code = False
     version = f"1, opset {OPSET}"
 
     def __init__(self) -> None:
@@ -117,7 +119,9 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         # Repacked weights would be a private copy in each session, for no gain in speed that could be measured.
         options.add_session_config_entry("session.disable_prepacking", "1")
-        session = _session(path.read_bytes(), options, f"{path} cannot be loaded by ONNX Runtime")
+        data = path.read_bytes()
+        _check_locations(path, data, weights.path.name)
+        session = _session(data, options, f"{path} cannot be loaded by ONNX Runtime")
         names = tuple(o.name for o in session.get_outputs())
         if names != tuple(segment):
             raise BackendError(f"{path} is another segment: it gives {names}, not {tuple(segment)}")
@@ -147,6 +151,27 @@ def _options() -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return options
+
+
+def _check_locations(path: Path, data: bytes, weights: str) -> None:
+    """Raise :class:`BackendError` for a tensor whose data lies in another file than ``weights``: older versions of ONNX
+    Runtime read whatever file is named."""
+    import onnx
+
+    try:
+        pending: list[Any] = [onnx.ModelProto.FromString(data)]
+    except Exception as e:  # protobuf's own class, which has no types
+        raise BackendError(f"{path} cannot be loaded by ONNX Runtime: {e}") from e
+    while pending:
+        message = pending.pop()
+        if isinstance(message, onnx.TensorProto):
+            named = {e.value for e in message.external_data if e.key == "location"}
+            if not named <= {weights}:
+                raise BackendError(f"{path} has the data of {message.name} in {min(named - {weights})}, not {weights}")
+            continue
+        for field, value in message.ListFields():
+            if field.message_type is not None:
+                pending += value if hasattr(value, "append") or hasattr(value, "add") else [value]
 
 
 def _session(model: bytes, options: Any, failure: str) -> Any:

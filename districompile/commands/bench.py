@@ -21,7 +21,7 @@ from districompile.ir.plan import Phase, Plan, TensorSpec
 from districompile.runtime.choose import check_transport
 from districompile.runtime.inputs import timestep_path
 from districompile.runtime.launcher import launch
-from districompile.runtime.module import DistributedModule, check_device, load
+from districompile.runtime.module import DistributedModule, check_device, check_native_code, load
 from districompile.runtime.runner import called_spec, world_size
 from districompile.runtime.trace import Trace, write_chrome_trace
 
@@ -41,6 +41,7 @@ class Settings:
     cuda_graph: bool
     device: str | None = None
     kernels: Path | None = None
+    native_code: bool = True
 
 
 def main(settings: Settings) -> int:
@@ -49,6 +50,7 @@ def main(settings: Settings) -> int:
     quiet_libraries()
     bundle = Bundle.open(settings.bundle)
     kind = check_device(bundle, settings.device)
+    check_native_code(bundle, settings.native_code)
     if settings.kernels is not None and kind != "cuda":
         raise InputError("--kernels lists the kernels of a GPU, and this bundle runs on the CPU: leave it out")
     for file in (settings.trace, settings.kernels):
@@ -72,7 +74,10 @@ def worker(job: Settings) -> dict[str, Any]:
     """One rank: what it measured."""
     quiet_libraries()
     began = time.perf_counter()
-    module = load(job.bundle, verify="quick", transport=job.transport, cuda_graph=job.cuda_graph, device=job.device)
+    module = load(
+        job.bundle, verify="quick", transport=job.transport, cuda_graph=job.cuda_graph, device=job.device,
+        native_code=job.native_code,
+    )  # fmt: skip
     loaded = time.perf_counter()
     figures: dict[str, list[float]] = {}
     rank, world = int(os.environ.get("RANK", "0")), world_size(module.plan)

@@ -7,13 +7,14 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from districompile.bundle import MANIFEST
 from districompile.errors import Error
+from districompile.manifest import MANIFEST, names_factory
 
 
 class UsageError(Error):
@@ -42,6 +43,25 @@ def quiet_libraries() -> None:
             continue
         library.set_verbosity_error()
         library.disable_progress_bar()
+
+
+def source_of(manifest: Mapping[str, Any], given: str | None) -> str:
+    """The model that a bundle was made from: ``given`` (--model), else as its manifest says.
+
+    Raise :class:`UsageError` where neither says, and for a function that only the manifest names: a bundle is data, and
+    calls nothing.
+    """
+    if given:
+        return given
+    source = manifest.get("source")
+    if not source:
+        raise UsageError("the bundle does not say where its model came from: give --model")
+    if names_factory(str(source)):
+        raise UsageError(
+            f"the bundle says that its model comes from the function {source}, and a bundle's word is not enough to "
+            f"call it: give --model {source} if you trust that"
+        )
+    return str(source)
 
 
 def is_bundle(path: Path) -> bool:

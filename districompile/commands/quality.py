@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from districompile.bundle import Bundle
 from districompile.commands import convert as converting
-from districompile.commands.common import UsageError, check_writable, console, print_json, quiet_libraries
+from districompile.commands.common import (
+    UsageError,
+    check_writable,
+    console,
+    print_json,
+    quiet_libraries,
+    source_of,
+)
 from districompile.commands.drawing import check_guidance, place
 from districompile.ir.plan import Plan, dtype_of
 from districompile.models.sources import LoadedModel, load_pipeline, load_source
@@ -26,7 +33,7 @@ from districompile.quality.floor import Candidate, Trial, ladder, parse_floor, s
 from districompile.quality.measure import Measured, Result, Way, borders_of, check_modes, measure, way_of
 from districompile.quality.page import COLUMNS, figures, write_page
 from districompile.runtime.launcher import launch
-from districompile.runtime.module import check_device, load
+from districompile.runtime.module import check_device, check_native_code, load
 from districompile.runtime.runner import world_size
 
 
@@ -45,12 +52,14 @@ class Settings:
     processes: bool = False
     model: str | None = None
     device: str | None = None
+    native_code: bool = True
 
 
 def main(settings: Settings, as_json: bool) -> int:
     """Measure, print, and write the page where one is asked for."""
     bundle = Bundle.open(settings.bundle)
     device = torch.device(check_device(bundle, settings.device))
+    check_native_code(bundle, settings.native_code)
     modes = [m for m in (settings.modes or "").split(",") if m]
     check_modes(modes)
     seeds = parse_seeds(settings.seeds)
@@ -63,11 +72,9 @@ def main(settings: Settings, as_json: bool) -> int:
         check_writable(settings.report.absolute().parent)
     quiet_libraries()
     progress = terminal_progress()
-    plan, source = bundle.plan, settings.model or bundle.manifest.get("source")
-    if not source:
-        raise UsageError("the bundle does not say where its model came from: give --model")
+    plan, source = bundle.plan, source_of(bundle.manifest, settings.model)
     with progress.task(f"loading {source}"):
-        loaded = load_source(str(source), dtype_of(str(plan.options.get("dtype", "float32"))))
+        loaded = load_source(source, dtype_of(str(plan.options.get("dtype", "float32"))))
         pipe = pipeline_of(loaded)
     cases = make_cases(prompts_of(loaded, plan, settings.prompts, settings.pictures), seeds)
     measured = _measure(settings, bundle, loaded, pipe, modes, cases, device, progress)
@@ -78,7 +85,7 @@ def main(settings: Settings, as_json: bool) -> int:
         write_page(settings.report, f"Pictures of {settings.bundle.name}", about, measured)
     if as_json:
         results = [r.to_dict() for r in measured.results]
-        print_json({"bundle": str(settings.bundle), "steps": settings.steps, "model": str(source), "results": results})
+        print_json({"bundle": str(settings.bundle), "steps": settings.steps, "model": source, "results": results})
         return 0
     terminal = console()
     terminal.print(f"{setting}; against one device", markup=False, highlight=False)
@@ -238,7 +245,7 @@ def _in_processes(settings: Settings, bundle: Bundle) -> Any:
         plan = bundle.plan
         with tempfile.TemporaryDirectory(prefix="districompile-quality-") as scratch:
             job = Job(
-                settings.bundle.resolve(), str(settings.model or bundle.manifest["source"]),
+                settings.bundle.resolve(), source_of(bundle.manifest, settings.model),
                 str(plan.options.get("dtype", "float32")), tuple(cases),
                 dataclasses.replace(setting, options=dict(setting.options)), settings.device, Path(scratch) / "drawn",
             )  # fmt: skip

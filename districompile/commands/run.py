@@ -28,7 +28,7 @@ from districompile.progress import Silent, terminal_progress
 from districompile.report import Report
 from districompile.runtime.choose import check_transport
 from districompile.runtime.launcher import launch
-from districompile.runtime.module import check_device, load
+from districompile.runtime.module import check_device, check_native_code, load
 from districompile.runtime.runner import world_size
 
 
@@ -50,6 +50,7 @@ class Settings:
     transport: str
     cuda_graph: bool
     device: str | None
+    native_code: bool
     conversion: dict[str, Any]
 
 
@@ -65,6 +66,7 @@ class Job:
     transport: str
     cuda_graph: bool
     device: str | None
+    native_code: bool
 
 
 def main(settings: Settings, as_json: bool) -> int:
@@ -76,14 +78,15 @@ def main(settings: Settings, as_json: bool) -> int:
     folder = _bundle_folder(settings)
     bundle = Bundle.open(folder)
     check_device(bundle, settings.device)
+    check_native_code(bundle, settings.native_code)
     plan = bundle.plan
-    model = settings.model or bundle.manifest.get("source")
+    model = str(settings.model or bundle.manifest.get("source") or "")
     if not model:
         raise UsageError(f"{folder} does not say where its model came from: give --model")
     check_guidance(plan.options, settings.guidance)
     if settings.prompt is None and any(i.path == "encoder_hidden_states" for i in plan.inputs):
         raise UsageError("--prompt is needed: the model draws from text")
-    pipeline_location(str(model))
+    pipeline_location(model)  # refuses a function, without a call
     few = Report(plan).few_rows()
     if few is not None:
         print(f"note: {few}", file=sys.stderr)
@@ -93,8 +96,8 @@ def main(settings: Settings, as_json: bool) -> int:
     settings.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     world = world_size(plan)
     job = Job(
-        folder.resolve(), str(model), str(plan.options.get("dtype", "float32")), request, settings.out.absolute(),
-        settings.transport, settings.cuda_graph, settings.device,
+        folder.resolve(), model, str(plan.options.get("dtype", "float32")), request, settings.out.absolute(),
+        settings.transport, settings.cuda_graph, settings.device, settings.native_code,
     )  # fmt: skip
     figures = launch(worker, (job,), world, log_dir=settings.log_dir).get(0)
     if figures is None:  # another rank under an outer launcher
@@ -122,7 +125,9 @@ def worker(job: Job) -> dict[str, Any] | None:
     what there is to tell."""
     quiet_libraries()
     first = int(os.environ.get("RANK", "0")) == 0
-    compiled = load(job.bundle, transport=job.transport, cuda_graph=job.cuda_graph, device=job.device)
+    compiled = load(
+        job.bundle, transport=job.transport, cuda_graph=job.cuda_graph, device=job.device, native_code=job.native_code
+    )
     pipe = load_pipeline(job.model, dtype_of(job.dtype))
     place(pipe, compiled.device)
     pipe.unet = compiled

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from districompile.api import convert
 from districompile.backends.base import get_backend
 from districompile.bundle import Bundle
-from districompile.commands.common import UsageError, console, print_json, quiet_libraries
+from districompile.commands.common import UsageError, console, print_json, quiet_libraries, source_of
 from districompile.commands.drawing import Request, draw, place
 from districompile.compare import relative_error
 from districompile.ir.plan import Plan, dtype_name, dtype_of
@@ -28,7 +28,8 @@ from districompile.ir.walk import replace
 from districompile.models.inputs import Example
 from districompile.models.sources import LoadedModel, import_diffusers, load_source
 from districompile.progress import Progress, terminal_progress
-from districompile.runtime.module import DistributedModule, check_device, load
+from districompile.runtime.module import DistributedModule, check_device, check_native_code, load
+from districompile.structure import OutputNamespace
 
 PROMPT = "a red circle above a blue square at sunset"
 # Largest |difference| / largest |value| of the exact phase; other backends than eager reorder sums.
@@ -51,6 +52,7 @@ class Settings:
     backend: str | None = None
     model: str | None = None
     device: str | None = None
+    native_code: bool = True
 
 
 def main(settings: Settings, as_json: bool) -> int:
@@ -60,6 +62,7 @@ def main(settings: Settings, as_json: bool) -> int:
     bundle = Bundle.open(settings.bundle)
     if settings.backend is None:
         check_device(bundle, settings.device)
+        check_native_code(bundle, settings.native_code)
     quiet_libraries()
     progress = terminal_progress()
     found = compare(settings, bundle.plan, bundle.manifest, progress)
@@ -92,12 +95,10 @@ def main(settings: Settings, as_json: bool) -> int:
 
 def compare(settings: Settings, plan: Plan, manifest: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """The comparison as plain data: ``exact`` and ``drift`` (None where there is nothing to sample)."""
-    source = settings.model or manifest.get("source")
-    if not source:
-        raise UsageError("the bundle does not say where its model came from: give --model")
+    source = source_of(manifest, settings.model)
     dtype = plan.options.get("dtype") or _weight_dtype(plan)
     with progress.task(f"loading {source}"):
-        loaded = load_source(str(source), dtype_of(dtype))
+        loaded = load_source(source, dtype_of(dtype))
         compiled = _load(settings, manifest)
     tolerance = settings.tolerance
     if tolerance is None:
@@ -128,11 +129,12 @@ def compare(settings: Settings, plan: Plan, manifest: Mapping[str, Any], progres
 def _load(settings: Settings, manifest: Mapping[str, Any]) -> DistributedModule:
     """All ranks in this process, by the bundle's own backend or by ONNX Runtime from the files it was built from."""
     if settings.backend is None:
-        return load(settings.bundle, lockstep=True, device=settings.device)
+        return load(settings.bundle, lockstep=True, device=settings.device, native_code=settings.native_code)
     own = str(manifest.get("backend"))
     if own not in (settings.backend, "tensorrt"):
         raise UsageError(f"--backend {settings.backend}: only what tensorrt engines are built from can be run by it")
-    return load(settings.bundle, lockstep=True, device="cpu", backend=get_backend(settings.backend))
+    backend = get_backend(settings.backend)
+    return load(settings.bundle, lockstep=True, device="cpu", backend=backend, native_code=settings.native_code)
 
 
 def node_errors(loaded: LoadedModel, plan: Plan, seed: int, progress: Progress) -> dict[str, Any]:
@@ -279,6 +281,9 @@ def _leaves(value: Any) -> Iterator[Tensor]:
             yield from _leaves(v)
     elif isinstance(value, list | tuple):
         for v in value:
+            yield from _leaves(v)
+    elif isinstance(value, OutputNamespace):
+        for v in vars(value).values():
             yield from _leaves(v)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for f in dataclasses.fields(value):

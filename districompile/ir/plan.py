@@ -24,9 +24,10 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Discriminator, PlainValidator, Tag, TypeAdapter, ValidationError
 
 from districompile.errors import BundleError
 
@@ -63,12 +64,25 @@ def dtype_of(name: str) -> torch.dtype:
         raise BundleError(f"unknown dtype {name!r} in the plan") from None
 
 
+def _read_dtype(x: object) -> torch.dtype:
+    if isinstance(x, torch.dtype):
+        return x
+    name = x.get("@dtype") if isinstance(x, dict) else None
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ValueError(f"{name!r} is no dtype")
+    return _DTYPES[name]
+
+
+def _class_name(x: object) -> str:
+    return str(x.get("@")) if isinstance(x, dict) else type(x).__name__
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
     """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Annotated[torch.dtype, PlainValidator(_read_dtype)]
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +108,8 @@ class Piece:
 class Exchange:
     """A row exchange. Rank r contributes ``source`` (``specs[r]``) and receives a tensor of ``results[r]``, assembled
     from ``pieces`` along ``dim``; rows that no piece covers hold ``fill``. ``pattern`` says what the pieces amount
-    to."""
+    to. ``source_rows[r]`` and ``result_rows[r]`` say which rows of the whole image these are, as runs (first, count)
+    in order, ``first`` being -1 for rows outside of it: pieces are checked against them."""
 
     name: str
     site: str  # the operator it serves, as shown to users: "down_blocks.0.resnets.0.conv1"
@@ -107,6 +122,8 @@ class Exchange:
     fill: float
     pattern: Literal["none", "neighbour", "all_gather", "general"]
     displaced: bool = False  # in the steady phase
+    source_rows: tuple[tuple[tuple[int, int], ...], ...] = ()
+    result_rows: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     def sent_bytes(self, rank: int) -> int:
         """Bytes that ``rank`` sends to other ranks in one call."""
@@ -136,7 +153,9 @@ class Reduction:
         return self.specs[rank].nbytes * (len(self.specs) - 1)
 
 
-Collective = Exchange | Reduction
+Collective = Annotated[
+    Annotated[Exchange, Tag("Exchange")] | Annotated[Reduction, Tag("Reduction")], Discriminator(_class_name)
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +202,15 @@ class Deliver:
     collectives: tuple[str, ...]
 
 
-Step = Take | Run | Post | Wait | Keep | Deliver
+Step = Annotated[
+    Annotated[Take, Tag("Take")]
+    | Annotated[Run, Tag("Run")]
+    | Annotated[Post, Tag("Post")]
+    | Annotated[Wait, Tag("Wait")]
+    | Annotated[Keep, Tag("Keep")]
+    | Annotated[Deliver, Tag("Deliver")],
+    Discriminator(_class_name),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,13 +280,25 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
+        """Read what :meth:`to_json` wrote. Raise :class:`BundleError` for a field that is missing, unknown or of
+        another type. Whether the values fit each other is checked by :func:`districompile.ir.validate.validate`."""
         try:
-            plan = _decode(json.loads(text))
-        except (KeyError, TypeError, ValueError) as e:
-            raise BundleError(f"plan.json cannot be read: {e}") from e
-        if not isinstance(plan, Plan):
-            raise BundleError("plan.json does not hold a plan")
-        return plan
+            _check_fields(json.loads(text))
+            plan = _adapter().validate_json(text, strict=True)
+        except ValidationError as e:
+            first = e.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise BundleError(f"plan.json cannot be read: {where}: {first['msg']}") from None
+        except (ValueError, RecursionError) as e:
+            raise BundleError(f"plan.json cannot be read: {e}") from None
+        return dataclasses.replace(
+            plan, output=_frozen(plan.output), options=_frozen(plan.options), report=_frozen(plan.report)
+        )
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Plan]:
+    return TypeAdapter(Plan)
 
 
 _CLASSES: dict[str, type[Any]] = {
@@ -296,12 +335,27 @@ def _encode(x: Any) -> Any:
     return x
 
 
-def _decode(x: Any) -> Any:
-    if isinstance(x, dict):
-        if "@dtype" in x:
-            return dtype_of(x["@dtype"])
-        fields = {k: _decode(v) for k, v in x.items() if k != "@"}
-        return _CLASSES[x["@"]](**fields) if "@" in x else fields
+def _check_fields(x: Any) -> None:
+    """Raise ``ValueError`` unless every object has all fields of its class, also those with a default, and no other:
+    a misspelt field must not become a default."""
     if isinstance(x, list):
-        return tuple(_decode(v) for v in x)
-    return x
+        for v in x:
+            _check_fields(v)
+    if not isinstance(x, dict):
+        return
+    if "@" in x:
+        cls = _CLASSES.get(x["@"]) if isinstance(x["@"], str) else None
+        if cls is None:
+            raise ValueError(f"there is no class {x['@']!r}")
+        odd = {f.name for f in dataclasses.fields(cls)} ^ (x.keys() - {"@"})
+        if odd:
+            raise ValueError(f"a {cls.__name__} lacks or has too much: {min(odd)!r}")
+    for v in x.values():
+        _check_fields(v)
+
+
+def _frozen(x: Any) -> Any:
+    """Lists as tuples."""
+    if isinstance(x, dict):
+        return {k: _frozen(v) for k, v in x.items()}
+    return tuple(_frozen(v) for v in x) if isinstance(x, list) else x

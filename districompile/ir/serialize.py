@@ -27,7 +27,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 import districompile.ir.ops  # noqa: F401  (registers torch.ops.districompile)
-from districompile.errors import BackendError, BundleError
+from districompile.errors import BackendError
 from districompile.ir.plan import TensorSpec, dtype_name, dtype_of
 
 _NAMESPACES = ("aten", "prims", "districompile")
@@ -39,6 +39,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         (math, "ceil floor sqrt trunc"),
     )
     for name in names.split()
+}
+_LAYOUTS = {str(x).removeprefix("torch."): x for x in (torch.strided, torch.sparse_coo)}
+_MEMORY_FORMATS = {
+    str(x).removeprefix("torch."): x
+    for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
 _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 
@@ -57,6 +62,8 @@ def op_name(target: object) -> str:
 
 def op_of(name: str) -> Callable[..., Any]:
     """The operator called ``name``; raises :class:`BackendError` if it is unknown or not allowed."""
+    if not isinstance(name, str):
+        raise BackendError(f"the graph uses {name!r} for an operator")
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     parts = name.split(".")
@@ -117,7 +124,7 @@ def graph_to_json(gm: fx.GraphModule) -> str:
             raise BackendError(f"{node.name} ({node.target}): {e}") from e
         names[node] = f"%{len(names)}"
     outputs = [names[n] for n in output_nodes(gm.graph)]
-    return _text({"inputs": inputs, "nodes": nodes, "outputs": outputs})
+    return canonical({"inputs": inputs, "nodes": nodes, "outputs": outputs})
 
 
 def graph_from_json(text: str, device: torch.device | None = None) -> fx.GraphModule:
@@ -135,13 +142,24 @@ def graph_from_json(text: str, device: torch.device | None = None) -> fx.GraphMo
             values[f"%{len(values)}"] = node
         for name, args, kwargs in data["nodes"]:
             decoded = tuple(decode(a, values, device) for a in args)
-            named = {str(k): decode(v, values, device) for k, v in kwargs.items()}
-            node = graph.call_function(op_of(name), decoded, named)
+            function = op_of(name)
+            _check_keywords(function, kwargs)
+            named = {k: decode(v, values, device) for k, v in kwargs.items()}
+            node = graph.call_function(function, decoded, named)
             values[f"%{len(values)}"] = node
         graph.output(tuple(values[o] for o in data["outputs"]))
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, BundleError) as e:
-        raise BackendError(f"not a graph of this version: {type(e).__name__} {e}") from e
-    return fx.GraphModule(torch.nn.Module(), graph)
+        return fx.GraphModule(torch.nn.Module(), graph)
+    except BackendError:
+        raise
+    except Exception as e:  # of JSON, of lookups in it, and of torch.fx for arguments that make no call
+        raise BackendError(f"not a graph of this version: {type(e).__name__} {str(e).partition(chr(10))[0]}") from e
+
+
+def _check_keywords(function: Callable[..., Any], kwargs: Any) -> None:
+    """Names of arguments become Python source in :class:`torch.fx.GraphModule`: only those of the operator may."""
+    known = {a.name for a in function._schema.arguments} if isinstance(function, torch._ops.OpOverload) else set()
+    if odd := set(kwargs) - known:
+        raise ValueError(f"{function} has no argument {min(odd)!r}")
 
 
 def content_hash(text: str) -> str:
@@ -149,7 +167,8 @@ def content_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def _text(value: Any) -> str:
+def canonical(value: Any) -> str:
+    """JSON in the one form whose hash is taken."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -186,6 +205,8 @@ def decode(x: Any, values: dict[str, fx.Node], device: torch.device | None = Non
     if isinstance(x, list):
         return [decode(v, values, device) for v in x]
     if not isinstance(x, dict):
+        if isinstance(x, int) and not -(1 << 63) <= x < 1 << 63:
+            raise ValueError(f"the number {str(x)[:20]}... has more than 64 bits")
         return x  # type: ignore[no-any-return]
     ((kind, value),) = x.items()
     if kind == "float":
@@ -196,11 +217,10 @@ def decode(x: Any, values: dict[str, fx.Node], device: torch.device | None = Non
         return dtype_of(value)
     if kind == "device":
         return device or torch.device("cpu")
-    if kind in ("layout", "memory_format"):
-        found = getattr(torch, value)
-        if not isinstance(found, torch.layout | torch.memory_format):
-            raise ValueError(f"{value!r} is no {kind}")
-        return found
+    if kind == "layout":
+        return _LAYOUTS[value]
+    if kind == "memory_format":
+        return _MEMORY_FORMATS[value]
     if kind == "slice":
         return slice(*(decode(v, values, device) for v in value))
     if kind == "complex":

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 import torch
 
+from districompile.errors import BundleError
+from districompile.ir.check_graph import machine_bytes
+
 ALIGN = 256  # bytes: what allocators of devices give, and what engines are promised
 
 
@@ -16,7 +19,10 @@ def aligned(nbytes: int) -> int:
 
 
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Zeroed memory (uint8) at an address that :data:`ALIGN` divides, on any device."""
+    """Zeroed memory (uint8) at an address that :data:`ALIGN` divides, on any device. Raises :class:`BundleError` for
+    more than this machine has."""
+    if device.type == "cpu" and nbytes > machine_bytes():
+        raise BundleError(f"the plan asks for {nbytes} bytes, this machine has {machine_bytes()}: convert again")
     memory = torch.zeros(nbytes + ALIGN, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % ALIGN
     return memory[start : start + nbytes]

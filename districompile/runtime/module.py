@@ -5,26 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from districompile.backends.base import Backend, Engine, get_backend
+from districompile.backends.base import Backend, Engine, get_backend, runs_native_code
 from districompile.bundle import Bundle
 from districompile.errors import BundleError, InputError, LaunchError
 from districompile.ir.plan import PHASES, Phase, Plan, TensorSpec
+from districompile.ir.validate import value_specs
 from districompile.runtime.choose import check_transport
 from districompile.runtime.conditioning import Conditioning
 from districompile.runtime.drift import DriftMonitor
 from districompile.runtime.gloo import start_gloo
 from districompile.runtime.inputs import InputChecker
+from districompile.runtime.interface import check_content, check_engine, check_weights
 from districompile.runtime.runner import LockstepRunner, ProcessRunner, Runner, world_size
 from districompile.runtime.streams import Decision, StreamTracker
 from districompile.runtime.trace import Trace
-from districompile.structure import rebuild_output
+from districompile.structure import check_classes, rebuild_output
 from districompile.weights import WeightFile
 
 _MOST_DRIFT = 1e6  # a sample that stays or jumps; JSON knows no infinity
@@ -67,9 +69,11 @@ class DistributedModule(torch.nn.Module):
     """
 
     def __init__(
-        self, plan: Plan, runner: Runner, device: torch.device, config: Mapping[str, Any] | None = None
-    ) -> None:
+        self, plan: Plan, runner: Runner, device: torch.device, config: Mapping[str, Any] | None = None,
+        trusted_packages: Collection[str] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
+        self._trusted = tuple(trusted_packages)
         self.plan = plan
         self.config = _config(config or {})
         self._runner = runner
@@ -114,7 +118,8 @@ class DistributedModule(torch.nn.Module):
                 self._conditioning.reset()
                 raise
         return_dict = call.return_dict
-        return rebuild_output(self.plan.output, leaves, return_dict if isinstance(return_dict, bool) else None)
+        named = return_dict if isinstance(return_dict, bool) else None
+        return rebuild_output(self.plan.output, leaves, named, self._trusted)
 
     def _count(self, decision: Decision) -> None:
         if decision.reset:
@@ -250,6 +255,8 @@ def load(
     timeout: float = 300.0,
     transport: str = "auto",
     cuda_graph: bool = True,
+    trusted_packages: Collection[str] = (),
+    native_code: bool = True,
 ) -> DistributedModule:
     """Load a bundle in each rank's process, and call it like the module it was made from.
 
@@ -261,6 +268,11 @@ def load(
     reach each other's memory), "nccl" (one GPU a rank), "gloo" (anything, through host memory), or "auto", the first
     of these that works here. ``cuda_graph``: on a GPU, replay each call as one CUDA graph.
 
+    A bundle is data, but for engines that are machine code (``inductor``, ``tensorrt``): ``native_code=False`` refuses
+    those. The class of an output is imported only where it is one of
+    :data:`~districompile.structure.OUTPUT_CLASSES`, or of one of the ``trusted_packages``; another output has the same
+    fields, and the class :class:`~districompile.structure.OutputNamespace`.
+
     Raises :class:`BundleError`, :class:`LaunchError` for another number of processes than the bundle was made for, and
     :class:`BackendError` where the backend is not installed.
     """
@@ -269,7 +281,10 @@ def load(
     plan = opened.plan
     check_transport(transport)
     where = _device(opened, device, local_rank)
-    loader = _Loader(opened, backend or get_backend(str(opened.manifest["backend"])), where)
+    chosen = backend or get_backend(str(opened.manifest["backend"]))
+    check_native_code(opened, native_code, chosen)
+    check_classes(plan.output, trusted_packages)
+    loader = _Loader(opened, chosen, where)
     config = opened.manifest.get("config")
     needed = world_size(plan)
     if lockstep and plan.options.get("collectives") == "inside":
@@ -278,7 +293,7 @@ def load(
         )
     if lockstep or (needed == 1 and _running(ranks) == 1):
         runner: Runner = LockstepRunner(plan, [loader.engines(r) for r in range(plan.ranks)], where, static=True)
-        return DistributedModule(plan, runner, where, config)
+        return DistributedModule(plan, runner, where, config, trusted_packages)
     if _running(ranks) != needed:
         raise LaunchError(
             f"{bundle} was converted for {needed} processes, but this is one of {_running(ranks)}: start it with "
@@ -290,7 +305,18 @@ def load(
     start_gloo(rank, ranks, start_timeout)
     engines = loader.engines(dist.get_rank() % plan.ranks)
     runner = ProcessRunner(plan, engines, where, timeout, transport, cuda_graph)
-    return DistributedModule(plan, runner, where, config)
+    return DistributedModule(plan, runner, where, config, trusted_packages)
+
+
+def check_native_code(bundle: Bundle, allowed: bool, backend: Backend | None = None) -> None:
+    """Raise :class:`BundleError` where native code is not ``allowed``, and the bundle's engines, or those that
+    ``backend`` would load of it, are native code."""
+    chosen = backend or get_backend(str(bundle.manifest["backend"]))
+    if not allowed and runs_native_code(chosen):
+        raise BundleError(
+            f"{bundle.path} holds machine code, made by the {chosen.name} backend, and native code is not allowed: "
+            "allow it if you trust whoever made the bundle, or convert with --backend onnxruntime or eager"
+        )
 
 
 class _Loader:
@@ -299,18 +325,26 @@ class _Loader:
     def __init__(self, bundle: Bundle, backend: Backend, device: torch.device) -> None:
         self._bundle, self._backend, self._device = bundle, backend, device
         self._weights: WeightFile = WeightFile.open(bundle.weights_path)
+        check_weights(bundle.plan, self._weights)
+        self._specs = {phase: value_specs(bundle.plan, phase) for phase in bundle.plan.phases}
 
     def engines(self, rank: int) -> dict[str, dict[str, Engine]]:
         """Engines of one rank by phase and segment; equal ones are loaded once, as segments of a rank run in turn."""
         loaded: dict[tuple[str, tuple[str, ...]], Engine] = {}
         engines: dict[str, dict[str, Engine]] = {}
+        checked: set[Path] = set()
         for phase, plan in self._bundle.plan.phases.items():
             engines[phase] = {}
+            specs = {v: by_rank[rank] for v, by_rank in self._specs[phase].items()}
             for name, segment in plan.segments.items():
                 key = (segment.engines[rank], segment.outputs)
+                path = self._bundle.engine_path(key[0], self._backend.suffix)
                 if key not in loaded:
-                    path = self._bundle.engine_path(key[0], self._backend.suffix)
+                    if path not in checked:
+                        check_content(path, self._backend)
+                    checked.add(path)
                     loaded[key] = self._backend.load(path, segment.outputs, self._weights, self._device)
+                check_engine(path, segment, specs, loaded[key])
                 engines[phase][name] = loaded[key]
         return engines
 

@@ -37,6 +37,7 @@ class TensorRTBackend:
 
     name = "tensorrt"
     suffix = ".engine"
+    native_code = True
     device = "cuda"
 
     def __init__(

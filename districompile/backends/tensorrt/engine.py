@@ -66,6 +66,7 @@ class TensorRTEngine(Engine):
                 self._set_address(tensor, self._weights[tensor], spec)
             else:
                 self._inputs[tensor] = spec
+        self.input_specs, self.output_specs = self._inputs, self._outputs
         self.scratch_bytes = -(-int(engine.device_memory_size_v2) // 256) * 256
         self._scratch: Tensor | None = None
         self._bound: dict[str, Tensor] = {}
