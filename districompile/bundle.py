@@ -208,14 +208,11 @@ class Bundle:
         folder = Path(path)
         manifest = _read_manifest(folder)
         files = manifest["files"]
-        paths = {name: folder / name for name in files}
         if verify:
-            for name, file in paths.items():
-                _check_size(folder, name, file, files[name]["size"])
+            for name in files:
+                _check_size(folder, name, folder / name, files[name]["size"])
         if verify is True:
-            for name, sha256 in hash_files(paths, progress).items():
-                if sha256 != files[name]["sha256"]:
-                    raise BundleError(f"{folder / name} was changed: its hash is not the one in {MANIFEST}{_AGAIN}")
+            check_hashes(folder, {name: entry["sha256"] for name, entry in files.items()}, progress)
         try:
             plan = Plan.from_json((folder / PLAN).read_text())
         except OSError as e:
@@ -260,6 +257,13 @@ def hash_files(paths: Mapping[str, Path], progress: Progress | None = None) -> d
             raise BundleError(f"{path} cannot be read: {e.strerror}{_AGAIN}") from e
         hashes[name] = digest.hexdigest()
     return hashes
+
+
+def check_hashes(folder: Path, expected: Mapping[str, str], progress: Progress | None = None) -> None:
+    """Raise :class:`BundleError` for a file of a bundle whose sha256 is not the one that is expected."""
+    for name, sha256 in hash_files({name: folder / name for name in expected}, progress).items():
+        if sha256 != expected[name]:
+            raise BundleError(f"{folder / name} was changed: its hash is not the one in {MANIFEST}{_AGAIN}")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -118,6 +118,14 @@ def _run(
 class _Processes(MultiprocessContext):
     """The processes of all ranks; they have :data:`_SHUTDOWN` seconds to end."""
 
+    def _poll(self) -> RunProcsResult | None:
+        if self._pc is not None and any(p.exitcode for p in self._pc.processes):
+            for process in self._pc.processes:  # one that is stopped gets no signal to end before it goes on
+                if process.is_alive() and process.pid is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGCONT)
+        return super()._poll()
+
     def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
         super()._close(death_sig, min(timeout, _SHUTDOWN))
 
@@ -188,19 +196,20 @@ def fail_process(error: Exception) -> None:
     if not isinstance(error, Error):
         traceback.print_exception(error)
     _flush()
-    if _follows(error) and not getattr(error, "silent", False):
+    followed = _followed(error)
+    if followed is not None and not followed.silent:
         # A follower: the rank that failed first must be the one that is found. This one is ended meanwhile.
         time.sleep(_FOLLOWER_WAITS)
     os._exit(1)
 
 
-def _follows(error: BaseException | None) -> bool:
-    """Whether ``error`` came of another rank's end, also where the worker's own code wrapped it."""
+def _followed(error: BaseException | None) -> TransportError | None:
+    """What ``error`` came of, if that was another rank's end; also where the worker's own code wrapped it."""
     while error is not None:
         if isinstance(error, TransportError):
-            return True
+            return error
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _join(worker: Callable[..., Any], args: Sequence[Any], nproc: int) -> dict[int, Any]:
@@ -281,7 +290,8 @@ def _undisturbed() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,9 @@ from districompile.runtime.conditioning import Conditioning
 from districompile.runtime.drift import DriftMonitor
 from districompile.runtime.gloo import start_gloo
 from districompile.runtime.inputs import InputChecker
+from districompile.runtime.liveness import TIMEOUT, Liveness, check_timeout
 from districompile.runtime.runner import LockstepRunner, ProcessRunner, Runner, world_size
+from districompile.runtime.same_bundle import compare
 from districompile.runtime.streams import Decision, StreamTracker
 from districompile.runtime.trace import Trace
 from districompile.structure import rebuild_output
@@ -247,7 +249,7 @@ def load(
     verify: bool | Literal["quick"] = True,
     backend: Backend | None = None,
     start_timeout: float = 60.0,
-    timeout: float = 300.0,
+    timeout: float = TIMEOUT,
     transport: str = "auto",
     cuda_graph: bool = True,
 ) -> DistributedModule:
@@ -256,10 +258,12 @@ def load(
     Rank and number of processes are torch.distributed's where that is initialised (over whichever backend), else
     ``rank`` and ``ranks``, else those of the launcher (RANK, WORLD_SIZE). ``lockstep`` loads all ranks into this
     process instead. ``device`` is by default the bundle's kind of device, number LOCAL_RANK. Hashes are checked by one
-    process of a machine (``verify="quick"``: sizes alone). ``start_timeout`` and ``timeout`` bound the meeting of the
-    ranks and each transfer, in seconds; nothing waits longer. ``transport``: "peer" (copy engines between GPUs that
-    reach each other's memory), "nccl" (one GPU a rank), "gloo" (anything, through host memory), or "auto", the first
-    of these that works here. ``cuda_graph``: on a GPU, replay each call as one CUDA graph.
+    process of a machine (``verify="quick"``: sizes alone), and the ranks compare what they have loaded.
+    ``start_timeout`` bounds the meeting of the ranks, in seconds. ``timeout`` bounds, in seconds, how long a rank is
+    waited for that gives no sign of life, and each transfer within a call; ten times that in the first calls, and for a
+    rank to come to a call. Rank 0 may take any time between two calls. ``transport``: "peer" (copy engines between GPUs
+    that reach each other's memory), "nccl" (one GPU a rank), "gloo" (anything, through host memory), or "auto", the
+    first of these that works here. ``cuda_graph``: on a GPU, replay each call as one CUDA graph.
 
     Raises :class:`BundleError`, :class:`LaunchError` for another number of processes than the bundle was made for, and
     :class:`BackendError` where the backend is not installed.
@@ -268,6 +272,7 @@ def load(
     opened = Bundle.open(Path(bundle), verify="quick" if verify is True and local_rank else verify)
     plan = opened.plan
     check_transport(transport)
+    check_timeout(timeout)
     where = _device(opened, device, local_rank)
     loader = _Loader(opened, backend or get_backend(str(opened.manifest["backend"])), where)
     config = opened.manifest.get("config")
@@ -288,8 +293,17 @@ def load(
     if where.type == "cuda":
         torch.cuda.set_device(where)
     start_gloo(rank, ranks, start_timeout)
-    engines = loader.engines(dist.get_rank() % plan.ranks)
-    runner = ProcessRunner(plan, engines, where, timeout, transport, cuda_graph)
+    liveness = Liveness.of_default_group(timeout, start_timeout)
+    try:
+        hashed = None if verify is not True else not local_rank
+        compare(liveness, opened, loader.backend.name, transport, hashed)
+        engines = loader.engines(dist.get_rank() % plan.ranks)
+        liveness.exchange("loaded", {})  # some take longer than others; from here on ranks wait for each other
+        runner = ProcessRunner(plan, engines, where, timeout, transport, cuda_graph, liveness)
+    except BaseException as e:
+        liveness.fail(e)
+        liveness.close()
+        raise
     return DistributedModule(plan, runner, where, config)
 
 
@@ -297,7 +311,7 @@ class _Loader:
     """Loads the engines of a bundle over one mapping of its weights."""
 
     def __init__(self, bundle: Bundle, backend: Backend, device: torch.device) -> None:
-        self._bundle, self._backend, self._device = bundle, backend, device
+        self._bundle, self.backend, self._device = bundle, backend, device
         self._weights: WeightFile = WeightFile.open(bundle.weights_path)
 
     def engines(self, rank: int) -> dict[str, dict[str, Engine]]:
@@ -309,8 +323,8 @@ class _Loader:
             for name, segment in plan.segments.items():
                 key = (segment.engines[rank], segment.outputs)
                 if key not in loaded:
-                    path = self._bundle.engine_path(key[0], self._backend.suffix)
-                    loaded[key] = self._backend.load(path, segment.outputs, self._weights, self._device)
+                    path = self._bundle.engine_path(key[0], self.backend.suffix)
+                    loaded[key] = self.backend.load(path, segment.outputs, self._weights, self._device)
                 engines[phase][name] = loaded[key]
         return engines
 
