@@ -108,6 +108,16 @@ DeviceOption = Annotated[
     Literal["cpu", "cuda"] | None,
     typer.Option(help="Where an eager bundle runs [cpu]; others run where they were made for."),
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace a bundle of another model, or one made with other options.")
+]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        help="Seconds until a process that gives no sign of life, or a transfer within a step, is given up; the first "
+        "steps have ten times as long."
+    ),
+]
 Segments = Annotated[int | None, typer.Option(min=1, help="Engines per steady step, at most [4].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by convert.")]
@@ -131,6 +141,7 @@ def convert(
     backend: BackendOption = None,
     dtype: DtypeOption = None,
     out: Annotated[Path | None, typer.Option(help="The bundle's folder [NAME-Ngpu here].")] = None,
+    force: Force = False,
     strict: Annotated[bool, typer.Option("--strict", help="An operator without a rule is an error.")] = False,
     dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this folder.")] = None,
     passes: Annotated[
@@ -172,7 +183,7 @@ def convert(
     floor = None
     if quality_floor is not None:
         floor = command.Floor(quality_floor, quality_prompts, quality_seeds, quality_steps)
-    return command.main(settings, out, as_json, floor)
+    return command.main(settings, out, as_json, floor, force)
 
 
 @app.command()
@@ -224,6 +235,7 @@ def verify(
     processes: Annotated[
         bool, typer.Option("--processes", help="--quality: start one process a rank, instead of all in this one.")
     ] = False,
+    timeout: Timeout = 30.0,
     nodes: Annotated[bool, typer.Option("--nodes", help="Compare every operator too: finds a wrong rule.")] = False,
     model: ModelOverride = None,
     device: DeviceOption = None,
@@ -237,6 +249,7 @@ def verify(
         chosen = measuring.Settings(
             bundle=bundle, prompts=prompts, pictures=pictures, seeds=seeds if seeds is not None else str(seed),
             modes=modes, steps=steps, guidance=guidance, report=report, processes=processes, model=model, device=device,
+            timeout=timeout,
         )  # fmt: skip
         return measuring.main(chosen, as_json)
     from districompile.commands import verify as command
@@ -297,6 +310,7 @@ def run(
     ] = "auto",
     cuda_graph: Annotated[bool, typer.Option(help="On GPUs, replay each call as one CUDA graph.")] = True,
     device: DeviceOption = None,
+    timeout: Timeout = 30.0,
     as_json: Json = False,
 ) -> int:
     """Draw one image on all processes of a bundle. A MODEL is converted first, and kept in a cache for the next
@@ -306,7 +320,7 @@ def run(
     settings = command.Settings(
         bundle=bundle, prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, seed=seed,
         out=out, log_dir=log_dir, model=model, gpus=gpus, transport=transport, cuda_graph=cuda_graph, device=device,
-        conversion={
+        timeout=timeout, conversion={
             "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
             "drift_limit": drift_limit,
             "displace": displace, "backend": backend, "dtype": dtype, "segments": segments, "target": target,
@@ -329,12 +343,13 @@ def refit(
         str | None, typer.Option(help="A model of the same architecture, as for convert, whose weights are taken.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the new bundle goes [in place of the old one].")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> int:
     """Give a bundle other weights, a fine-tune's or a LoRA's, without building its engines again."""
     from districompile.commands import refit as command
 
-    return command.main(command.Settings(bundle, tuple(lora or ()), scale, weights, out), as_json)
+    return command.main(command.Settings(bundle, tuple(lora or ()), scale, weights, out, force), as_json)
 
 
 @app.command()
@@ -349,11 +364,12 @@ def bench(
     cuda_graph: Annotated[bool, typer.Option(help="Replay calls as CUDA graphs.")] = True,
     device: DeviceOption = None,
     kernels: Annotated[Path | None, typer.Option(help="Write a table of a displaced step's kernels here.")] = None,
+    timeout: Timeout = 30.0,
 ) -> int:
     """Time a bundle's exact and displaced steps on this machine with random inputs: one JSON line a figure."""
     from districompile.commands import bench as command
 
-    return command.main(command.Settings(bundle, calls, steps, trace, transport, cuda_graph, device, kernels))
+    return command.main(command.Settings(bundle, calls, steps, trace, transport, cuda_graph, device, kernels, timeout))
 
 
 @app.command()

@@ -132,12 +132,14 @@ class GlooTransport:
         return None if peer is None else dist.get_global_rank(self._group, peer)
 
     def _interrupt(self) -> None:
-        """Make the waits of other threads fail: gloo ends all transfers of a group where one of them times out."""
-        peer = (self.rank + 1) % self.ranks
-        with contextlib.suppress(RuntimeError):
-            message = torch.zeros(1, dtype=torch.uint8)
-            work = dist.irecv(message, group=self._group, tag=_TAGS + 1, group_src=peer)
-            work.wait(timedelta(milliseconds=1))
+        """Make the waits of other threads fail: gloo ends all transfers of a group where one of them times out. One
+        with a rank that is gone does not time out: so each is tried."""
+        message = torch.zeros(1, dtype=torch.uint8)
+        for peer in range(self.ranks):
+            if peer != self.rank:
+                with contextlib.suppress(RuntimeError):
+                    work = dist.irecv(message, group=self._group, tag=_TAGS + 1, group_src=peer)
+                    work.wait(timedelta(milliseconds=1))
 
     def release(self, message: torch.Tensor) -> None:
         """Give a message's memory back for a later post."""
