@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from districompile.errors import Error
+from districompile.interrupts import INTERRUPTED
 
 app = typer.Typer(
     name="districompile",
@@ -413,15 +414,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except Error as e:
         return _fail(str(e))
-    except KeyboardInterrupt:
-        return 130
-    except typer.Abort:
-        return 130
+    except (KeyboardInterrupt, typer.Abort):
+        result = INTERRUPTED
     except Exception as e:
         # Usage errors; their class lives in click or inside typer, depending on typer's version.
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):
             return _fail(str(e.format_message()))
         raise
+    if result == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 
