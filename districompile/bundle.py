@@ -329,9 +329,8 @@ def _check_contents(path: Path) -> dict[str, Any]:
     try:
         check_folder(path)
     except OutputError as e:
-        raise BundleError(
-            f"{path} exists and is not a bundle: choose another place" if path.is_file() else str(e)
-        ) from e
+        told = f"{path} exists and is not a bundle: choose another place" if os.path.isfile(path) else str(e)
+        raise BundleError(told) from e
     if not path.exists() or not any(path.iterdir()):
         return {}
     manifest = _manifest_of(path)

@@ -110,8 +110,8 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in changed.items():
             signal.signal(number, handler)
-        for number in arrived[:1]:
-            signal.raise_signal(number)
+        for first in arrived[:1]:
+            signal.raise_signal(first)
 
 
 def _status(path: Path, told: str) -> os.stat_result | None:

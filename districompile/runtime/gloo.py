@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, TCPStore
 
 from districompile.errors import LaunchError
 from districompile.ir.plan import Collective
@@ -129,7 +130,7 @@ class GlooTransport:
 
     def _global(self, peer: int | None) -> int | None:
         """The rank as heartbeats count it: that of torch.distributed's default group."""
-        return None if peer is None else dist.get_global_rank(self._group, peer)
+        return None if peer is None else dist.get_global_rank(self._group or dist.group.WORLD, peer)
 
     def _interrupt(self) -> None:
         """Make the waits of other threads fail: gloo ends all transfers of a group where one of them times out. One
@@ -139,7 +140,8 @@ class GlooTransport:
             if peer != self.rank:
                 with contextlib.suppress(RuntimeError):
                     work = dist.irecv(message, group=self._group, tag=_TAGS + 1, group_src=peer)
-                    work.wait(timedelta(milliseconds=1))
+                    if work is not None:
+                        work.wait(timedelta(milliseconds=1))
 
     def release(self, message: torch.Tensor) -> None:
         """Give a message's memory back for a later post."""
@@ -312,13 +314,13 @@ def start_gloo(rank: int | None = None, ranks: int | None = None, start_timeout:
         raise TransportError(f"the ranks did not meet within {start_timeout:g} s ({_reason(e)}): are all up?") from e
 
 
-def _store(rank: int, ranks: int, timeout: float) -> dist.Store | None:
+def _store(rank: int, ranks: int, timeout: float) -> Store | None:
     """The store at MASTER_ADDR, which rank 0 opens; None where PyTorch itself finds the launcher's."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not host or not port.isdigit() or rank < 0:
         return None
     if rank != 0:
-        return dist.TCPStore(host, int(port), ranks, False, timedelta(seconds=timeout))
+        return TCPStore(host, int(port), ranks, False, timedelta(seconds=timeout))
     try:
         return bind_store(host, int(port), timeout=timeout)[0]
     except OSError as e:

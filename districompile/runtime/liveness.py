@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore
 
 from districompile.errors import InputError
 from districompile.runtime.transport import TransportError
@@ -86,12 +87,12 @@ class Liveness:
     ``timeout`` is in seconds. Calls are made by one thread at a time.
     """
 
-    def __init__(self, store: dist.Store, rank: int, ranks: int, timeout: float, meeting: float = 60.0) -> None:
+    def __init__(self, store: Store, rank: int, ranks: int, timeout: float, meeting: float = 60.0) -> None:
         self.rank, self.ranks, self.timeout = rank, ranks, timeout
         self._peers = [p for p in range(ranks) if p != rank]
         self._interval = min(1.0, timeout / 10)
         own = store.clone() if hasattr(store, "clone") else store  # so that nobody waits for another thread's request
-        self._store = dist.PrefixStore(f"districompile/{next(_loads)}", own)
+        self._store = PrefixStore(f"districompile/{next(_loads)}", own)
         self._in_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and _is_tcp(store)
         # Of this rank: what the main thread does, and what has been found out
         self._call, self._step, self._inside = 0, 0, False
@@ -355,8 +356,10 @@ class Liveness:
             return Verdict(0, "it ended, and with it the store at which the ranks met")
         if now - talked > 2 * self._interval + 1:  # without the store nothing is known of the others
             return self._silent(0, now - talked, silence) if holder else None
-        peer = min(heard, key=heard.__getitem__, default=None)
-        return None if peer is None else self._silent(peer, now - heard[peer], silence)
+        if not heard:
+            return None
+        quietest = min(heard, key=heard.__getitem__)
+        return self._silent(quietest, now - heard[quietest], silence)
 
     def _silent(self, peer: int, quiet: float, silence: float) -> Verdict | None:
         if quiet <= silence:
@@ -374,5 +377,5 @@ def _end_process(error: TransportError) -> None:
     fail_process(error)
 
 
-def _is_tcp(store: dist.Store) -> bool:
-    return isinstance(getattr(store, "_underlying_non_prefix_store", store), dist.TCPStore)
+def _is_tcp(store: Store) -> bool:
+    return isinstance(getattr(store, "_underlying_non_prefix_store", store), TCPStore)

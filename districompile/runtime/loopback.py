@@ -7,12 +7,12 @@ import os
 import socket
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import TCPStore
 
 LOOPBACK = "127.0.0.1"
 
 
-def bind_store(host: str, port: int, *, timeout: float) -> tuple[dist.TCPStore, int]:
+def bind_store(host: str, port: int, *, timeout: float) -> tuple[TCPStore, int]:
     """Open the store of a run at one address, and no other; port 0 takes a free one, which is returned.
 
     A store that PyTorch opens by itself listens on every interface. Raises ``OSError`` where the address is not one of
@@ -23,7 +23,7 @@ def bind_store(host: str, port: int, *, timeout: float) -> tuple[dist.TCPStore, 
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         bound = int(listener.getsockname()[1])
-        store = dist.TCPStore(
+        store = TCPStore(
             host,
             bound,
             is_master=True,
