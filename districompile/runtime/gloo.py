@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store, TCPStore
 
 from districompile.errors import LaunchError
 from districompile.ir.plan import Collective
 from districompile.runtime.arena import aligned, allocate
 from districompile.runtime.links import Region, Route, recorded
 from districompile.runtime.liveness import Liveness
-from districompile.runtime.loopback import bind_store, stay_on_machine
+from districompile.runtime.loopback import Store, TCPStore, bind_store, stay_on_machine
 from districompile.runtime.trace import Spans
 from districompile.runtime.transport import Packing, PackingCache, Pending, TransportError
 

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore
 
 from districompile.errors import InputError
+from districompile.runtime.loopback import PrefixStore, Store, TCPStore
 from districompile.runtime.transport import TransportError
 
 TIMEOUT = 30.0  # seconds

@@ -7,7 +7,9 @@ import os
 import socket
 from datetime import timedelta
 
-from torch.distributed.distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+__all__ = ["LOOPBACK", "PrefixStore", "Store", "TCPStore", "bind_store", "loopback_interface", "stay_on_machine"]
 
 LOOPBACK = "127.0.0.1"
 
