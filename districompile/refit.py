@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -251,7 +252,7 @@ def refit(
 def check_target(bundle: Bundle, out: Path | None, note: Mapping[str, Any], force: bool) -> None:
     """Raise :class:`BundleError` where the result of a refit cannot be written, or would replace something else."""
     target = bundle.path if out is None else out
-    own = target.exists() and target.samefile(bundle.path)
+    own = os.path.exists(target) and target.samefile(bundle.path)
     refits = [*bundle.manifest.get("refits", ()), note]
     check_replaceable(target, bundle.manifest.get("made_with") or {}, force or own, refits)
 

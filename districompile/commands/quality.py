@@ -61,9 +61,9 @@ def main(settings: Settings, as_json: bool) -> int:
         read_prompts(settings.prompts)  # a mistake is found before the work
     check_guidance(bundle.plan.options, settings.guidance)
     if settings.report is not None:
-        if settings.report.is_dir() or settings.report.suffix.lower() not in (".html", ".htm"):
-            raise UsageError(f"--report {settings.report}: give the name of a file that ends in .html")
         check_file(settings.report, "--report")
+        if settings.report.suffix.lower() not in (".html", ".htm"):
+            raise UsageError(f"--report {settings.report}: give the name of a file that ends in .html")
     check_timeout(settings.timeout)
     quiet_libraries()
     progress = terminal_progress()

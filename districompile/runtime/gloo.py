@@ -129,7 +129,9 @@ class GlooTransport:
 
     def _global(self, peer: int | None) -> int | None:
         """The rank as heartbeats count it: that of torch.distributed's default group."""
-        return None if peer is None else dist.get_global_rank(self._group or dist.group.WORLD, peer)
+        if peer is None or self._group is None:
+            return peer
+        return int(dist.get_global_rank(self._group, peer))
 
     def _interrupt(self) -> None:
         """Make the waits of other threads fail: gloo ends all transfers of a group where one of them times out. One

@@ -350,7 +350,7 @@ class Liveness:
             if beat.failed is not None:
                 return Verdict(peer, f"it failed: {beat.failed}")
             if beat.left and beat.call < self._call:
-                return Verdict(peer, "it was closed")
+                return Verdict(peer, "it was closed, or its program has ended")
         holder = self._in_rank_0 and self.rank != 0
         if holder and self._threads and not self._threads[0].is_alive() and not self._stop.is_set():
             return Verdict(0, "it ended, and with it the store at which the ranks met")
