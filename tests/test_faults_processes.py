@@ -108,7 +108,7 @@ def test_ranks_with_different_bundles_refuse(bundles: dict[int, Path], tmp_path:
     other = make(tmp_path / "other", 2, scale=2.0)
     processes = start_ranks([bundles[2], other], "none", 0, tmp_path)
     errors = [process.communicate(timeout=120)[1].strip().splitlines()[-1] for process in processes]
-    told = [error.partition(": ")[2] for error in errors]
+    told = [error.partition("LaunchError: ")[2] for error in errors]
     assert told[0] == told[1] and told[0].startswith("rank 1 has other weights than rank 0"), errors
     assert all(process.returncode for process in processes)
 
