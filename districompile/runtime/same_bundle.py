@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -31,7 +32,7 @@ _NAMES = {
 def facts(bundle: Bundle, backend: str, transport: str) -> dict[str, str]:
     """What has to be equal on all ranks: hashes of what is executed, and versions of what executes it.
 
-    The plan's hash is of the plan that was read. Those of the other files are the manifest's, which were checked when
+    The plan's hash is of the plan that was read, without its report of how long passes took. Those of the other files
     the bundle was opened.
     """
     from districompile import __version__
@@ -39,7 +40,7 @@ def facts(bundle: Bundle, backend: str, transport: str) -> dict[str, str]:
     files: Mapping[str, Any] = bundle.manifest["files"]
     engines = {name: entry["sha256"] for name, entry in files.items() if name.startswith(f"{ENGINES}/")}
     return {
-        "plan": _digest(bundle.plan.to_json()),
+        "plan": _digest(dataclasses.replace(bundle.plan, report={}).to_json()),
         "weights": str(files[WEIGHTS]["sha256"]),
         "engines": _digest(json.dumps(sorted(engines.items()))),
         "backend": backend,
