@@ -33,7 +33,7 @@ def facts(bundle: Bundle, backend: str, transport: str) -> dict[str, str]:
     """What has to be equal on all ranks: hashes of what is executed, and versions of what executes it.
 
     The plan's hash is of the plan that was read, without its report of how long passes took. Those of the other files
-    the bundle was opened.
+    are the manifest's, which were checked when the bundle was opened.
     """
     from districompile import __version__
 
