@@ -7,6 +7,11 @@ unet = dc.load("bundle")  # inside each rank's process: called like the module i
 
 from __future__ import annotations
 
+from districompile.interrupts import end_quietly
+
+end_quietly()
+
+# ruff: noqa: E402
 from districompile.api import Program, convert
 from districompile.capture import capture
 from districompile.cutter import rows_of

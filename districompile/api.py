@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from districompile.backends.base import Backend, BuildSegment, get_backend
 from districompile.backends.build import build_segments
 from districompile.backends.eager import EagerEngine
-from districompile.bundle import WEIGHTS, BundleWriter
+from districompile.bundle import WEIGHTS, BundleWriter, check_replaceable
 from districompile.capture import Captured, bind_call, capture
 from districompile.compare import NodeError, compare_nodes
 from districompile.errors import BackendError, ConvertError
@@ -323,16 +323,23 @@ class Program:
     def save(
         self, path: str | Path, backend: str | Backend = "onnxruntime", *, source: str | None = None,
         config: Mapping[str, Any] | None = None, collectives: str = "between", progress: Progress | None = None,
+        made_with: Mapping[str, Any] | None = None, force: bool = False,
     ) -> None:  # fmt: skip
         """Build the engines of all ranks and write the bundle. Nothing is left behind where that fails.
 
         ``backend`` is a name, or a backend with options of its own (``TensorRTBackend(target="sm89")``). ``source`` is
         where the model came from, for whoever needs the rest of its pipeline. ``collectives``: the exact phase is cut
-        at every collective (``"between"``), or is one engine that holds them (``"inside"``, TensorRT only). Raises
-        :class:`BackendError` or :class:`BundleError`.
+        at every collective (``"between"``), or is one engine that holds them (``"inside"``, TensorRT only). A
+        bundle that is there is replaced where it was made of the same model with the same options (``made_with``, which
+        the manifest records), or with ``force``. Raises :class:`BackendError` or :class:`BundleError`.
         """
         self._need_phases()
         chosen = get_backend(backend) if isinstance(backend, str) else backend
+        made_with = made_with or {
+            "class": self._captured.model_class, "source": source, "backend": chosen.name, "ranks": self.plan.ranks,
+            "collectives": collectives, "options": self.plan.options,
+        }  # fmt: skip
+        check_replaceable(Path(path), made_with, force)
         plan, segments = self._layout(chosen, collectives)
         bars = tasks(progress)
         with BundleWriter(path) as writer:
@@ -347,6 +354,7 @@ class Program:
                     plan, text, backend=chosen.name, device=getattr(chosen, "device", "cpu"), source=source,
                     model_class=self._captured.model_class, engines=describe() if describe else None,
                     config=config if config is not None else self._captured.config, progress=_advance(task),
+                    made_with=made_with,
                 )  # fmt: skip
 
     def _layout(

@@ -9,6 +9,7 @@ graphs/              what the passes saw, on request
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import hashlib
@@ -17,7 +18,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from districompile.manifest import MANIFEST as MANIFEST
 from districompile.manifest import PLAN as PLAN
 from districompile.manifest import WEIGHTS as WEIGHTS
 from districompile.manifest import check_places, manifest_text, read_manifest
+from districompile.outputs import OutputError, check_folder, foreign, part_name, remove_files, uninterrupted
 
 PLAN_TEXT = "plan.txt"
 ENGINES = "engines"
@@ -47,35 +49,46 @@ class BundleWriter:
 
     A context manager. Leaving it without :meth:`finish`, or by an exception, removes what was written and leaves a
     bundle that was there before as it was. An ``OSError`` inside becomes a one-line :class:`BundleError`. ``path`` may
-    be a bundle, which is replaced, or an empty folder; anything else is refused at once.
+    be a bundle and nothing else, which is replaced, or an empty folder; anything else is refused at once. A link stays
+    a link: what it leads to is replaced.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path_given = Path(path)
         self.target = Path(path).absolute()
-        self.folder = self.target.parent / f".{self.target.name}.{uuid.uuid4().hex[:12]}.part"
         self._hashes: dict[str, str] = {}
+        self._made: list[Path] = []
         self._finished = False
 
     def __enter__(self) -> BundleWriter:
-        if self.target.exists() and not _replaceable(self.target):
-            raise BundleError(f"{self.target} exists and is not a bundle: choose another place, or remove it")
+        _check_contents(self.path_given)
+        self.target = Path(os.path.realpath(self.path_given))
+        self.folder = self.target.parent / part_name()
+        missing = [p for p in self.target.parents if not p.exists()]
         try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir()
-        except OSError as e:
-            raise self._error(e) from e
+            with uninterrupted():
+                for parent in reversed(missing):
+                    parent.mkdir(exist_ok=True)
+                    self._made.insert(0, parent)
+                self.folder.mkdir()
+        except BaseException as e:
+            self._clean()
+            if isinstance(e, OSError):
+                raise self._error(e) from e
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if error is None and self._finished:
-                self._move()
-        except OSError as e:
-            raise self._error(e) from e
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        with uninterrupted():
+            try:
+                if error is None and self._finished:
+                    self._move()
+            except OSError as e:
+                raise self._error(e) from e
+            finally:
+                self._clean()
         if isinstance(error, OSError) or (isinstance(error, Exception) and _tells_full_disk(error)):
             raise self._error(error) from error
 
@@ -137,12 +150,13 @@ class BundleWriter:
         graphs: Mapping[str, str] | None = None,
         engines: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
+        made_with: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the plan and the manifest, when weights and engines are there.
 
         ``source`` is where the model came from (a folder or hub id), ``config`` its configuration, of which what JSON
         cannot hold is kept as text. ``graphs`` are dumps by file name. ``engines`` says what built the engines, and for
-        which devices, where that matters.
+        which devices, where that matters. ``made_with`` is what it was made from, and with which options.
         """
         text = plan.to_json()
         validate(Plan.from_json(text))  # what could not be opened is not written
@@ -161,6 +175,7 @@ class BundleWriter:
             "engines": None if engines is None else dict(engines),
             "mesh": _mesh(plan),
             "config": None if config is None else dict(config),
+            "made_with": None if made_with is None else dict(made_with),
             "files": self._files(progress),
         }
         self.path(MANIFEST).write_text(manifest_text(manifest))
@@ -178,6 +193,7 @@ class BundleWriter:
         if not self.target.exists():
             self.folder.rename(self.target)
             return
+        replaced = _check_contents(self.path_given)  # once more: somebody may have come meanwhile
         old = self.folder.with_suffix(".old")
         self.target.rename(old)
         try:
@@ -185,7 +201,14 @@ class BundleWriter:
         except OSError:
             old.rename(self.target)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        remove_files(old, replaced)
+
+    def _clean(self) -> None:
+        """Remove what is not finished, and folders that were made for it and hold nothing else."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self._made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
     def _error(self, error: BaseException) -> BundleError:
         reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
@@ -213,14 +236,11 @@ class Bundle:
         manifest = read_manifest(folder)
         files = manifest["files"]
         check_places(folder, files, ENGINES)
-        paths = {name: folder / name for name in files}
         if verify:
-            for name, file in paths.items():
-                _check_size(folder, name, file, files[name]["size"])
+            for name in files:
+                _check_size(folder, name, folder / name, files[name]["size"])
         if verify is True:
-            for name, sha256 in hash_files(paths, progress).items():
-                if sha256 != files[name]["sha256"]:
-                    raise BundleError(f"{folder / name} was changed: its hash is not the one in {MANIFEST}{_AGAIN}")
+            check_hashes(folder, {name: entry["sha256"] for name, entry in files.items()}, progress)
         try:
             plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
             validate(plan)
@@ -273,6 +293,13 @@ def hash_files(paths: Mapping[str, Path], progress: Progress | None = None) -> d
     return hashes
 
 
+def check_hashes(folder: Path, expected: Mapping[str, str], progress: Progress | None = None) -> None:
+    """Raise :class:`BundleError` for a file of a bundle whose sha256 is not the one that is expected."""
+    for name, sha256 in hash_files({name: folder / name for name in expected}, progress).items():
+        if sha256 != expected[name]:
+            raise BundleError(f"{folder / name} was changed: its hash is not the one in {MANIFEST}{_AGAIN}")
+
+
 def _check_size(folder: Path, name: str, file: Path, size: int) -> None:
     if not file.is_file():
         raise BundleError(f"{folder / name} is missing{_AGAIN}")
@@ -280,9 +307,61 @@ def _check_size(folder: Path, name: str, file: Path, size: int) -> None:
         raise BundleError(f"{folder / name} has {file.stat().st_size} bytes instead of {size}{_AGAIN}")
 
 
-def _replaceable(target: Path) -> bool:
-    """Whether ``target`` may be replaced: a bundle, or an empty folder."""
-    return target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))
+def _check_contents(path: Path) -> dict[str, Any]:
+    """The files of the bundle at ``path``, none where nothing is there. Raises :class:`BundleError` where the folder is
+    not wholly a bundle, or cannot be written at all."""
+    try:
+        check_folder(path)
+    except OutputError as e:
+        told = f"{path} exists and is not a bundle: choose another place" if os.path.isfile(path) else str(e)
+        raise BundleError(told) from e
+    if not path.exists() or not any(path.iterdir()):
+        return {}
+    manifest = _manifest_of(path)
+    if manifest is None:
+        raise BundleError(f"{path} exists and is not a bundle: choose another place, or remove it")
+    caches = [p.relative_to(path).as_posix() for p in path.glob("cache/tensorrt*.cache")]  # made when it is loaded
+    files = {**manifest["files"], **dict.fromkeys((MANIFEST, *caches))}
+    other = foreign(Path(os.path.realpath(path)), files)
+    if other is not None:
+        raise BundleError(f"{path} holds {other}, which is not a file of the bundle: move it, or choose another place")
+    return files
+
+
+def _manifest_of(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder that is a bundle of any version, whole or not."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+        ours = isinstance(manifest["format_version"], int) and PLAN in files and WEIGHTS in files
+        ours = ours and all({"size", "sha256"} <= entry.keys() for entry in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if ours else None
+
+
+def check_replaceable(
+    path: Path, made_with: Mapping[str, Any], force: bool, refits: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Raise :class:`BundleError`, before any work, where a bundle cannot be written to ``path``, or would replace one
+    that was made from another model or with other options, unless ``force`` is given.
+
+    ``made_with`` is compared with what the manifest there records, and ``refits`` with the weights it was given since.
+    """
+    if not _check_contents(path) or force:
+        return
+    there = _manifest_of(path) or {}
+
+    def notes(refits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in note.items() if k != "weights_sha256"} for note in refits]
+
+    wanted = {"made_with": made_with, "refits": notes(refits)}
+    found = {"made_with": there.get("made_with"), "refits": notes(there.get("refits") or ())}
+    if found != json.loads(json.dumps(wanted, default=str)):
+        raise BundleError(
+            f"{path} is a bundle of another model, or made with other options: "
+            "give --force (force=True) to replace it, or choose another place"
+        )
 
 
 def _tells_full_disk(error: BaseException) -> bool:

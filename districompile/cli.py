@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from districompile.errors import Error
+from districompile.interrupts import INTERRUPTED
 
 app = typer.Typer(
     name="districompile",
@@ -108,6 +109,16 @@ DeviceOption = Annotated[
     Literal["cpu", "cuda"] | None,
     typer.Option(help="Where an eager bundle runs [cpu]; others run where they were made for."),
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace a bundle of another model, or one made with other options.")
+]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        help="Seconds until a process that gives no sign of life, or a transfer within a step, is given up; the first "
+        "steps have ten times as long."
+    ),
+]
 Segments = Annotated[int | None, typer.Option(min=1, help="Engines per steady step, at most [4].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by convert.")]
@@ -139,6 +150,7 @@ def convert(
     backend: BackendOption = None,
     dtype: DtypeOption = None,
     out: Annotated[Path | None, typer.Option(help="The bundle's folder [NAME-Ngpu here].")] = None,
+    force: Force = False,
     strict: Annotated[bool, typer.Option("--strict", help="An operator without a rule is an error.")] = False,
     dump: Annotated[Path | None, typer.Option(help="Write the graph after every pass into this folder.")] = None,
     passes: Annotated[
@@ -180,7 +192,7 @@ def convert(
     floor = None
     if quality_floor is not None:
         floor = command.Floor(quality_floor, quality_prompts, quality_seeds, quality_steps)
-    return command.main(settings, out, as_json, floor)
+    return command.main(settings, out, as_json, floor, force)
 
 
 @app.command()
@@ -232,6 +244,7 @@ def verify(
     processes: Annotated[
         bool, typer.Option("--processes", help="--quality: start one process a rank, instead of all in this one.")
     ] = False,
+    timeout: Timeout = 30.0,
     nodes: Annotated[bool, typer.Option("--nodes", help="Compare every operator too: finds a wrong rule.")] = False,
     model: ModelOverride = None,
     device: DeviceOption = None,
@@ -246,7 +259,7 @@ def verify(
         chosen = measuring.Settings(
             bundle=bundle, prompts=prompts, pictures=pictures, seeds=seeds if seeds is not None else str(seed),
             modes=modes, steps=steps, guidance=guidance, report=report, processes=processes, model=model, device=device,
-            native_code=native_code,
+            native_code=native_code, timeout=timeout,
         )  # fmt: skip
         return measuring.main(chosen, as_json)
     from districompile.commands import verify as command
@@ -309,6 +322,7 @@ def run(
     cuda_graph: Annotated[bool, typer.Option(help="On GPUs, replay each call as one CUDA graph.")] = True,
     device: DeviceOption = None,
     native_code: NativeCode = True,
+    timeout: Timeout = 30.0,
     as_json: Json = False,
 ) -> int:
     """Draw one image on all processes of a bundle. A MODEL is converted first, and kept in a cache for the next
@@ -318,7 +332,7 @@ def run(
     settings = command.Settings(
         bundle=bundle, prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, seed=seed,
         out=out, log_dir=log_dir, model=model, gpus=gpus, transport=transport, cuda_graph=cuda_graph, device=device,
-        native_code=native_code,
+        native_code=native_code, timeout=timeout,
         conversion={
             "height": height, "width": width, "cfg": cfg, "groupnorm": groupnorm, "warmup_steps": warmup_steps,
             "drift_limit": drift_limit,
@@ -342,12 +356,13 @@ def refit(
         str | None, typer.Option(help="A model of the same architecture, as for convert, whose weights are taken.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the new bundle goes [in place of the old one].")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> int:
     """Give a bundle other weights, a fine-tune's or a LoRA's, without building its engines again."""
     from districompile.commands import refit as command
 
-    return command.main(command.Settings(bundle, tuple(lora or ()), scale, weights, out), as_json)
+    return command.main(command.Settings(bundle, tuple(lora or ()), scale, weights, out, force), as_json)
 
 
 @app.command()
@@ -363,12 +378,13 @@ def bench(
     device: DeviceOption = None,
     native_code: NativeCode = True,
     kernels: Annotated[Path | None, typer.Option(help="Write a table of a displaced step's kernels here.")] = None,
+    timeout: Timeout = 30.0,
 ) -> int:
     """Time a bundle's exact and displaced steps on this machine with random inputs: one JSON line a figure."""
     from districompile.commands import bench as command
 
     return command.main(
-        command.Settings(bundle, calls, steps, trace, transport, cuda_graph, device, kernels, native_code)
+        command.Settings(bundle, calls, steps, trace, transport, cuda_graph, device, kernels, native_code, timeout)
     )
 
 
@@ -413,15 +429,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except Error as e:
         return _fail(str(e))
-    except KeyboardInterrupt:
-        return 130
-    except typer.Abort:
-        return 130
+    except (KeyboardInterrupt, typer.Abort):
+        result = INTERRUPTED
     except Exception as e:
         # Usage errors; their class lives in click or inside typer, depending on typer's version.
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):
             return _fail(str(e.format_message()))
         raise
+    if result == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 

@@ -57,6 +57,7 @@ class _Manifest(_Strict):
     engines: dict[str, Any] | None
     mesh: _Mesh
     config: dict[_Key, Any] | None
+    made_with: dict[str, Any] | None = None
     files: dict[str, _File]
     refits: tuple[_Refit, ...] = ()
 

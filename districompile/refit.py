@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from districompile.bundle import ENGINES, WEIGHTS, Bundle, BundleWriter
+from districompile.bundle import ENGINES, WEIGHTS, Bundle, BundleWriter, check_replaceable
 from districompile.errors import BundleError, Error
 from districompile.progress import Progress, tasks
 from districompile.weights import WeightFile
@@ -212,16 +213,19 @@ def refit(
     loras: Sequence[Lora] = (),
     note: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> int:
     """Write the bundle at ``path`` with other weights to ``out`` (None: in its place); gives how many weights changed.
 
-    ``note`` goes into the manifest's ``refits``. Raises :class:`RefitError` where weights do not fit, and
+    ``note`` goes into the manifest's ``refits``. Another bundle at ``out`` is replaced where it was made in the same
+    way, or with ``force``. Raises :class:`RefitError` where weights do not fit, and
     :class:`BundleError` for a bundle whose engines hold their weights themselves. The old bundle stays whole until the
     new one is complete.
     """
     bundle = Bundle.open(path)
     if (bundle.manifest.get("engines") or {}).get("weights") == "inside":
         raise BundleError(f"{path}: its engines hold their weights (--engine-weights inside): convert again")
+    check_target(bundle, out, note or {}, force)
     old = WeightFile.open(bundle.weights_path)
     readers, changed = new_weights(bundle, old, module, loras)
     bars = tasks(progress)
@@ -243,6 +247,14 @@ def refit(
             entry = {"weights_sha256": writer.hash_of(WEIGHTS), **(note or {})}
             writer.finish_like(bundle, refits=[*bundle.manifest.get("refits", ()), entry])
     return changed
+
+
+def check_target(bundle: Bundle, out: Path | None, note: Mapping[str, Any], force: bool) -> None:
+    """Raise :class:`BundleError` where the result of a refit cannot be written, or would replace something else."""
+    target = bundle.path if out is None else out
+    own = os.path.exists(target) and target.samefile(bundle.path)
+    refits = [*bundle.manifest.get("refits", ()), note]
+    check_replaceable(target, bundle.manifest.get("made_with") or {}, force or own, refits)
 
 
 def _share(bundle: Bundle, writer: BundleWriter, old: WeightFile, fresh: WeightFile) -> None:

@@ -1,120 +1,71 @@
-"""A small bundle as JSON, and every way to change one of its values."""
+"""Ranks that meet with an accident, each a process of its own; a module that is quick to import."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-import math
-from collections.abc import Iterator
+import os
+import signal
+import sys
+import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import districompile as dc
-from districompile.manifest import MANIFEST, manifest_text
 
-TRIPWIRE = "tripwire_of_a_bundle"
-Place = tuple[str | int, ...]
+TIMEOUT = 5.0
 
 
-class Net(nn.Module):
-    """A convolution, a group norm and an attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(4, 8, 3, padding=1)
-        self.norm = nn.GroupNorm(2, 8)
-        self.query = nn.Linear(8, 8)
-        self.last = nn.Conv2d(8, 4, 3, padding=1)
-
-    def forward(self, sample: Tensor, timestep: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
-        x = self.norm(self.first(sample) + timestep.reshape(-1, 1, 1, 1) * scale)
-        tokens = x.flatten(2).transpose(1, 2)
-        q, kv = self.query(tokens)[:, None], tokens[:, None]
-        attended = nn.functional.scaled_dot_product_attention(q, kv, kv)[:, 0]
-        return {"sample": self.last(x + attended.transpose(1, 2).reshape(x.shape))}
-
-
-def make(folder: Path, **options: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """Write the bundle of a :class:`Net` for two ranks, of unequal height, to ``folder``."""
+def net() -> torch.nn.Module:
     torch.manual_seed(0)
-    net, args = Net().eval(), (torch.randn(1, 4, 7, 5), torch.tensor([3.0]))
-    dc.convert(net, args, ranks=2, **options).save(folder, backend="eager", source="no.such.package:factory")
-    return net, args
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.GroupNorm(4, 8), torch.nn.Conv2d(8, 4, 3, padding=1)
+    )
 
 
-def places(x: Any, at: Place = ()) -> Iterator[Place]:
-    """Where every value of a JSON value is, containers too."""
-    if at:
-        yield at
-    for key, value in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ():
-        yield from places(value, (*at, key))
+def make(path: Path, ranks: int, scale: float = 1.0) -> Path:
+    module = net()
+    module[0].weight.data *= scale
+    x = torch.randn(1, 4, 24, 8)
+    dc.convert(module, args=(x,), ranks=ranks, rows={"input": 2}).save(path, backend="eager")
+    return path
 
 
-def value_at(x: Any, place: Place) -> Any:
-    for key in place:
-        x = x[key]
-    return x
+def calls(bundle: str, how: str, who: int, marks: str, lingers: float = 0.0) -> str:
+    """Calls, until rank ``who`` has its accident. The others say in ``marks`` what they are told; they then live on for
+    ``lingers`` seconds, so that nobody learns of the accident from their end."""
+    rank = int(os.environ["RANK"])
+    module = dc.load(bundle, timeout=TIMEOUT)
+    x = torch.randn(1, 4, 24, 8)
+    for _ in range(5):
+        module(x)
+    (Path(marks) / f"ready-{rank}").write_text(str(os.getpid()))
+    for i in range(10 if how == "think" else 1_000_000):
+        if rank == who and i == 3:
+            accident(how, module, Path(marks))
+        began = time.monotonic()
+        try:
+            module(x)
+        except dc.LaunchError as e:
+            (Path(marks) / f"told-{rank}").write_text(f"{time.monotonic() - began:.1f} {e}")
+            time.sleep(lingers)
+            raise
+    module.close()
+    return "done"
 
 
-WRONG: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 1 << 31, 1 << 62, 10**30, 0.5, -2.0, 1e300, math.nan, math.inf, "", "x", "é",
-    "os:abort", "os.abort", f"{TRIPWIRE}:Record", TRIPWIRE, "/etc/passwd", "../../../etc/passwd", "plan.json",
-    "float16", "steady", [], {}, [0], [[]], [None], {"": 0}, {"@": "Run", "segment": "warmup0"}, {"@dtype": "int64"},
-    {"kind": "object", "class": "os:abort", "items": []},
-    {"kind": "object", "class": f"{TRIPWIRE}:Record", "items": [["a", {"kind": "leaf", "index": 0}]]},
-)  # fmt: skip
+def accident(how: str, module: torch.nn.Module, marks: Path) -> None:
+    (marks / "accident").write_text(str(time.time()))
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "raise":
+        raise ValueError("had enough")
+    if how == "think":
+        time.sleep(1.5 * TIMEOUT)
+    if how == "hang":
+        module._runner.executor.link.post = lambda route: time.sleep(1000)  # type: ignore[union-attr]
 
 
-def change(x: Any, place: Place, how: str, other: Any) -> Any:
-    """A copy of ``x`` with the value at ``place`` changed. ``other`` is a value, or a place to take one from."""
-    x = copy.deepcopy(x)
-    *above, key = place
-    parent = value_at(x, tuple(above))
-    value = parent[key]
-    if how == "replace":
-        parent[key] = other
-    elif how == "copy":
-        parent[key] = copy.deepcopy(value_at(x, other))
-    elif how == "swap":
-        parent[key] = copy.deepcopy(value_at(x, other))
-        value_at(x, other[:-1])[other[-1]] = value
-    elif how == "delete":
-        del parent[key]
-    elif how == "repeat" and isinstance(parent, list):
-        parent.insert(int(key), copy.deepcopy(value))
-    elif how == "repeat":
-        parent[f"{key}2"] = copy.deepcopy(value)
-    elif how == "rename" and isinstance(parent, dict):
-        parent[other if isinstance(other, str) else str(other)] = parent.pop(key)
-    elif how == "step" and isinstance(value, int | float) and not isinstance(value, bool):
-        parent[key] = value + (1 if other is None else -1)
-    elif how == "reverse" and isinstance(value, list):
-        value.reverse()
-    elif how == "add" and isinstance(value, list):
-        value.append(other)
-    elif how == "add" and isinstance(value, dict):
-        value["added"] = other
-    return x
-
-
-def store(folder: Path, plan: Any, manifest: Any) -> None:
-    """Write both with the right hashes."""
-    text = json.dumps(plan)
-    (folder / "plan.json").write_text(text)
-    if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and "plan.json" in manifest["files"]:
-        entry = {"size": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        manifest = {**manifest, "files": {**manifest["files"], "plan.json": entry}}
-    (folder / MANIFEST).write_text(manifest_text(manifest) if isinstance(manifest, dict) else json.dumps(manifest))
-
-
-def set_tripwire(folder: Path) -> Path:
-    """A module in ``folder`` whose import writes the file that is returned."""
-    fired = folder / "fired"
-    source = f"import dataclasses, pathlib\npathlib.Path({str(fired)!r}).touch()\n"
-    source += "@dataclasses.dataclass\nclass Record:\n    a: object\n"
-    (folder / f"{TRIPWIRE}.py").write_text(source)
-    return fired
+if __name__ == "__main__":
+    calls(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], 3 * TIMEOUT)

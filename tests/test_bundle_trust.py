@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_faults import TRIPWIRE, make, set_tripwire, store
+from helpers_bundles import TRIPWIRE, make, set_tripwire, store
 from torch import Tensor, nn
 
 import districompile as dc

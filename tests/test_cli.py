@@ -19,7 +19,7 @@ import torch
 
 from districompile import cli
 from districompile.commands import trial
-from districompile.errors import BackendError
+from districompile.errors import BackendError, Error
 from districompile.manifest import manifest_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -313,7 +313,7 @@ def test_images_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     before = written[0].read_bytes()
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(drawing.UsageError, match="a.png cannot be written: No space left on device"):
+    with pytest.raises(Error, match="a.png cannot be written: No space left on device"):
         drawing.save_images(pixels, tmp_path / "a.png")
     assert written[0].read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_faults import TRIPWIRE, WRONG, Place, change, make, places, set_tripwire, store, value_at
+from helpers_bundles import TRIPWIRE, WRONG, Place, change, make, places, set_tripwire, store, value_at
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -207,6 +207,6 @@ def silent(bundle: str, seconds: float) -> None:
 @two_gpus
 def test_a_silent_rank_ends_the_run(tmp_path: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(LaunchError, match="rank 0 failed: .*rank 0 waits for another rank's transfer since 5 s"):
+    with pytest.raises(LaunchError, match="rank 0 lost another rank: nothing arrives from it for"):
         launch(silent, (str(make_bundle(tmp_path / "b", 2)), 120.0), 2)
     assert time.monotonic() - began < 60

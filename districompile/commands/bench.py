@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from districompile.bundle import Bundle
-from districompile.commands.common import check_writable, quiet_libraries
+from districompile.commands.common import quiet_libraries
 from districompile.errors import InputError
 from districompile.ir.plan import Phase, Plan, TensorSpec
+from districompile.outputs import check_file, write_file
 from districompile.runtime.choose import check_transport
 from districompile.runtime.inputs import timestep_path
 from districompile.runtime.launcher import launch
+from districompile.runtime.liveness import TIMEOUT, check_timeout
 from districompile.runtime.module import DistributedModule, check_device, check_native_code, load
 from districompile.runtime.runner import called_spec, world_size
 from districompile.runtime.trace import Trace, write_chrome_trace
@@ -42,6 +44,7 @@ class Settings:
     device: str | None = None
     kernels: Path | None = None
     native_code: bool = True
+    timeout: float = TIMEOUT
 
 
 def main(settings: Settings) -> int:
@@ -53,9 +56,10 @@ def main(settings: Settings) -> int:
     check_native_code(bundle, settings.native_code)
     if settings.kernels is not None and kind != "cuda":
         raise InputError("--kernels lists the kernels of a GPU, and this bundle runs on the CPU: leave it out")
-    for file in (settings.trace, settings.kernels):
+    check_timeout(settings.timeout)
+    for name, file in (("--trace", settings.trace), ("--kernels", settings.kernels)):
         if file is not None:
-            check_writable(file.absolute().parent)
+            check_file(file, name)
     job = dataclasses.replace(settings, bundle=settings.bundle.resolve())
     results = launch(worker, (job,), world_size(bundle.plan))
     ranks = [results[r] for r in sorted(results) if results[r] is not None]
@@ -66,7 +70,7 @@ def main(settings: Settings) -> int:
     if settings.trace is not None and ranks[0]["traces"] is not None:
         write_chrome_trace(settings.trace, [r["traces"] for r in ranks])
     if settings.kernels is not None and ranks[0]["kernels"] is not None:
-        settings.kernels.write_text(ranks[0]["kernels"])
+        write_file(settings.kernels, ranks[0]["kernels"])
     return 0
 
 
@@ -76,7 +80,7 @@ def worker(job: Settings) -> dict[str, Any]:
     began = time.perf_counter()
     module = load(
         job.bundle, verify="quick", transport=job.transport, cuda_graph=job.cuda_graph, device=job.device,
-        native_code=job.native_code,
+        native_code=job.native_code, timeout=job.timeout,
     )  # fmt: skip
     loaded = time.perf_counter()
     figures: dict[str, list[float]] = {}

@@ -67,18 +67,3 @@ def source_of(manifest: Mapping[str, Any], given: str | None) -> str:
 def is_bundle(path: Path) -> bool:
     """Whether ``path`` is a folder with a manifest, whole or not."""
     return (path / MANIFEST).is_file()
-
-
-def check_writable(folder: Path) -> None:
-    """Fail before long work, not after it, where ``folder`` cannot be created or written."""
-    existing = folder.resolve()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UsageError(f"{folder} cannot be written: {existing} is not a folder")
-    probe = existing / f".districompile-{id(folder):x}"
-    try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as e:
-        raise UsageError(f"{folder} cannot be written: {e.strerror or e}") from e

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from districompile import api
 from districompile.backends.base import Backend, get_backend
-from districompile.bundle import Bundle
-from districompile.commands.common import UsageError, check_writable, console, is_bundle, print_json, quiet_libraries
+from districompile.bundle import Bundle, check_replaceable
+from districompile.commands.common import UsageError, console, print_json, quiet_libraries
 from districompile.ir.plan import dtype_of
 from districompile.models.inputs import parameter_bytes
 from districompile.models.sources import LoadedModel, add_current_folder, load_source
+from districompile.outputs import check_folder
 from districompile.progress import Progress, terminal_progress
 from districompile.report import Report, size
 
@@ -91,11 +93,14 @@ class Floor:
     steps: int
 
 
-def main(settings: Settings, out: Path | None, as_json: bool, floor: Floor | None = None) -> int:
-    """Convert, save to ``out`` and print what was made."""
+def main(settings: Settings, out: Path | None, as_json: bool, floor: Floor | None = None, force: bool = False) -> int:
+    """Convert, save to ``out`` and print what was made. ``force``: replace a bundle that was made otherwise."""
     target = out or default_out(settings)
+    made_with = origin(settings, floor)
     if settings.stop_after is None:
-        check_target(target)
+        check_replaceable(target, made_with, force)
+    if settings.dump is not None:
+        check_folder(settings.dump, "--dump")
     backend = make_backend(settings)
     quiet_libraries()
     progress = terminal_progress()
@@ -112,7 +117,7 @@ def main(settings: Settings, out: Path | None, as_json: bool, floor: Floor | Non
     if settings.stop_after is not None:
         print(program.graph_text("warmup"))
         return 0
-    save(program, target, backend, settings, loaded, progress)
+    save(program, target, backend, settings, loaded, progress, made_with, force)
     plan = Bundle.open(target, verify=False).plan  # with the engines that were built
     seconds = {"convert": round(compiled - started, 2), "save": round(time.perf_counter() - compiled, 2)}
     if as_json:
@@ -176,11 +181,22 @@ def compile_model(settings: Settings, progress: Progress) -> tuple[Any, LoadedMo
 
 
 def save(
-    program: Any, target: Path, backend: Backend, settings: Settings, loaded: LoadedModel, progress: Progress
-) -> None:
+    program: Any, target: Path, backend: Backend, settings: Settings, loaded: LoadedModel, progress: Progress,
+    made_with: Mapping[str, Any], force: bool = False,
+) -> None:  # fmt: skip
     """Build the engines and write the bundle; a failure leaves nothing at ``target``."""
-    collectives = settings.collectives or "between"
-    program.save(target, backend, source=loaded.source, collectives=collectives, progress=progress)
+    program.save(
+        target, backend, source=loaded.source, collectives=settings.collectives or "between", progress=progress,
+        made_with=made_with, force=force,
+    )  # fmt: skip
+
+
+def origin(settings: Settings, floor: Floor | None = None) -> dict[str, Any]:
+    """What a bundle is made from, and with which options: converted again with the same, it replaces itself."""
+    options = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("dump", "stop_after")}
+    options["backend"] = settings.backend or DEFAULT_BACKEND
+    options["dtype"] = settings.dtype or DEFAULT_DTYPE
+    return {"command": "convert", **options, "quality": None if floor is None else dataclasses.asdict(floor)}
 
 
 def default_out(settings: Settings) -> Path:
@@ -189,13 +205,6 @@ def default_out(settings: Settings) -> Path:
     if Path(settings.model).is_dir():
         name = Path(settings.model).resolve().name
     return Path(f"{name}-{settings.gpus}gpu")
-
-
-def check_target(target: Path) -> None:
-    """Refuse, before any work, to write over something that is not a bundle."""
-    if target.exists() and not is_bundle(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise UsageError(f"{target} exists and is not a bundle: choose another --out, or remove it")
-    check_writable(target.absolute().parent)
 
 
 def pass_lines(report: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
+import io
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from districompile.commands.common import UsageError
+from districompile.outputs import write_file
 from districompile.progress import Progress, tasks
 
 GUIDED = ("batch", "split")
@@ -158,13 +159,8 @@ def save_images(pixels: Tensor, path: Path) -> list[Path]:
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     for i, image in enumerate(array):
         target = path if i == 0 else path.with_name(f"{path.stem}-{i}{path.suffix}")
-        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            Image.fromarray(image.squeeze()).save(partial, format=kind)
-            os.replace(partial, target)
-        except OSError as e:
-            raise UsageError(f"{target} cannot be written: {e.strerror or e}") from e
-        finally:
-            partial.unlink(missing_ok=True)
+        data = io.BytesIO()
+        Image.fromarray(image.squeeze()).save(data, format=kind)
+        write_file(target, data.getvalue())
         written.append(target)
     return written

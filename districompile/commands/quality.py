@@ -15,17 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from districompile.bundle import Bundle
 from districompile.commands import convert as converting
-from districompile.commands.common import (
-    UsageError,
-    check_writable,
-    console,
-    print_json,
-    quiet_libraries,
-    source_of,
-)
+from districompile.commands.common import UsageError, console, print_json, quiet_libraries, source_of
 from districompile.commands.drawing import check_guidance, place
 from districompile.ir.plan import Plan, dtype_of
 from districompile.models.sources import LoadedModel, load_pipeline, load_source
+from districompile.outputs import check_file
 from districompile.progress import Progress, Silent, terminal_progress
 from districompile.quality.cases import GENERAL, Case, demo_prompts, make_cases, read_prompts
 from districompile.quality.draw import Drawn, Setting, draw
@@ -33,6 +27,7 @@ from districompile.quality.floor import Candidate, Trial, ladder, parse_floor, s
 from districompile.quality.measure import Measured, Result, Way, borders_of, check_modes, measure, way_of
 from districompile.quality.page import COLUMNS, figures, write_page
 from districompile.runtime.launcher import launch
+from districompile.runtime.liveness import TIMEOUT, check_timeout
 from districompile.runtime.module import check_device, check_native_code, load
 from districompile.runtime.runner import world_size
 
@@ -53,6 +48,7 @@ class Settings:
     model: str | None = None
     device: str | None = None
     native_code: bool = True
+    timeout: float = TIMEOUT
 
 
 def main(settings: Settings, as_json: bool) -> int:
@@ -67,9 +63,10 @@ def main(settings: Settings, as_json: bool) -> int:
         read_prompts(settings.prompts)  # a mistake is found before the work
     check_guidance(bundle.plan.options, settings.guidance)
     if settings.report is not None:
-        if settings.report.is_dir() or settings.report.suffix.lower() not in (".html", ".htm"):
+        check_file(settings.report, "--report")
+        if settings.report.suffix.lower() not in (".html", ".htm"):
             raise UsageError(f"--report {settings.report}: give the name of a file that ends in .html")
-        check_writable(settings.report.absolute().parent)
+    check_timeout(settings.timeout)
     quiet_libraries()
     progress = terminal_progress()
     plan, source = bundle.plan, source_of(bundle.manifest, settings.model)
@@ -81,7 +78,6 @@ def main(settings: Settings, as_json: bool) -> int:
     setting = f"{settings.steps} steps, {len(cases)} pictures, {source}"
     if settings.report is not None:
         about = [f"{settings.bundle}: {setting}.", _options_text(plan)]
-        settings.report.absolute().parent.mkdir(parents=True, exist_ok=True)
         write_page(settings.report, f"Pictures of {settings.bundle.name}", about, measured)
     if as_json:
         results = [r.to_dict() for r in measured.results]
@@ -238,6 +234,7 @@ class Job:
     setting: Setting
     device: str | None
     out: Path
+    timeout: float
 
 
 def _in_processes(settings: Settings, bundle: Bundle) -> Any:
@@ -248,6 +245,7 @@ def _in_processes(settings: Settings, bundle: Bundle) -> Any:
                 settings.bundle.resolve(), source_of(bundle.manifest, settings.model),
                 str(plan.options.get("dtype", "float32")), tuple(cases),
                 dataclasses.replace(setting, options=dict(setting.options)), settings.device, Path(scratch) / "drawn",
+                settings.timeout,
             )  # fmt: skip
             found = launch(worker, (job,), world_size(plan)).get(0)
             if found is None:
@@ -261,7 +259,7 @@ def _in_processes(settings: Settings, bundle: Bundle) -> Any:
 def worker(job: Job) -> Mapping[str, Any]:
     """One rank: draws all pictures; rank 0 leaves them in a file."""
     quiet_libraries()
-    compiled = load(job.bundle, device=job.device)
+    compiled = load(job.bundle, device=job.device, timeout=job.timeout)
     pipe = load_pipeline(job.model, dtype_of(job.dtype))
     place(pipe, compiled.device)
     with Silent().task("") as task:

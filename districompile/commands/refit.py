@@ -13,7 +13,7 @@ from districompile.commands.common import UsageError, console, print_json, quiet
 from districompile.ir.plan import dtype_of
 from districompile.models.sources import load_source
 from districompile.progress import terminal_progress
-from districompile.refit import Lora, read_lora, refit
+from districompile.refit import Lora, check_target, read_lora, refit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Settings:
     scale: float = 1.0
     weights: str | None = None
     out: Path | None = None
+    force: bool = False
 
 
 def main(settings: Settings, as_json: bool) -> int:
@@ -35,6 +36,8 @@ def main(settings: Settings, as_json: bool) -> int:
     progress = terminal_progress()
     started = time.perf_counter()
     bundle = Bundle.open(settings.bundle, verify="quick")
+    note = {"weights": settings.weights, "loras": [str(p) for p in settings.loras], "scale": settings.scale}
+    check_target(bundle, settings.out, note, settings.force)
     config: dict[str, Any] = bundle.manifest.get("config") or {}
     loras: list[Lora] = []
     elsewhere = 0
@@ -49,8 +52,9 @@ def main(settings: Settings, as_json: bool) -> int:
     if settings.weights is not None:
         with progress.task(f"loading {settings.weights}"):
             module = load_source(settings.weights, dtype_of(str(bundle.plan.options.get("dtype", "float32")))).module
-    note = {"weights": settings.weights, "loras": [str(p) for p in settings.loras], "scale": settings.scale}
-    changed = refit(settings.bundle, settings.out, module=module, loras=loras, note=note, progress=progress)
+    changed = refit(
+        settings.bundle, settings.out, module=module, loras=loras, note=note, progress=progress, force=settings.force
+    )
     target = settings.out or settings.bundle
     seconds = round(time.perf_counter() - started, 2)
     if as_json:

@@ -15,7 +15,6 @@ from districompile.bundle import Bundle
 from districompile.commands import convert as converting
 from districompile.commands.common import (
     UsageError,
-    check_writable,
     console,
     is_bundle,
     print_json,
@@ -24,10 +23,12 @@ from districompile.commands.common import (
 from districompile.commands.drawing import Request, check_guidance, draw, image_format, place, save_images
 from districompile.ir.plan import dtype_of
 from districompile.models.sources import DEMO, load_pipeline, pipeline_location
+from districompile.outputs import OutputError, check_file, check_folder
 from districompile.progress import Silent, terminal_progress
 from districompile.report import Report
 from districompile.runtime.choose import check_transport
 from districompile.runtime.launcher import launch
+from districompile.runtime.liveness import TIMEOUT, check_timeout
 from districompile.runtime.module import check_device, check_native_code, load
 from districompile.runtime.runner import world_size
 
@@ -52,6 +53,7 @@ class Settings:
     device: str | None
     native_code: bool
     conversion: dict[str, Any]
+    timeout: float = TIMEOUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +69,17 @@ class Job:
     cuda_graph: bool
     device: str | None
     native_code: bool
+    timeout: float
 
 
 def main(settings: Settings, as_json: bool) -> int:
     """Convert first where a MODEL was given, then start the processes and wait for the image."""
     image_format(settings.out)
     check_transport(settings.transport)
-    check_writable(settings.out.absolute().parent)
+    check_timeout(settings.timeout)
+    check_file(settings.out, "--out")
+    if settings.log_dir is not None:
+        check_folder(settings.log_dir, "--log-dir")
     quiet_libraries()
     folder = _bundle_folder(settings)
     bundle = Bundle.open(folder)
@@ -93,11 +99,10 @@ def main(settings: Settings, as_json: bool) -> int:
     request = Request(
         settings.prompt, settings.negative_prompt, settings.steps, settings.guidance, settings.seed, dict(plan.options)
     )
-    settings.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     world = world_size(plan)
     job = Job(
-        folder.resolve(), model, str(plan.options.get("dtype", "float32")), request, settings.out.absolute(),
-        settings.transport, settings.cuda_graph, settings.device, settings.native_code,
+        folder.resolve(), str(model), str(plan.options.get("dtype", "float32")), request, settings.out.absolute(),
+        settings.transport, settings.cuda_graph, settings.device, settings.native_code, settings.timeout,
     )  # fmt: skip
     figures = launch(worker, (job,), world, log_dir=settings.log_dir).get(0)
     if figures is None:  # another rank under an outer launcher
@@ -126,7 +131,8 @@ def worker(job: Job) -> dict[str, Any] | None:
     quiet_libraries()
     first = int(os.environ.get("RANK", "0")) == 0
     compiled = load(
-        job.bundle, transport=job.transport, cuda_graph=job.cuda_graph, device=job.device, native_code=job.native_code
+        job.bundle, transport=job.transport, cuda_graph=job.cuda_graph, device=job.device,
+        native_code=job.native_code, timeout=job.timeout,
     )
     pipe = load_pipeline(job.model, dtype_of(job.dtype))
     place(pipe, compiled.device)
@@ -183,12 +189,14 @@ def _bundle_folder(settings: Settings) -> Path:
     folder = cache_root() / _key(conversion)
     if is_bundle(folder):
         return folder
+    try:
+        check_folder(folder)
+    except OutputError as e:
+        raise UsageError(f"the conversion cannot be kept: {e}; set XDG_CACHE_HOME, or convert first") from e
     progress = terminal_progress()
     backend = converting.make_backend(conversion)
     program, loaded = converting.compile_model(conversion, progress)
-    check_writable(folder.parent)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    converting.save(program, folder, backend, conversion, loaded, progress)
+    converting.save(program, folder, backend, conversion, loaded, progress, converting.origin(conversion))
     print(
         f"converted {settings.bundle} for {conversion.gpus} processes; the bundle is kept in {folder}", file=sys.stderr
     )
@@ -198,7 +206,10 @@ def _bundle_folder(settings: Settings) -> Path:
 def cache_root() -> Path:
     """Where conversions made by ``run`` are kept: the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "districompile"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "districompile"
+    except RuntimeError as e:
+        raise UsageError("there is no home folder to keep the conversion in: set XDG_CACHE_HOME") from e
 
 
 def _key(conversion: converting.Settings) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from districompile.outputs import write_file
 from districompile.quality.cases import Case
 from districompile.quality.measure import Measured, Result
 
@@ -33,7 +34,7 @@ def write_page(path: Path, title: str, about: Sequence[str], measured: Measured,
     parts.append(_plot(measured.results))
     for number in worst_cases(measured, shown):
         parts.append(_row(measured, number))
-    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    write_file(path, "\n".join(parts) + "\n")
 
 
 def worst_cases(measured: Measured, count: int) -> list[int]:

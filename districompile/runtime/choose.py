@@ -14,6 +14,7 @@ import torch.distributed as dist
 from districompile.errors import InputError, LaunchError
 from districompile.runtime.gloo import GlooLink, GlooTransport, new_group
 from districompile.runtime.links import Link
+from districompile.runtime.liveness import FOREVER, Liveness
 from districompile.runtime.lockstep import LockstepLinks
 
 TRANSPORTS = ("auto", "peer", "nccl", "gloo")
@@ -112,11 +113,13 @@ def _identity(index: int) -> str:
     return str(torch.cuda.get_device_properties(index).uuid)
 
 
-def make_link(name: str, group: dist.ProcessGroup, part: int, parts: int, device: torch.device, timeout: float) -> Link:
+def make_link(
+    name: str, group: dist.ProcessGroup, part: int, parts: int, device: torch.device, liveness: Liveness
+) -> Link:
     """The link of this rank in ``group``, which is number ``part`` of ``parts`` groups of equal size that follow each
     other in the world. All processes must call this alike."""
     if name == "gloo":
-        return GlooLink(group, device)
+        return GlooLink(group, device, liveness)
     ranks = dist.get_world_size(group)
     if ranks == 1:  # guidance alone is split: nothing is exchanged within a half
         alone = LockstepLinks(1, device).links[0]
@@ -125,8 +128,8 @@ def make_link(name: str, group: dist.ProcessGroup, part: int, parts: int, device
     if name == "nccl":
         from districompile.runtime.nccl import NcclLink
 
-        groups = [new_group(range(g * ranks, (g + 1) * ranks), timeout, "nccl") for g in range(parts)]
-        return NcclLink(groups[part], GlooTransport(group), device)
+        groups = [new_group(range(g * ranks, (g + 1) * ranks), FOREVER, "nccl") for g in range(parts)]
+        return NcclLink(groups[part], GlooTransport(group, liveness=liveness), device, liveness)
     from districompile.runtime.peer import PeerLink
 
-    return PeerLink(group, device, timeout)
+    return PeerLink(group, device, liveness)

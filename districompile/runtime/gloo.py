@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from districompile.errors import LaunchError
 from districompile.ir.plan import Collective
 from districompile.runtime.arena import aligned, allocate
 from districompile.runtime.links import Region, Route, recorded
+from districompile.runtime.liveness import Liveness
+from districompile.runtime.loopback import Store, TCPStore, bind_store, stay_on_machine
 from districompile.runtime.trace import Spans
 from districompile.runtime.transport import Packing, PackingCache, Pending, TransportError
 
@@ -27,12 +31,15 @@ class GlooTransport:
     """The transport of this process in ``group`` (a gloo process group; None is the default group).
 
     Several posts may be under way at once: each has its own tag, numbered alike on all ranks. A rank that is gone or
-    does not answer makes the others raise :class:`TransportError`: mostly at once, after the group's timeout at the
-    latest (gloo does not tell a connection that was closed in good order from one that is silent).
+    does not answer makes the others raise :class:`TransportError`: where ``liveness`` tells which one that is, or after
+    the group's timeout (gloo does not tell a connection that was closed in good order from one that is silent).
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, pinned: bool = False) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, pinned: bool = False, liveness: Liveness | None = None
+    ) -> None:
         self._pinned = pinned
+        self._liveness = liveness
         self._group = group if group is not None else dist.group.WORLD
         self.rank: int = dist.get_rank(self._group)
         self.ranks: int = dist.get_world_size(self._group)
@@ -91,6 +98,7 @@ class GlooTransport:
         A process that ends with unread messages resets its connections: what others have not read yet is lost.
         """
         self._buffers.clear()
+        self._liveness = None  # whoever does not come is not missed
         # Not dist.barrier: it goes on in a thread, for which the process would wait at its end however long it takes.
         peers = [p for p in range(self.ranks) if p != self.rank]
         hello = torch.zeros(1, dtype=torch.uint8)
@@ -105,6 +113,12 @@ class GlooTransport:
 
     def guarded(self, action: Callable[[], _T], peer: int | None = None) -> _T:
         """Run ``action``; a failure of gloo becomes one line that says which rank did not answer."""
+        if self._liveness is not None:
+            try:
+                with self._liveness.waiting(self._global(peer), self._interrupt):
+                    return action()
+            except RuntimeError as e:
+                raise self._liveness.lost(self._global(peer), _reason(e)) from e
         try:
             return action()
         except RuntimeError as e:
@@ -112,6 +126,23 @@ class GlooTransport:
             raise TransportError(
                 f"rank {self.rank} lost {who}: it ended, or did not answer in time ({_reason(e)}); see that rank's log"
             ) from e
+
+    def _global(self, peer: int | None) -> int | None:
+        """The rank as heartbeats count it: that of torch.distributed's default group."""
+        if peer is None or self._group is None:
+            return peer
+        return int(dist.get_global_rank(self._group, peer))
+
+    def _interrupt(self) -> None:
+        """Make the waits of other threads fail: gloo ends all transfers of a group where one of them times out. One
+        with a rank that is gone does not time out: so each is tried."""
+        message = torch.zeros(1, dtype=torch.uint8)
+        for peer in range(self.ranks):
+            if peer != self.rank:
+                with contextlib.suppress(RuntimeError):
+                    work = dist.irecv(message, group=self._group, tag=_TAGS + 1, group_src=peer)
+                    if work is not None:
+                        work.wait(timedelta(milliseconds=1))
 
     def release(self, message: torch.Tensor) -> None:
         """Give a message's memory back for a later post."""
@@ -179,9 +210,9 @@ class GlooLink:
     symmetric_bytes = 0
     writes_remote = False
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, liveness: Liveness | None = None) -> None:
         self._device = device
-        self._transport = GlooTransport(group, pinned=device.type == "cuda")
+        self._transport = GlooTransport(group, device.type == "cuda", liveness)
         self.rank, self.ranks = self._transport.rank, self._transport.ranks
         self.spans: Spans | None = None
         self._regions = 0
@@ -266,21 +297,42 @@ def _pieces(message: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torc
 
 def start_gloo(rank: int | None = None, ranks: int | None = None, start_timeout: float = 60.0) -> None:
     """Initialise torch.distributed with gloo, unless it is initialised: from the environment (RANK, WORLD_SIZE,
-    MASTER_ADDR, MASTER_PORT). ``start_timeout`` bounds the meeting of all ranks, in seconds."""
+    MASTER_ADDR, MASTER_PORT). ``start_timeout`` bounds the meeting of all ranks, in seconds.
+
+    Rank 0 listens at MASTER_ADDR alone, unless the launcher's store is used.
+    """
+    stay_on_machine()
     if dist.is_initialized():
         return
+    limit = timedelta(seconds=start_timeout)
+    given = {"RANK": rank, "WORLD_SIZE": ranks}
+    own, world = (int(os.environ.get(name, -1)) if value is None else value for name, value in given.items())
     try:
         dist.init_process_group(
-            "gloo",
-            rank=-1 if rank is None else rank,
-            world_size=-1 if ranks is None else ranks,
-            timeout=timedelta(seconds=start_timeout),
+            "gloo", store=_store(own, world, start_timeout), rank=own, world_size=world, timeout=limit
         )
     except (RuntimeError, ValueError) as e:
         raise TransportError(f"the ranks did not meet within {start_timeout:g} s ({_reason(e)}): are all up?") from e
 
 
+def _store(rank: int, ranks: int, timeout: float) -> Store | None:
+    """The store at MASTER_ADDR, which rank 0 opens; None where PyTorch itself finds the launcher's."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not host or not port.isdigit() or rank < 0:
+        return None
+    if rank != 0:
+        return TCPStore(host, int(port), ranks, False, timedelta(seconds=timeout))
+    try:
+        return bind_store(host, int(port), timeout=timeout)[0]
+    except OSError as e:
+        raise LaunchError(
+            f"rank 0 cannot listen at {host}:{port} ({e.strerror or e}): set MASTER_ADDR to an address of its machine, "
+            "and MASTER_PORT to a port that is free"
+        ) from e
+
+
 def new_group(ranks: Sequence[int], timeout: float, backend: str = "gloo") -> dist.ProcessGroup:
     """A group of the given global ranks. All processes must call this, in the same order."""
+    stay_on_machine()
     group: dist.ProcessGroup = dist.new_group(list(ranks), backend=backend, timeout=timedelta(seconds=timeout))
     return group

@@ -1,19 +1,19 @@
 """Starts one process per rank on this machine, and ends all of them when one fails.
 
-Processes, rendezvous, logs and error files are torch.distributed's elastic launcher's. What is added here: failures end
-the run within seconds, and are told as one line that names the rank which failed *first*.
+Processes, logs and error files are those of torch.distributed's elastic launcher. Its rendezvous is left out: that
+listens on all interfaces and unpickles what it is sent. The ranks meet at a store on the loopback interface instead.
+Failures end the run within seconds, in one line that names the rank which failed *first*.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -23,15 +23,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    MultiprocessContext,
+    RunProcsResult,
+    SignalException,
+    Std,
+)
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, get_error_handler
 
 from districompile import errors
 from districompile.errors import Error, LaunchError
+from districompile.runtime.loopback import LOOPBACK, bind_store, loopback_interface
 from districompile.runtime.transport import TransportError
 
-_SHUTDOWN = 5  # seconds that processes have to end by themselves before they are killed
+_SHUTDOWN = 2  # seconds that processes have to end by themselves before they are killed: one that is stopped does not
 _FOLLOWER_WAITS = 3.0  # seconds
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -65,42 +71,81 @@ def launch(
         raise LaunchError(f"cannot send the work to processes ({e}): use a function at the top of a module") from e
     with tempfile.TemporaryDirectory(prefix="districompile-") as scratch, _environment(nproc), _quiet(), _signals():
         logs = Path(log_dir) if log_dir is not None else Path(scratch)
-        logs.mkdir(parents=True, exist_ok=True)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=nproc,
-            logs_specs=DefaultLogsSpecs(str(logs), tee=Std.ALL if log_dir is not None else Std.NONE),
-            log_line_prefix_template="[rank ${rank}] " if log_dir is not None else None,
-            run_id=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            role="rank",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",  # the agent itself finds a free port
-            rdzv_configs={"timeout": start_timeout},
-            local_addr="localhost",
-            max_restarts=0,
-            monitor_interval=0.1,
-            start_method="spawn",
-            **_shutdown(),
-        )
+        where = f"; logs are in {logs}" if log_dir is not None else ""
         try:
-            results: dict[int, Any] = elastic_launch(config, _Worker(worker))(*args)
-            return results
-        except ChildFailedError as e:
-            where = f"; logs are in {logs}" if log_dir is not None else ""
-            raise LaunchError(_tell(e) + where) from None
+            logs.mkdir(parents=True, exist_ok=True)
+            result = _run(_Worker(worker), tuple(args), nproc, logs, log_dir is not None, start_timeout)
         except SignalException as e:
             if e.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise LaunchError(f"ended by {signal.Signals(e.sigval).name}") from None
         except OSError as e:
             raise LaunchError(f"cannot start {nproc} processes: {e.strerror or e}") from e
+        if result.is_failed():
+            raise LaunchError(_tell(min(result.failures.values(), key=lambda failure: failure.timestamp)) + where)
+        return dict(result.return_values)
 
 
-def _shutdown() -> dict[str, Any]:
-    """How long processes may take to end; PyTorch before 2.12 cannot be told."""
-    known = {f.name for f in dataclasses.fields(LaunchConfig)}
-    return {"shutdown_timeout": _SHUTDOWN} if "shutdown_timeout" in known else {}
+def _run(
+    worker: _Worker, args: tuple[Any, ...], nproc: int, logs: Path, tee: bool, start_timeout: float
+) -> RunProcsResult:
+    """Start the processes and wait until all are done, or one has failed; none of them is left."""
+    store, port = bind_store(LOOPBACK, 0, timeout=start_timeout)
+    earlier = set(multiprocessing.active_children())
+    processes = _Processes(
+        name="rank",
+        entrypoint=worker,
+        args=dict.fromkeys(range(nproc), args),
+        envs={rank: _rank_environment(rank, nproc, port) for rank in range(nproc)},
+        start_method="spawn",
+        logs_specs=DefaultLogsSpecs(str(logs), tee=Std.ALL if tee else Std.NONE),
+        log_line_prefixes={rank: f"[rank {rank}] " for rank in range(nproc)} if tee else None,
+    )
+    try:
+        processes.start()
+        result = processes.wait(period=0.1)
+        assert result is not None  # there is no time limit
+        return result
+    finally:
+        with _undisturbed():
+            processes.close()
+            for process in set(multiprocessing.active_children()) - earlier:  # interrupted while they were started
+                process.kill()
+                process.join(_SHUTDOWN)
+        del store  # the ranks' meeting point; not before they have ended
+
+
+class _Processes(MultiprocessContext):
+    """The processes of all ranks; they have :data:`_SHUTDOWN` seconds to end."""
+
+    def _poll(self) -> RunProcsResult | None:
+        if self._pc is not None and any(p.exitcode for p in self._pc.processes):
+            for process in self._pc.processes:  # one that is stopped gets no signal to end before it goes on
+                if process.is_alive() and process.pid is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGCONT)
+        return super()._poll()
+
+    def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
+        super()._close(death_sig, min(timeout, _SHUTDOWN))
+
+
+def _rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """What torch.distributed expects in the environment of a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 opens no store: this process has it
+    }
 
 
 class _Worker:
@@ -151,19 +196,20 @@ def fail_process(error: Exception) -> None:
     if not isinstance(error, Error):
         traceback.print_exception(error)
     _flush()
-    if _follows(error):
+    followed = _followed(error)
+    if followed is not None and not followed.silent:
         # A follower: the rank that failed first must be the one that is found. This one is ended meanwhile.
         time.sleep(_FOLLOWER_WAITS)
     os._exit(1)
 
 
-def _follows(error: BaseException | None) -> bool:
-    """Whether ``error`` came of another rank's end, also where the worker's own code wrapped it."""
+def _followed(error: BaseException | None) -> TransportError | None:
+    """What ``error`` came of, if that was another rank's end; also where the worker's own code wrapped it."""
     while error is not None:
         if isinstance(error, TransportError):
-            return True
+            return error
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _join(worker: Callable[..., Any], args: Sequence[Any], nproc: int) -> dict[int, Any]:
@@ -177,10 +223,11 @@ def _join(worker: Callable[..., Any], args: Sequence[Any], nproc: int) -> dict[i
     return {rank: worker(*args)}
 
 
-def _tell(error: ChildFailedError) -> str:
+def _tell(failure: ProcessFailure) -> str:
     """One line: which rank failed first, and of what."""
-    rank, failure = error.get_first_failure()
-    return f"rank {rank} failed: {_message(failure)}"
+    message = _message(failure)
+    lost = message.removeprefix(f"{TransportError.__name__}: ")  # says itself which rank is lost
+    return lost if lost != message else f"rank {failure.local_rank} failed: {message}"
 
 
 def _message(failure: ProcessFailure) -> str:
@@ -198,11 +245,7 @@ def _message(failure: ProcessFailure) -> str:
 @contextlib.contextmanager
 def _environment(nproc: int) -> Iterator[None]:
     """What the children inherit: their share of the cores, and the loopback interface, as all are on this machine."""
-    wanted = {"OMP_NUM_THREADS": str(threads_per_rank(nproc))}
-    with contextlib.suppress(OSError):
-        loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-        if loopback is not None:
-            wanted["GLOO_SOCKET_IFNAME"] = loopback
+    wanted = {"OMP_NUM_THREADS": str(threads_per_rank(nproc)), **loopback_interface()}
     added = [name for name in wanted if name not in os.environ]
     os.environ.update({name: wanted[name] for name in added})
     try:
@@ -234,6 +277,21 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no signal interrupt what is inside."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,9 @@ from districompile.runtime.drift import DriftMonitor
 from districompile.runtime.gloo import start_gloo
 from districompile.runtime.inputs import InputChecker
 from districompile.runtime.interface import check_content, check_engine, check_weights
+from districompile.runtime.liveness import TIMEOUT, Liveness, check_timeout
 from districompile.runtime.runner import LockstepRunner, ProcessRunner, Runner, world_size
+from districompile.runtime.same_bundle import compare
 from districompile.runtime.streams import Decision, StreamTracker
 from districompile.runtime.trace import Trace
 from districompile.structure import check_classes, rebuild_output
@@ -252,7 +254,7 @@ def load(
     verify: bool | Literal["quick"] = True,
     backend: Backend | None = None,
     start_timeout: float = 60.0,
-    timeout: float = 300.0,
+    timeout: float = TIMEOUT,
     transport: str = "auto",
     cuda_graph: bool = True,
     trusted_packages: Collection[str] = (),
@@ -263,10 +265,12 @@ def load(
     Rank and number of processes are torch.distributed's where that is initialised (over whichever backend), else
     ``rank`` and ``ranks``, else those of the launcher (RANK, WORLD_SIZE). ``lockstep`` loads all ranks into this
     process instead. ``device`` is by default the bundle's kind of device, number LOCAL_RANK. Hashes are checked by one
-    process of a machine (``verify="quick"``: sizes alone). ``start_timeout`` and ``timeout`` bound the meeting of the
-    ranks and each transfer, in seconds; nothing waits longer. ``transport``: "peer" (copy engines between GPUs that
-    reach each other's memory), "nccl" (one GPU a rank), "gloo" (anything, through host memory), or "auto", the first
-    of these that works here. ``cuda_graph``: on a GPU, replay each call as one CUDA graph.
+    process of a machine (``verify="quick"``: sizes alone), and the ranks compare what they have loaded.
+    ``start_timeout`` bounds the meeting of the ranks, in seconds. ``timeout`` bounds, in seconds, how long a rank is
+    waited for that gives no sign of life, and each transfer within a call; ten times that in the first calls, and for a
+    rank to come to a call. Rank 0 may take any time between two calls. ``transport``: "peer" (copy engines between GPUs
+    that reach each other's memory), "nccl" (one GPU a rank), "gloo" (anything, through host memory), or "auto", the
+    first of these that works here. ``cuda_graph``: on a GPU, replay each call as one CUDA graph.
 
     A bundle is data, but for engines that are machine code (``inductor``, ``tensorrt``): ``native_code=False`` refuses
     those. The class of an output is imported only where it is one of
@@ -280,6 +284,7 @@ def load(
     opened = Bundle.open(Path(bundle), verify="quick" if verify is True and local_rank else verify)
     plan = opened.plan
     check_transport(transport)
+    check_timeout(timeout)
     where = _device(opened, device, local_rank)
     chosen = backend or get_backend(str(opened.manifest["backend"]))
     check_native_code(opened, native_code, chosen)
@@ -303,8 +308,17 @@ def load(
     if where.type == "cuda":
         torch.cuda.set_device(where)
     start_gloo(rank, ranks, start_timeout)
-    engines = loader.engines(dist.get_rank() % plan.ranks)
-    runner = ProcessRunner(plan, engines, where, timeout, transport, cuda_graph)
+    liveness = Liveness.of_default_group(timeout, start_timeout)
+    try:
+        hashed = None if verify is not True else not local_rank
+        compare(liveness, opened, loader.backend.name, transport, hashed)
+        engines = loader.engines(dist.get_rank() % plan.ranks)
+        liveness.exchange("loaded", {})  # some take longer than others; from here on ranks wait for each other
+        runner = ProcessRunner(plan, engines, where, timeout, transport, cuda_graph, liveness)
+    except BaseException as e:
+        liveness.fail(e)
+        liveness.close()
+        raise
     return DistributedModule(plan, runner, where, config, trusted_packages)
 
 
@@ -323,7 +337,7 @@ class _Loader:
     """Loads the engines of a bundle over one mapping of its weights."""
 
     def __init__(self, bundle: Bundle, backend: Backend, device: torch.device) -> None:
-        self._bundle, self._backend, self._device = bundle, backend, device
+        self._bundle, self.backend, self._device = bundle, backend, device
         self._weights: WeightFile = WeightFile.open(bundle.weights_path)
         check_weights(bundle.plan, self._weights)
         self._specs = {phase: value_specs(bundle.plan, phase) for phase in bundle.plan.phases}
@@ -338,12 +352,12 @@ class _Loader:
             specs = {v: by_rank[rank] for v, by_rank in self._specs[phase].items()}
             for name, segment in plan.segments.items():
                 key = (segment.engines[rank], segment.outputs)
-                path = self._bundle.engine_path(key[0], self._backend.suffix)
+                path = self._bundle.engine_path(key[0], self.backend.suffix)
                 if key not in loaded:
                     if path not in checked:
-                        check_content(path, self._backend)
+                        check_content(path, self.backend)
                     checked.add(path)
-                    loaded[key] = self._backend.load(path, segment.outputs, self._weights, self._device)
+                    loaded[key] = self.backend.load(path, segment.outputs, self._weights, self._device)
                 check_engine(path, segment, specs, loaded[key])
                 engines[phase][name] = loaded[key]
         return engines

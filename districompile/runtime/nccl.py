@@ -11,6 +11,7 @@ import torch.distributed as dist
 from districompile.runtime.arena import allocate
 from districompile.runtime.gloo import GlooTransport
 from districompile.runtime.links import Region, Route, recorded
+from districompile.runtime.liveness import Liveness
 from districompile.runtime.trace import Spans
 
 
@@ -43,8 +44,8 @@ class NcclLink:
     symmetric_bytes = 0
     writes_remote = False
 
-    def __init__(self, group: dist.ProcessGroup, host: GlooTransport, device: torch.device) -> None:
-        self._group, self._host, self._device = group, host, device
+    def __init__(self, group: dist.ProcessGroup, host: GlooTransport, device: torch.device, liveness: Liveness) -> None:
+        self._group, self._host, self._device, self._liveness = group, host, device, liveness
         self.rank, self.ranks = host.rank, host.ranks
         self.spans: Spans | None = None
         self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
@@ -111,6 +112,7 @@ class NcclLink:
 
     def finish(self) -> None:
         """Receives are this rank's own work: nobody else writes into its regions."""
+        self._liveness.watch(torch.cuda.current_stream(self._device).record_event())
 
     def together(self) -> bool:
         return True

@@ -2,16 +2,14 @@
 
 Regions are PyTorch's symmetric memory (``torch.distributed._symmetric_memory``), without multicast. Signals are words
 in the same memory, written and waited for by the streams themselves (``cuStreamBatchMemOp``), so that neither the host
-nor a kernel takes part, and a CUDA graph may hold them. A stream that waits for a signal waits for ever; a watchdog
-bounds that. Where nothing is computed meanwhile, a kernel copies instead: it starts sooner than a copy engine.
+nor a kernel takes part, and a CUDA graph may hold them. A stream that waits for a signal waits for ever; the watch
+over the ranks (:mod:`districompile.runtime.liveness`) bounds that. Where nothing is computed meanwhile, a kernel copies
+instead: it starts sooner than a copy engine.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import ctypes
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,10 +22,9 @@ from districompile.errors import LaunchError
 from districompile.runtime.arena import aligned
 from districompile.runtime.gloo import GlooTransport
 from districompile.runtime.kernels import fits, kernels
-from districompile.runtime.launcher import fail_process
 from districompile.runtime.links import Region, Route, coalesce, recorded
+from districompile.runtime.liveness import Liveness
 from districompile.runtime.trace import Spans
-from districompile.runtime.transport import TransportError
 
 _WORD = 4  # bytes
 _AT_LEAST, _EQUAL = 0, 1  # CU_STREAM_WAIT_VALUE_GEQ (modulo 2^32), CU_STREAM_WAIT_VALUE_EQ
@@ -37,16 +34,16 @@ _WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32, CU_STREAM_MEM_OP_WRITE_V
 class PeerLink:
     """The link of this process in ``group`` (a gloo group of ranks with a GPU each, on one host).
 
-    Raises :class:`LaunchError` where symmetric memory cannot be set up. A rank that waits longer than ``timeout``
-    seconds for another one ends its process: nothing else stops a stream.
+    Raises :class:`LaunchError` where symmetric memory cannot be set up. Where ``liveness`` finds that another rank is
+    lost, the process ends: nothing else stops a stream.
     """
 
     capturable = True
     writes_remote = True
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
-        self._group, self._device, self._timeout = group, device, timeout
-        self._host = GlooTransport(group)
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, liveness: Liveness) -> None:
+        self._group, self._device, self._liveness = group, device, liveness
+        self._host = GlooTransport(group, liveness=liveness)
         self.rank, self.ranks = self._host.rank, self._host.ranks
         self._peers = [(self.rank + i) % self.ranks for i in range(1, self.ranks)]  # not all to one rank at first
         self.spans: Spans | None = None
@@ -59,7 +56,6 @@ class PeerLink:
         self._forked = False  # the side stream follows the compute stream, since the last join
         self._calls = 0
         self._control = self.region(0, 1)
-        self._watchdog = _Watchdog(self.rank, timeout)
         self.settle()
 
     def region(self, nbytes: int, words: int) -> Region:
@@ -99,7 +95,6 @@ class PeerLink:
         if route not in self._copies:
             coalesced = [pair for p in self._peers if p in route.outgoing for pair in coalesce(route.outgoing[p])]
             self._copies[route] = [*route.own, *coalesced]
-        self._watchdog.busy()
         if route.at_once:  # nothing would run beside it: no other stream to wait for
             self._send_at_once(route) if self._by_kernel(route) else self._send(route, "compute")
             return
@@ -179,7 +174,7 @@ class PeerLink:
         others = [self._address(self._control, 0, p, self.rank) for p in self._peers]
         self._signal([(_WRITE, address, self._calls, 0) for address in own])
         self._signal([(_WAIT, address, self._calls, _AT_LEAST) for address in others])
-        self._watchdog.watch(torch.cuda.current_stream(self._device).record_event())
+        self._liveness.watch(torch.cuda.current_stream(self._device).record_event())
 
     def share(self, region: Region, number: int, message: torch.Tensor) -> torch.Tensor:
         """Rank 0's ``message`` (uint8), on all ranks, the ``number``-th in ``region``, which is for nothing else."""
@@ -200,7 +195,6 @@ class PeerLink:
         deadline = time.monotonic() + patience
         while not done.query() and time.monotonic() < deadline:
             time.sleep(0.001)
-        self._watchdog.stop()
         self._copies.clear()
 
     def _address(self, region: Region, word: int, src: int, at: int) -> int:
@@ -243,50 +237,3 @@ class PeerShares:
 
 def _dense(pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
     return all(t.is_contiguous() for t in pair)
-
-
-class _Watchdog:
-    """Ends the process where a call takes longer than ``timeout`` seconds: another rank is gone, and streams that wait
-    for its signals never go on."""
-
-    def __init__(self, rank: int, timeout: float) -> None:
-        self._rank, self._timeout = rank, timeout
-        self._lock = threading.Lock()
-        self._since: float | None = None  # a call is being queued
-        self._events: collections.deque[tuple[float, torch.cuda.Event]] = collections.deque()
-        self._stopped = threading.Event()
-        threading.Thread(target=self._run, name="districompile-watchdog", daemon=True).start()
-
-    def busy(self) -> None:
-        if self._since is None:
-            self._since = time.monotonic()
-
-    def watch(self, event: torch.cuda.Event) -> None:
-        self._since = None
-        with self._lock:
-            self._events.append((time.monotonic(), event))
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the device is going away
-            while not self._stopped.wait(min(0.5, self._timeout / 4)):
-                self._check()
-
-    def _check(self) -> None:
-        since = self._since
-        with self._lock:
-            while self._events and self._events[0][1].query():  # type: ignore[no-untyped-call]
-                finished = time.monotonic()
-                self._events.popleft()
-                if self._events:  # the next call could not start before
-                    self._events[0] = (max(self._events[0][0], finished), self._events[0][1])
-            oldest = self._events[0][0] if self._events else since
-        if oldest is not None and time.monotonic() - oldest > self._timeout:
-            fail_process(
-                TransportError(
-                    f"rank {self._rank} waits for another rank's transfer since {self._timeout:g} s: that rank ended, "
-                    "or does not answer; see its log"
-                )
-            )

@@ -17,6 +17,7 @@ from districompile.ir.plan import InputSpec, Plan, TensorSpec
 from districompile.runtime.choose import choose_transport, make_link
 from districompile.runtime.executor import Engines, Executor
 from districompile.runtime.gloo import GlooTransport, new_group
+from districompile.runtime.liveness import FOREVER, Liveness
 from districompile.runtime.lockstep import LockstepGroup, LockstepLinks
 from districompile.runtime.nccl import NcclCollectives
 from districompile.runtime.peer import PeerLink, PeerShares
@@ -149,21 +150,28 @@ class ProcessRunner:
     guidance half g. All processes must construct it, and call it, alike; rank 0's inputs and decisions are taken.
 
     ``transport`` is one of :data:`~districompile.runtime.choose.TRANSPORTS`, the same on all ranks; ``self.transport``
-    says what "auto" became."""
+    says what "auto" became. ``liveness`` watches over the others; without it one with ``timeout`` is made."""
 
     def __init__(
         self, plan: Plan, engines: Engines, device: torch.device, timeout: float, transport: str = "auto",
-        cuda_graph: bool = True,
+        cuda_graph: bool = True, liveness: Liveness | None = None,
+    ) -> None:  # fmt: skip
+        self._liveness = liveness or Liveness.of_default_group(timeout)
+        with self._liveness.waiting():
+            self._connect(plan, engines, device, transport, cuda_graph)
+
+    def _connect(
+        self, plan: Plan, engines: Engines, device: torch.device, transport: str, cuda_graph: bool
     ) -> None:  # fmt: skip
         self.plan, self._device = plan, device
         rank, parts = dist.get_rank(), halves(plan)
         self.leads = rank == 0
         self._half, patch_rank = divmod(rank, plan.ranks)
         # Groups of our own, so that nothing here can be mixed up with the user's transfers.
-        self._world = GlooTransport(new_group(range(plan.ranks * parts), timeout))
-        patch = [new_group(range(g * plan.ranks, (g + 1) * plan.ranks), timeout) for g in range(parts)]
+        self._world = GlooTransport(new_group(range(plan.ranks * parts), FOREVER), liveness=self._liveness)
+        patch = [new_group(range(g * plan.ranks, (g + 1) * plan.ranks), FOREVER) for g in range(parts)]
         self.transport = choose_transport(transport, device, plan.ranks, self._world)
-        self._link = make_link(self.transport, patch[self._half], self._half, parts, device, timeout)
+        self._link = make_link(self.transport, patch[self._half], self._half, parts, device, self._liveness)
         # What concerns the whole call goes from device to device where ranks have GPUs of their own
         self._shares: PeerShares | NcclCollectives | None = None
         self._across: GlooTransport | NcclCollectives | None = None
@@ -174,11 +182,11 @@ class ProcessRunner:
         if self.transport == "peer" and parts == 1:
             self._shares = PeerShares(cast(PeerLink, self._link), self._shared.nbytes)
         elif direct:
-            self._shares = NcclCollectives(new_group(range(plan.ranks * parts), timeout, backend), device)
+            self._shares = NcclCollectives(new_group(range(plan.ranks * parts), FOREVER, backend), device)
         if parts > 1:
-            pairs = [new_group(range(r, plan.ranks * parts, plan.ranks), timeout, backend) for r in range(plan.ranks)]
+            pairs = [new_group(range(r, plan.ranks * parts, plan.ranks), FOREVER, backend) for r in range(plan.ranks)]
             mine = pairs[patch_rank]
-            self._across = NcclCollectives(mine, device) if direct else GlooTransport(mine)
+            self._across = NcclCollectives(mine, device) if direct else GlooTransport(mine, liveness=self._liveness)
         if plan.options.get("collectives") == "inside":
             self._join(engines, patch[self._half], device)
         self.executor = StaticExecutor(plan, patch_rank, engines, self._link, device, cuda_graph)
@@ -192,12 +200,18 @@ class ProcessRunner:
         if self._failure is not None:
             raise LaunchError(f"an earlier call failed ({self._failure}): start the processes again")
         try:
-            return self._call(*self._agree(decision, inputs))
+            self._liveness.enter()
+            agreed, tensors = self._agree(decision, inputs)
+            self._liveness.of_kind((agreed.phase, agreed.stream))
+            return self._call(agreed, tensors)
         except InputError:
             raise  # the same on all ranks, which are still in step
         except BaseException as e:
             self._failure = e
+            self._liveness.fail(e)
             raise
+        finally:
+            self._liveness.leave()
 
     @property
     def symmetric_bytes(self) -> int:
@@ -219,7 +233,7 @@ class ProcessRunner:
                 "this bundle's exact phase has its collectives inside of engines, which takes one NVIDIA GPU for each "
                 "process: convert with --collectives between"
             )
-        self._communicator = Communicator(GlooTransport(group), device)
+        self._communicator = Communicator(GlooTransport(group, liveness=self._liveness), device)
         for engine in engines["warmup"].values():
             engine.use_communicator(self._communicator.pointer)
 
@@ -255,7 +269,10 @@ class ProcessRunner:
         leaves = self.executor.run(decision.phase, values, self._states[decision.stream])
         if self._across is None:
             return leaves
-        return [torch.cat(self._across.all_gather(leaf)) for leaf in leaves]
+        gathered = [torch.cat(self._across.all_gather(leaf)) for leaf in leaves]
+        if isinstance(self._across, NcclCollectives):
+            self._liveness.watch(torch.cuda.current_stream(self._device).record_event())
+        return gathered
 
     def close(self) -> None:
         if not self._closed:
@@ -263,6 +280,7 @@ class ProcessRunner:
             if self._failure is None:
                 self._link.close()
                 self._world.close()
+            self._liveness.close()
 
 
 def _close_at_exit(runner: weakref.ref[ProcessRunner]) -> None:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 
+from districompile.outputs import write_file
+
 Kind = Literal["run", "post", "wait", "join"]
 
 
@@ -122,10 +124,8 @@ class Trace:
 def write_chrome_trace(path: str | os.PathLike[str], traces: Iterable[Trace]) -> None:
     """One file for the given ranks, for chrome://tracing or Perfetto. Ranks' clocks are not compared: each starts at
     its own first call."""
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps({"traceEvents": [e for t in traces for e in t.events()], "displayTimeUnit": "ms"}))
-    partial.replace(target)
+    data = {"traceEvents": [e for t in traces for e in t.events()], "displayTimeUnit": "ms"}
+    write_file(Path(path), json.dumps(data))
 
 
 def _covered(intervals: Iterable[tuple[float, float]]) -> float:

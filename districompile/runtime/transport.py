@@ -21,7 +21,13 @@ _ALIGN = 16  # bytes: an offset at which any dtype may be viewed
 
 
 class TransportError(LaunchError):
-    """A transfer failed because another rank is gone or does not answer: a consequence of that rank's failure."""
+    """A transfer failed because another rank is gone or does not answer: a consequence of that rank's failure.
+
+    ``silent``: that rank's process is still there, so that it will never tell an error of its own."""
+
+    def __init__(self, message: str, silent: bool = False) -> None:
+        super().__init__(message)
+        self.silent = silent
 
 
 class Pending(Protocol):

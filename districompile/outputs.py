@@ -1,0 +1,158 @@
+"""Where results go: checked before the work, replaced only where nothing of the user's is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from districompile.errors import Error
+
+_HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+
+class OutputError(Error):
+    """A place that cannot be written, or that holds something else: which, and why."""
+
+
+def check_file(path: Path, name: str = "") -> None:
+    """Raise :class:`OutputError` where a file cannot be written at ``path``; ``name`` is its option."""
+    told = f"{name} {path}".strip()
+    found = _status(path, told)
+    if found is not None and stat.S_ISDIR(found.st_mode):
+        raise OutputError(f"{told} is a folder: give the name of a file")
+    if found is not None and not os.access(path, os.W_OK):
+        raise OutputError(f"{told} cannot be written: permission denied; choose another place")
+    if found is None or stat.S_ISREG(found.st_mode):  # a pipe or a device is written as it is
+        _check_parent(_target(path, told), told)
+
+
+def check_folder(path: Path, name: str = "") -> None:
+    """Raise :class:`OutputError` where no folder can be made at ``path``, or nothing be written into it."""
+    told = f"{name} {path}".strip()
+    found = _status(path, told)
+    if found is None:
+        _check_parent(_target(path, told), told)
+    elif not stat.S_ISDIR(found.st_mode):
+        raise OutputError(f"{told} is a file: give a folder")
+    else:
+        _probe(path, told)
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write ``path`` whole or not at all; a link stays a link. Its folder is made where it is missing."""
+    told = str(path)
+    data = data.encode() if isinstance(data, str) else data
+    target = _target(path, told)
+    partial = target.parent / part_name()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as e:
+        raise OutputError(f"{told} cannot be written: {e.strerror or e}") from e
+
+
+def part_name() -> str:
+    """The name of something that is not finished: short, whatever the name of the result."""
+    return f".districompile-{uuid.uuid4().hex[:12]}.part"
+
+
+def foreign(folder: Path, files: Mapping[str, Any]) -> str | None:
+    """Something in ``folder`` that is none of ``files`` (paths within it), nor one of their folders."""
+    known = set(files)
+    parents = {parent.as_posix() for name in known for parent in Path(name).parents}
+    for root, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(root, name)
+            relative = path.relative_to(folder).as_posix()
+            plain = not path.is_symlink()
+            if not plain or relative not in (parents if path.is_dir() else known):
+                return relative
+    return None
+
+
+def remove_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Remove ``files`` from ``folder``, and the folders that are empty then."""
+    for name in files:
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    for root, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(root)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C and SIGTERM to the end of what is inside."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
+    changed = {number: handler for number, handler in handlers.items() if handler is not None}
+    for number in changed:
+        signal.signal(number, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in changed.items():
+            signal.signal(number, handler)
+        for first in arrived[:1]:
+            signal.raise_signal(first)
+
+
+def _status(path: Path, told: str) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise OutputError(f"{told} cannot be written: {getattr(e, 'strerror', None) or e}") from e
+
+
+def _target(path: Path, told: str) -> Path:
+    """What a link leads to."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as e:
+        raise OutputError(f"{told} cannot be written: {e}") from e
+
+
+def _check_parent(path: Path, told: str) -> None:
+    """Whether ``path`` can be made: its name is tried, in the innermost folder that is there."""
+    below = path
+    while _status(below.parent, told) is None:
+        below = below.parent
+        _fits(below.name, path, told)
+    _fits(path.name, path, told)
+    if not below.parent.is_dir():
+        raise OutputError(f"{told} cannot be written: {below.parent} is not a folder")
+    _probe(below.parent, told)
+
+
+def _fits(name: str, path: Path, told: str) -> None:
+    if len(os.fsencode(name)) > 255 or len(os.fsencode(str(path))) > 4000:
+        raise OutputError(f"{told[:100]}... cannot be written: File name too long")
+
+
+def _probe(folder: Path, told: str) -> None:
+    probe = folder / part_name()
+    try:
+        with uninterrupted():
+            probe.touch(exist_ok=False)
+            probe.unlink()
+    except OSError as e:
+        raise OutputError(f"{told} cannot be written: {e.strerror or e}; choose another place") from e
