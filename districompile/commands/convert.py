@@ -13,8 +13,9 @@ from districompile.backends.base import Backend, get_backend
 from districompile.bundle import Bundle
 from districompile.commands.common import UsageError, check_writable, console, is_bundle, print_json, quiet_libraries
 from districompile.ir.plan import dtype_of
+from districompile.models.imports import add_current_folder
 from districompile.models.inputs import parameter_bytes
-from districompile.models.sources import LoadedModel, add_current_folder, load_source
+from districompile.models.sources import LoadedModel, load_source
 from districompile.progress import Progress, terminal_progress
 from districompile.report import Report, size
 
