@@ -22,6 +22,7 @@ from districompile.errors import CaptureError, InputError
 from districompile.ir.plan import InputSpec, TensorSpec
 from districompile.ir.walk import source_line
 from districompile.structure import describe_output, flatten_call
+from districompile.tensors import unusual
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
@@ -60,6 +61,7 @@ def capture(module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     Raises :class:`CaptureError` naming where and why for a module that cannot be exported, that writes to its
     buffers or inputs, or whose output holds something else than tensors and constants.
     """
+    _check_module(module)
     signature, args, kwargs = bind_call(module, args, dict(kwargs or {}))
     program, functional = _export(module, args, kwargs)
     graph, names = _graph_of(program, functional)
@@ -89,9 +91,37 @@ def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, An
         if takes_tensor and isinstance(value, int | float) and not isinstance(value, bool):
             bound.arguments[name] = torch.tensor(value)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    for path, value in flatten_call(names, bound.args, bound.kwargs).items():
+        _check_input(path, value, device)
     # A fresh container for every call: a forward may pop from a list it was given
     moved = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (bound.args, bound.kwargs))
     return names, moved[0], moved[1]
+
+
+def _check_input(path: str, value: Any, device: torch.device) -> None:
+    """Refuse an example that the export, or a move to the module's device, would fail on without naming it."""
+    if not isinstance(value, Tensor):
+        return
+    kind = unusual(value)
+    if kind is None and value.device.type == "meta" and device.type != "meta":
+        kind = "meta (it has no values)"
+    if kind is not None:
+        raise InputError(f"the example input {path} is a {kind} tensor: pass an ordinary one, of strided memory")
+
+
+def _check_module(module: torch.nn.Module) -> None:
+    """Refuse weights that cannot be stored, and a module that was only partly filled."""
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in held.items():
+        kind = unusual(tensor)
+        if kind is not None:
+            raise CaptureError(f"weight {name} is a {kind} tensor: convert a module with ordinary ones")
+    empty = [name for name, tensor in held.items() if tensor.device.type == "meta"]
+    if empty and len(empty) < len(held):
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        raise CaptureError(
+            f"{', '.join(empty[:3])}{more}: no data (on the meta device), unlike the other weights: load them all first"
+        )
 
 
 @contextlib.contextmanager

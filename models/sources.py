@@ -216,7 +216,10 @@ def _component(
     file = str(folder / "config.json")
     check_config(cls, config, file)
     if folder.is_dir():
-        check_weight_files(folder, variant)
+        try:
+            check_weight_files(folder, variant)
+        except ModelError as e:
+            raise ModelError(f"{source}: its {kind} cannot be loaded: {e}") from e
     module = _from_pretrained(cls, where, subfolder, dtype, variant, config, source)
     module.eval().requires_grad_(False)
     cfg = "none"
