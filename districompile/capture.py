@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from districompile.decompose import decompose
 from districompile.errors import CaptureError, InputError
-from districompile.ir.plan import InputSpec, TensorSpec
+from districompile.ir.plan import InputSpec, TensorSpec, names_timestep
 from districompile.ir.walk import source_line
 from districompile.structure import describe_output, flatten_call
 from districompile.tensors import unusual
@@ -46,6 +47,7 @@ class Captured:
     fake_mode: FakeTensorMode
     model_class: str = ""
     config: dict[str, Any] | None = None
+    timestep: float | None = None  # of the example call
 
     def copy_graph(self) -> fx.Graph:
         """The graph for one compilation: passes change theirs, and a capture may serve several."""
@@ -66,7 +68,8 @@ def capture(module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     program, functional = _export(module, args, kwargs)
     graph, names = _graph_of(program, functional)
     _refuse_unknown_sizes(graph)
-    inputs, constants = _inputs_of(program, names, flatten_call(signature, args, kwargs))
+    leaves = flatten_call(signature, args, kwargs)
+    inputs, constants = _inputs_of(program, names, leaves)
     weights = _weights_of(program, module)
     fake_mode = next(n.meta["val"].fake_mode for n in graph.nodes if isinstance(n.meta.get("val"), Tensor))
     out = pytree.tree_unflatten([n.meta["val"] if isinstance(n, fx.Node) else n for n in graph.output_node().args[0]],  # type: ignore[union-attr]
@@ -75,7 +78,8 @@ def capture(module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     _flatten_outputs(graph)
     config = getattr(module, "config", None)
     known = dict(config) if isinstance(config, Mapping) else None  # diffusers' reads like a mapping
-    return Captured(graph, inputs, constants, signature, described, weights, fake_mode, type(module).__name__, known)
+    return Captured(graph, inputs, constants, signature, described, weights, fake_mode, type(module).__name__, known,
+                    _timestep_of(leaves))  # fmt: skip
 
 
 def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[str, ...], Any, Any]:
@@ -104,7 +108,7 @@ def _check_input(path: str, value: Any, device: torch.device) -> None:
         return
     kind = unusual(value)
     if kind is None and value.device.type == "meta" and device.type != "meta":
-        kind = "meta (it has no values)"
+        kind = "meta"
     if kind is not None:
         raise InputError(f"the example input {path} is a {kind} tensor: pass an ordinary one, of strided memory")
 
@@ -241,6 +245,16 @@ def _flatten_outputs(graph: fx.Graph) -> None:
     """Keep the tensors among the outputs only: constants are in the description."""
     output = graph.output_node()
     output.args = (tuple(v for v in output.args[0] if isinstance(v, fx.Node)),)  # type: ignore[union-attr]
+
+
+def _timestep_of(leaves: Mapping[str, Any]) -> float | None:
+    """The timestep of the example call: the largest by magnitude where it is a vector."""
+    value = next((v for path, v in leaves.items() if names_timestep(path) and isinstance(v, Tensor)), None)
+    if value is None or not value.numel() or value.device.type == "meta" or isinstance(value, FakeTensor):
+        return None
+    flat = value.detach().reshape(-1).double()
+    largest = float(flat[flat.abs().argmax()])
+    return largest if math.isfinite(largest) else None
 
 
 def _inputs_of(

@@ -10,10 +10,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from districompile.bundle import MANIFEST
-from districompile.errors import Error
+from districompile.errors import Error, ValueWarning
+from districompile.ir.plan import Plan, dtype_of
 
 
 class UsageError(Error):
@@ -33,6 +35,7 @@ def print_json(data: dict[str, Any]) -> None:
 def quiet_libraries() -> None:
     """Keep other libraries' advice and bars off the terminal: errors still show."""
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=ValueWarning)
     for name in ("torch", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("diffusers", "transformers"):
@@ -42,6 +45,12 @@ def quiet_libraries() -> None:
             continue
         library.set_verbosity_error()
         library.disable_progress_bar()
+
+
+def chosen_dtype(plan: Plan) -> torch.dtype | None:
+    """The type that the model was converted in; None where it was left as a factory makes it."""
+    name = plan.options.get("dtype")
+    return None if name is None else dtype_of(str(name))
 
 
 def is_bundle(path: Path) -> bool:
