@@ -425,10 +425,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _warn(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
     """Our own in one line, as errors are."""
-    line = f"warning: {message}" if issubclass(category, ValueWarning) else f"{category.__name__}: {message}"
-    print(line, file=sys.stderr)
+    own = issubclass(category, ValueWarning)
+    print(f"{'warning' if own else category.__name__}: {message}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

@@ -317,12 +317,8 @@ def _from_factory(model: str, dtype: torch.dtype | None) -> LoadedModel:
         args, kwargs = tree_map(
             lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs)
         )
-    example = Example(args, kwargs, rows)
-
-    def make(size: Size, seed: int) -> Example:
-        return example
-
-    return LoadedModel(module, "factory", model, "none", None, make)
+    example = Example(args, kwargs, None if rows is None else dict(rows))
+    return LoadedModel(module, "factory", model, "none", None, lambda size, seed: example)
 
 
 def _known_module(module: nn.Module, dtype: torch.dtype, source: str) -> LoadedModel | None:

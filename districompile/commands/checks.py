@@ -47,7 +47,7 @@ class Output:
         self._stream: TextIO = sys.stdout
 
     def __enter__(self) -> Output:
-        sys.stdout = self  # type: ignore[assignment]
+        sys.stdout = self
         return self
 
     def __exit__(

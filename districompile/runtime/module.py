@@ -350,7 +350,7 @@ def _device(bundle: Bundle, device: str | torch.device | None, local_rank: int) 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
             raise BundleError(f"{bundle.path} cannot run on {where}: there is no GPU here")
-        if where.index is None:
+        if where == torch.device("cuda"):  # without a number
             return torch.device("cuda", local_rank % count)
         if where.index >= count:
             raise InputError(f"there is no device {str(where)!r}: the GPUs here are cuda:0 to cuda:{count - 1}")
