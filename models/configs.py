@@ -59,18 +59,22 @@ def shortened(value: Any) -> str:
 
 
 def culprit(cls: Any, config: Mapping[str, Any]) -> str | None:
-    """The one key whose default lets ``cls`` be built where ``config`` does not; None where there is no such key."""
+    """What of ``config`` keeps ``cls`` from being built: the one key that, with its default or with 1, would let it.
+
+    Says that the values do not go together where there is no such key; None where ``cls`` can be built.
+    """
     if _builds(cls, config):
         return None
     until = time.monotonic() + _SEARCH
     for key, parameter in inspect.signature(cls.__init__).parameters.items():
-        if key not in config or parameter.default is inspect.Parameter.empty or config[key] == parameter.default:
+        if key not in config or parameter.default is inspect.Parameter.empty:
             continue
-        if _builds(cls, {k: v for k, v in config.items() if k != key}):
-            return key
+        others = [v for v in (parameter.default, 1) if v != config[key]]
+        if any(_builds(cls, {**config, key: v}) for v in others[: None if isinstance(config[key], int) else 1]):
+            return f"{key} is {shortened(config[key])} in its config.json"
         if time.monotonic() > until:
             break
-    return None
+    return "the values in its config.json do not go together"
 
 
 def _builds(cls: Any, config: Mapping[str, Any]) -> bool:

@@ -254,8 +254,8 @@ def _from_pretrained(
             low_cpu_mem_usage=True, output_loading_info=True,
         )  # fmt: skip
     except Exception as e:  # a constructor raises whatever it makes of a wrong value
-        key = culprit(cls, config)
-        named = "" if key is None else f" ({key} is {shortened(config[key])} in its config.json)"
+        why = culprit(cls, config)
+        named = "" if why is None else f" ({why})"
         reason = one_reason(e).partition(" If you want to instead")[0].replace("  ", " ")
         raise ModelError(f"{source}: its {cls.__name__} cannot be loaded{named}: {reason}") from e
     for kind, text in (("missing_keys", "lacks"), ("unexpected_keys", "has besides, unknown to its config.json,")):

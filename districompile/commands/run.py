@@ -73,6 +73,8 @@ def main(settings: Settings, as_json: bool) -> int:
     image_format(settings.out)
     check_transport(settings.transport)
     check_writable(settings.out.absolute().parent)
+    if settings.log_dir is not None:
+        check_writable(settings.log_dir.absolute())
     quiet_libraries()
     if not is_bundle(Path(settings.bundle).expanduser()):
         check_steps(settings.model or settings.bundle, settings.steps)  # before it is converted

@@ -39,6 +39,7 @@ def falling_timesteps(spec: TensorSpec, low: float, high: float) -> list[Tensor]
         values = torch.linspace(high, low, _FINE, dtype=torch.float64)
     else:
         values = torch.arange(int(high // 1), int(-(-low // 1)) - 1, -1, dtype=torch.float64)
-    # Half precision does not tell all of them apart
-    distinct = torch.unique_consecutive(values.to(spec.dtype))
+    # Half precision does not tell all of them apart, and may round beyond the range
+    rounded = values.to(spec.dtype)
+    distinct = torch.unique_consecutive(rounded[(rounded.double() <= high) & (rounded.double() >= low)])
     return [value.expand(spec.shape).contiguous() for value in distinct]
