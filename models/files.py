@@ -30,6 +30,19 @@ def one_reason(error: BaseException) -> str:
     return first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
 
 
+def load_fault(error: BaseException, where: Path) -> str:
+    """Why a library could not load what is in ``where``: the file that cannot be read, if one is at fault.
+
+    Libraries drop the reason, or the name of the file.
+    """
+    named = [Path(p) for p in re.findall(r"[^'\"\s]+\.safetensors", str(error))]
+    for path in dict.fromkeys((*named, *(sorted(where.rglob("*.safetensors")) if where.is_dir() else ()))):
+        fault = safetensors_fault(path) if path.is_file() else None
+        if fault is not None:
+            return f"{path} cannot be read: {fault}"
+    return one_reason(error)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises :class:`ModelError` for a file that is none."""
     try:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from districompile.errors import Error
 from districompile.models import inputs
 from districompile.models.configs import check_config, culprit, shortened
-from districompile.models.files import check_weight_files, first_line, one_reason, read_json
+from districompile.models.files import check_weight_files, first_line, load_fault, one_reason, read_json
 from districompile.models.imports import import_object, raised
 from districompile.models.inputs import Context, Example, ModelError, Size
 
@@ -256,7 +256,7 @@ def _from_pretrained(
     except Exception as e:  # a constructor raises whatever it makes of a wrong value
         why = culprit(cls, config)
         named = "" if why is None else f" ({why})"
-        reason = one_reason(e).partition(" If you want to instead")[0].replace("  ", " ")
+        reason = load_fault(e, Path(where, subfolder or "")).partition(" If you want to instead")[0].replace("  ", " ")
         raise ModelError(f"{source}: its {cls.__name__} cannot be loaded{named}: {reason}") from e
     for kind, text in (("missing_keys", "lacks"), ("unexpected_keys", "has besides, unknown to its config.json,")):
         names = sorted(found.get(kind) or ())
@@ -366,7 +366,7 @@ def _pipeline(where: str, dtype: torch.dtype) -> Any:
     except ModelError:
         raise
     except Exception as e:  # of any of the pipeline's parts, as they read their files
-        raise ModelError(f"{where}: the pipeline cannot be loaded: {one_reason(e)}") from e
+        raise ModelError(f"{where}: the pipeline cannot be loaded: {load_fault(e, folder)}") from e
     return pipe
 
 

@@ -240,6 +240,23 @@ def test_weights_that_do_not_fit(
     assert words in failing(capsys, "refit", str(bundle), "--weights", str(model), "--out", str(model / "refitted"))
 
 
+def test_a_pipelines_file_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries drop the name of the file, or the reason."""
+    from districompile.models.sources import ModelError, load_pipeline
+
+    model.rename(model.with_name("unet"))
+    (model.parent / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
+    (model.parent / "vae").mkdir()
+    (model.parent / "vae" / WEIGHTS).write_bytes(LIES["truncated"][0])
+
+    def load(*_: Any, **__: Any) -> None:
+        raise OSError("Error while deserializing header")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", load)
+    with pytest.raises(ModelError, match=f"vae/{WEIGHTS} cannot be read: .*not fully covered"):
+        load_pipeline(str(model.parent))
+
+
 def sharded(model: Path, **named: Any) -> None:
     name = "diffusion_pytorch_model-00001-of-00001.safetensors"
     (model / WEIGHTS).rename(model / name)
