@@ -413,6 +413,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141  # as a shell says it of a process that SIGPIPE ended
     except Error as e:
         return _fail(str(e))
+    except OSError as e:
+        if e.filename is None:
+            raise
+        name = str(e.filename)
+        return _fail(f"{name if len(name) <= 100 else name[:97] + '...'}: {e.strerror}")
     except KeyboardInterrupt:
         return 130
     except typer.Abort:

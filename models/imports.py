@@ -23,7 +23,7 @@ def import_object(reference: str, what: str) -> Any:
         raise ModelError(
             f"{what} {reference!r}: there is no module {e.name!r} (looked in the current folder too)"
         ) from e
-    except Exception as e:  # of the user's own code
+    except (Exception, SystemExit) as e:  # of the user's own code
         raise ModelError(f"{what} {reference!r}: importing {name} failed: {raised(e)}") from e
     for part in attribute.split(".") if attribute else ():
         if not hasattr(found, part):

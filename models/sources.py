@@ -207,8 +207,9 @@ def _component(
 ) -> LoadedModel:  # fmt: skip
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in _CLASSES:
+        named = kind if isinstance(kind, str) else shortened(kind)
         raise ModelError(
-            f"{source}: no example inputs are known for the class {shortened(kind)} (known: {', '.join(_CLASSES)}); "
+            f"{source}: no example inputs are known for the class {named} (known: {', '.join(_CLASSES)}); "
             "give a factory (package.module:function) that returns (module, args, kwargs)"
         )
     cls = getattr(import_diffusers(), kind)
@@ -291,7 +292,7 @@ def _from_factory(model: str, dtype: torch.dtype | None) -> LoadedModel:
         result = made()
     except Error:
         raise
-    except Exception as e:  # of the user's own code
+    except (Exception, SystemExit) as e:  # of the user's own code
         raise ModelError(f"{model} failed: {raised(e)}") from e
     if isinstance(result, nn.Module):
         known = _known_module(result, dtype or torch.float32, model)

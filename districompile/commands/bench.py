@@ -54,6 +54,8 @@ def main(settings: Settings) -> int:
     for file in (settings.trace, settings.kernels):
         if file is not None:
             check_writable(file.absolute().parent)
+            if file.is_dir():
+                raise InputError(f"{file} is a folder: give the name of a file")
     job = dataclasses.replace(settings, bundle=settings.bundle.resolve())
     results = launch(worker, (job,), world_size(bundle.plan))
     ranks = [results[r] for r in sorted(results) if results[r] is not None]

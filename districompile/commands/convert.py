@@ -97,6 +97,8 @@ def main(settings: Settings, out: Path | None, as_json: bool, floor: Floor | Non
     target = out or default_out(settings)
     if settings.stop_after is None:
         check_target(target)
+    if settings.dump is not None:
+        check_writable(settings.dump.absolute())
     backend = make_backend(settings)
     quiet_libraries()
     progress = terminal_progress()
