@@ -172,7 +172,12 @@ def _plan(
         phases=phase_plans,
         weights={name: spec for name, (spec, _) in captured.weights.items() if name in used},
         bounds={n: b for n, b in report.get("rows", {}).items() if b is not None},
-        options={**dataclasses.asdict(options), "cfg_inputs": tuple(halved), "conditioning": fixed},
+        options={
+            **dataclasses.asdict(options),
+            "cfg_inputs": tuple(halved),
+            "conditioning": fixed,
+            **({} if captured.timestep is None else {"example_timestep": captured.timestep}),
+        },
         report=report,
     )
 

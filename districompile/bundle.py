@@ -14,10 +14,10 @@ import datetime
 import errno
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,15 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from districompile.decompose import decompose
 from districompile.errors import CaptureError, InputError
-from districompile.ir.plan import InputSpec, TensorSpec
+from districompile.ir.plan import InputSpec, TensorSpec, names_timestep
 from districompile.ir.walk import source_line
 from districompile.structure import describe_output, flatten_call
+from districompile.tensors import unusual
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
@@ -45,6 +47,7 @@ class Captured:
     fake_mode: FakeTensorMode
     model_class: str = ""
     config: dict[str, Any] | None = None
+    timestep: float | None = None  # of the example call
 
     def copy_graph(self) -> fx.Graph:
         """The graph for one compilation: passes change theirs, and a capture may serve several."""
@@ -60,11 +63,13 @@ def capture(module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     Raises :class:`CaptureError` naming where and why for a module that cannot be exported, that writes to its
     buffers or inputs, or whose output holds something else than tensors and constants.
     """
+    _check_module(module)
     signature, args, kwargs = bind_call(module, args, dict(kwargs or {}))
     program, functional = _export(module, args, kwargs)
     graph, names = _graph_of(program, functional)
     _refuse_unknown_sizes(graph)
-    inputs, constants = _inputs_of(program, names, flatten_call(signature, args, kwargs))
+    leaves = flatten_call(signature, args, kwargs)
+    inputs, constants = _inputs_of(program, names, leaves)
     weights = _weights_of(program, module)
     fake_mode = next(n.meta["val"].fake_mode for n in graph.nodes if isinstance(n.meta.get("val"), Tensor))
     out = pytree.tree_unflatten([n.meta["val"] if isinstance(n, fx.Node) else n for n in graph.output_node().args[0]],  # type: ignore[union-attr]
@@ -73,7 +78,8 @@ def capture(module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[s
     _flatten_outputs(graph)
     config = getattr(module, "config", None)
     known = dict(config) if isinstance(config, Mapping) else None  # diffusers' reads like a mapping
-    return Captured(graph, inputs, constants, signature, described, weights, fake_mode, type(module).__name__, known)
+    return Captured(graph, inputs, constants, signature, described, weights, fake_mode, type(module).__name__, known,
+                    _timestep_of(leaves))  # fmt: skip
 
 
 def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[str, ...], Any, Any]:
@@ -89,9 +95,37 @@ def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, An
         if takes_tensor and isinstance(value, int | float) and not isinstance(value, bool):
             bound.arguments[name] = torch.tensor(value)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    for path, value in flatten_call(names, bound.args, bound.kwargs).items():
+        _check_input(path, value, device)
     # A fresh container for every call: a forward may pop from a list it was given
     moved = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (bound.args, bound.kwargs))
     return names, moved[0], moved[1]
+
+
+def _check_input(path: str, value: Any, device: torch.device) -> None:
+    """Refuse an example that the export, or a move to the module's device, would fail on without naming it."""
+    if not isinstance(value, Tensor):
+        return
+    kind = unusual(value)
+    if kind is None and value.device.type == "meta" and device.type != "meta":
+        kind = "meta"
+    if kind is not None:
+        raise InputError(f"the example input {path} is a {kind} tensor: pass an ordinary one, of strided memory")
+
+
+def _check_module(module: torch.nn.Module) -> None:
+    """Refuse weights that cannot be stored, and a module that was only partly filled."""
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in held.items():
+        kind = unusual(tensor)
+        if kind is not None:
+            raise CaptureError(f"weight {name} is a {kind} tensor: convert a module with ordinary ones")
+    empty = [name for name, tensor in held.items() if tensor.device.type == "meta"]
+    if empty and len(empty) < len(held):
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        raise CaptureError(
+            f"{', '.join(empty[:3])}{more}: no data (on the meta device), unlike the other weights: load them all first"
+        )
 
 
 @contextlib.contextmanager
@@ -211,6 +245,16 @@ def _flatten_outputs(graph: fx.Graph) -> None:
     """Keep the tensors among the outputs only: constants are in the description."""
     output = graph.output_node()
     output.args = (tuple(v for v in output.args[0] if isinstance(v, fx.Node)),)  # type: ignore[union-attr]
+
+
+def _timestep_of(leaves: Mapping[str, Any]) -> float | None:
+    """The timestep of the example call: the largest by magnitude where it is a vector."""
+    value = next((v for path, v in leaves.items() if names_timestep(path) and isinstance(v, Tensor)), None)
+    if value is None or not value.numel() or value.device.type == "meta" or isinstance(value, FakeTensor):
+        return None
+    flat = value.detach().reshape(-1).double()
+    largest = float(flat[flat.abs().argmax()])
+    return largest if math.isfinite(largest) else None
 
 
 def _inputs_of(

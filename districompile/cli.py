@@ -2,19 +2,21 @@
 runs, so that ``--help`` and a mistyped option answer at once.
 
 Exit codes: 0 done; 1 ``verify`` found a difference; 2 a user error, told in one line on standard error; 130
-interrupted.
+interrupted; 141 the reader of standard output closed it.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from districompile.errors import Error
+from districompile.commands import checks
+from districompile.errors import Error, ValueWarning
 from districompile.interrupts import INTERRUPTED
 
 app = typer.Typer(
@@ -46,6 +48,7 @@ DriftLimit = Annotated[
     float | None,
     typer.Option(
         min=0,
+        callback=checks.finite,
         help="Steps stay exact until the image changes at most so many times as fast as the sampler moves it; 0: only "
         "--warmup-steps are exact [1].",
     ),
@@ -61,7 +64,10 @@ Displace = Annotated[
     typer.Option(help="Exchanges to displace, of attention,conv,norm,resize,other; or none, or all [all]."),
 ]
 BackendOption = Annotated[str | None, typer.Option(help="What the segments are compiled with [onnxruntime].")]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Type of the weights [float32].")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(help="Type of the weights, and of a factory's floating-point inputs [float32; a factory's own]."),
+]
 OptimiseOption = Annotated[
     str | None,
     typer.Option(
@@ -212,11 +218,12 @@ def inspect(
 @app.command()
 def verify(
     bundle: BundleArgument,
-    prompt: Annotated[str | None, typer.Option(help="What to draw for the drift.")] = None,
+    prompt: Annotated[str | None, typer.Option(callback=checks.text, help="What to draw for the drift.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps for the drift.")] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of inputs and latents.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=checks.LARGEST_SEED - 1, help="Seed of inputs and latents.")] = 0,
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest relative error of the exact phase [by dtype and backend].")
+        float | None,
+        typer.Option(callback=checks.finite, help="Largest relative error of the exact phase [by dtype and backend]."),
     ] = None,
     drift: Annotated[bool, typer.Option(help="Measure the displaced phase over a whole sampling run.")] = True,
     backend: Annotated[
@@ -239,7 +246,10 @@ def verify(
             help="--quality: compare with these group norm modes too, with commas; reference: the paper's code."
         ),
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="--quality: guidance scale (else the pipeline's own).")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(callback=checks.finite, help="--quality: guidance scale (else the pipeline's own)."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="--quality: write an HTML page with pictures here.")] = None,
     processes: Annotated[
         bool, typer.Option("--processes", help="--quality: start one process a rank, instead of all in this one.")
@@ -285,11 +295,13 @@ def run(
     bundle: Annotated[
         str, typer.Argument(metavar="BUNDLE", help="A folder made by convert, or a MODEL as for convert.")
     ],
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to draw.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", callback=checks.text, help="What to draw.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(callback=checks.text, help="What not to draw.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale [the pipeline's own].")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same image.")] = 0,
+    guidance: Annotated[
+        float | None, typer.Option(callback=checks.finite, help="Guidance scale [the pipeline's own].")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=checks.LARGEST_SEED, help="The same seed draws the same image.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="The image file; its ending gives the format.")] = Path(
         "image.png"
     ),
@@ -351,7 +363,7 @@ def refit(
         list[Path] | None,
         typer.Option(help="A LoRA (.safetensors), added to the UNet's weights. May be repeated."),
     ] = None,
-    scale: Annotated[float, typer.Option(help="How strongly the LoRA counts.")] = 1.0,
+    scale: Annotated[float, typer.Option(callback=checks.finite, help="How strongly the LoRA counts.")] = 1.0,
     weights: Annotated[
         str | None, typer.Option(help="A model of the same architecture, as for convert, whose weights are taken.")
     ] = None,
@@ -423,12 +435,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     and keeps its traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        # Typer's group turns Ctrl-C into the result 130.
-        result: Any = typer.main.get_command(app).main(
-            args=args or ["--help"], prog_name="districompile", standalone_mode=False
-        )
+        with checks.Output(), warnings.catch_warnings():
+            warnings.showwarning = _warn
+            # Typer's group turns Ctrl-C into the result 130.
+            result: Any = typer.main.get_command(app).main(
+                args=args or ["--help"], prog_name="districompile", standalone_mode=False
+            )
+    except checks.ReaderLeft:
+        return 141  # as a shell says it of a process that SIGPIPE ended
     except Error as e:
         return _fail(str(e))
+    except OSError as e:
+        if e.filename is None:
+            raise
+        name = str(e.filename)
+        return _fail(f"{name if len(name) <= 100 else name[:97] + '...'}: {e.strerror}")
     except (KeyboardInterrupt, typer.Abort):
         result = INTERRUPTED
     except Exception as e:
@@ -439,6 +460,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return result if isinstance(result, int) else 0
+
+
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Our own in one line, as errors are."""
+    own = issubclass(category, ValueWarning)
+    print(f"{'warning' if own else category.__name__}: {message}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

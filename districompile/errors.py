@@ -30,5 +30,9 @@ class InputError(Error):
     """A call does not fit what was converted: another shape, a missing input, a changed constant."""
 
 
+class ValueWarning(UserWarning):
+    """Weights that are NaN or infinite: what is computed with them is meaningless, but it can be computed."""
+
+
 class LaunchError(Error):
     """A rank failed, or the processes could not be started: which rank, and its error."""

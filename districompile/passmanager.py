@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 from torch import fx
 
-from districompile.errors import ConvertError
+from districompile.errors import ConvertError, Error
 from districompile.ir.printer import print_graph
 from districompile.ir.verifier import verify
 from districompile.unit import Stage, Unit
@@ -173,10 +173,14 @@ def import_pass(text: str) -> Pass:
         raise ConvertError(f"pass {text}: {module} cannot be imported ({e})") from e
     except AttributeError:
         raise ConvertError(f"pass {text}: {module} has no {name}") from None
+    except (Exception, SystemExit) as e:  # of the user's own code
+        raise ConvertError(f"pass {text}: {module} cannot be imported ({type(e).__name__}: {e})") from e
     try:
         found = cls() if isinstance(cls, type) else cls
     except TypeError as e:
         raise ConvertError(f"pass {text} cannot be made without options: {e}") from e
+    except Exception as e:  # of the user's own code
+        raise ConvertError(f"pass {text} cannot be made: {type(e).__name__}: {e}") from e
     missing = [a for a in ("name", "exact", "needs", "gives", "run") if not hasattr(found, a)]
     if missing:
         raise ConvertError(f"pass {text} lacks {', '.join(missing)}: see docs/writing-a-pass.md")
@@ -189,3 +193,7 @@ def import_rules(module: str) -> None:
         importlib.import_module(module)
     except ImportError as e:
         raise ConvertError(f"rules {module}: it cannot be imported ({e})") from e
+    except Error:
+        raise
+    except (Exception, SystemExit) as e:  # of the user's own code, or of a name that is none
+        raise ConvertError(f"rules {module}: it cannot be imported ({type(e).__name__}: {e})") from e

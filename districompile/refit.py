@@ -19,17 +19,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from districompile.bundle import ENGINES, WEIGHTS, Bundle, BundleWriter, check_replaceable
-from districompile.errors import BundleError, Error
+from districompile.errors import BundleError
+from districompile.lora_checks import RefitError, adapter_metadata, check_adapter, check_factors, number, rank_of
+from districompile.models.files import safetensors_fault
 from districompile.progress import Progress, tasks
 from districompile.weights import WeightFile
 
+__all__ = ["Lora", "RefitError", "new_weights", "read_lora", "refit"]
+
 Reader = Callable[[], Tensor]
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 # What torch.export calls tensors that the forward makes or holds outside of parameters and buffers
 _CONSTANT = re.compile(r"(.*\.)?_?(lifted_tensor|tensor_constant|lifted_tensor_constant)_?\d*")
-
-
-class RefitError(Error):
-    """The weights do not fit the bundle: which, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,8 @@ def read_lora(path: Path, config: Mapping[str, Any] | None = None, scale: float 
         raise RefitError(f"{path} is not a LoRA: it holds {alien}; a whole model's folder is given as --weights")
     if any(k.endswith("dora_scale") for k in state):
         raise RefitError(f"{path} is a DoRA, which also scales the weights it changes: merge it and give --weights")
+    check_factors(path, state)
+    check_adapter(path, metadata)
     state, alphas = _in_diffusers_names(path, state, config or {})
     ours = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
     other = len(state) - len(ours)
@@ -80,15 +83,26 @@ def read_lora(path: Path, config: Mapping[str, Any] | None = None, scale: float 
         ours, other = dict(state), 0  # a UNet's adapter by itself carries no prefix
     found: list[Lora] = []
     for key, down in ours.items():
-        if not key.endswith(".lora_A.weight"):
+        if not key.endswith(_DOWN):
+            if not key.endswith((_UP, ".alpha")):
+                raise RefitError(f"{path} also holds {key}, which is not read: merge the LoRA and give --weights")
             continue
-        module = key.removesuffix(".lora_A.weight")
-        up = ours.get(f"{module}.lora_B.weight")
+        module = key.removesuffix(_DOWN)
+        up = ours.get(module + _UP)
         if up is None:
             raise RefitError(f"{path}: {module} has one half of a low-rank change only")
-        rank = int(down.shape[0])
-        alpha = alphas.get(module, alphas.get(f"unet.{module}", metadata.get("lora_alpha", rank)))
-        found.append(Lora(module, down, up, scale * float(alpha) / rank))
+        rank = rank_of(path, module, down, up)
+        given = (
+            alphas.get(module),
+            alphas.get(f"unet.{module}"),
+            ours.get(f"{module}.alpha"),
+            metadata.get("lora_alpha"),
+        )
+        alpha = next((a for a in given if a is not None), rank)
+        found.append(Lora(module, down, up, scale * number(path, f"alpha of {module}", alpha) / rank))
+    lone = next((k for k in ours if k.endswith(_UP) and k.removesuffix(_UP) + _DOWN not in ours), None)
+    if lone is not None:
+        raise RefitError(f"{path}: {lone.removesuffix(_UP)} has one half of a low-rank change only")
     if not found:
         raise RefitError(f"{path} changes nothing in the UNet: {len(state)} tensors are for other networks")
     return found, other
@@ -101,22 +115,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        if (fault := safetensors_fault(path)) is not None:  # of what is read all the same
+            raise RefitError(f"{path} cannot be read: {fault}")
     except FileNotFoundError:
         raise RefitError(f"there is no file {path}") from None
     except (OSError, SafetensorError) as e:
-        raise RefitError(f"{path} cannot be read: {str(e).splitlines()[0]}") from e
-    return state, _adapter_metadata(metadata)
-
-
-def _adapter_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What PEFT notes of an adapter: above all ``lora_alpha``."""
-    import json
-
-    try:
-        noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        return {}
-    return {k.removeprefix("unet."): v for k, v in noted.items() if not k.startswith("text_encoder")}
+        reason = safetensors_fault(path) or str(e).splitlines()[0]
+        raise RefitError(f"{path} cannot be read: {reason}") from e
+    return state, adapter_metadata(path, metadata)
 
 
 def _in_diffusers_names(
@@ -133,9 +139,10 @@ def _in_diffusers_names(
     try:
         named, alphas = Loader.lora_state_dict(dict(state), unet_config=Config(config) if config else None)
         named = convert_unet_state_dict_to_peft(named)
-    except (ValueError, KeyError, AttributeError, IndexError) as e:
-        raise RefitError(f"{path} is in a format that diffusers does not read: {str(e).splitlines()[0]}") from e
-    return named, {k.removesuffix(".alpha"): float(v) for k, v in (alphas or {}).items()}
+    except Exception as e:  # its converters index, split and look up whatever names and shapes there are
+        reason = (str(e).strip().splitlines() or ["no reason given"])[0]
+        raise RefitError(f"{path} is in a format that diffusers does not read ({type(e).__name__}: {reason})") from e
+    return named, {k.removesuffix(".alpha"): number(path, k, v) for k, v in (alphas or {}).items()}
 
 
 def new_weights(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +19,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from districompile.errors import BundleError
+from districompile.errors import BundleError, ValueWarning
 from districompile.ir.plan import TensorSpec, dtype_name
+from districompile.tensors import not_finite
 
 Item = tuple[str, TensorSpec, Callable[[], Tensor]]
 
@@ -67,11 +69,17 @@ class WeightFile:
         offsets: dict[str, int] = {}
         aliases: dict[str, str] = {}
         candidates: dict[tuple[TensorSpec, bytes], list[str]] = {}
+        faults: list[str] = []
         done = end = 0
         with path.open("w+b") as file:
             file.seek(start)
             for name, spec, make in ordered:
-                data = _bytes_of(name, spec, make())
+                tensor = make()
+                data = _bytes_of(name, spec, tensor)
+                fault = not_finite(tensor.to(spec.dtype))
+                if fault is not None:
+                    faults.append(f"{name} ({fault})")
+                del tensor
                 same = candidates.setdefault((spec, _sample(data)), [])
                 twin = next((n for n in same if _equals(file, start + offsets[n], data)), None)
                 if twin is None:
@@ -94,6 +102,9 @@ class WeightFile:
             digest = hashlib.sha256()
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
+        if faults:
+            more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+            warnings.warn(f"weights hold values that are no numbers: {', '.join(faults[:3])}{more}", ValueWarning, 2)
         return digest.hexdigest()
 
     @staticmethod

@@ -22,6 +22,10 @@ class ModelError(Error):
     """A model is unknown, cannot be loaded, or does not work at the size asked for."""
 
 
+class SizeError(ModelError):
+    """What was asked for does not work: a height, a width or a batch."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One call of a model: ``module(*args, **kwargs)``. ``rows`` names the inputs that are cut, and in which dim."""
@@ -55,18 +59,32 @@ class Size:
     batch: int
 
 
+_LARGEST = 1 << 20  # pixels of a side, and values of other sizes
+
+
+def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number of a configuration. Raises :class:`ModelError` that names the key and the value."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST or value % 1:
+        raise ModelError(f"{key} is {value!r}; it must be a whole number above 0 and below {_LARGEST}")
+    return int(value)
+
+
 def latent_size(size: Size, factor: int, multiple: int = 1) -> tuple[int, int]:
     """Pixels to latent rows and columns. Raises :class:`ModelError` naming the nearest sizes that work, where
     ``factor * multiple`` does not divide them."""
     for name, pixels in (("height", size.height), ("width", size.width)):
         step = factor * multiple
+        if pixels > _LARGEST:
+            raise SizeError(f"{name} {pixels} does not work: it must be at most {_LARGEST}")
         if pixels > 0 and pixels % step == 0:
             continue
         below = max(pixels, 0) // step * step
         near = f"{below} or {below + step}" if below else f"{step}"
         why = "it must be above 0 and" if pixels <= 0 else "it must be"
         divisible = f" a multiple of {step}" if step > 1 else " 1 or more"
-        raise ModelError(f"{name} {pixels} does not work: {why}{divisible}; the nearest that works: {near}")
+        raise SizeError(f"{name} {pixels} does not work: {why}{divisible}; the nearest that works: {near}")
     return size.height // factor, size.width // factor
 
 
@@ -78,7 +96,10 @@ class _Random:
         self._dtype = dtype
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(self._dtype)
+        try:
+            return torch.randn(shape, generator=self._generator).to(self._dtype)
+        except RuntimeError as e:  # PyTorch has no class for want of memory on the CPU
+            raise SizeError(f"inputs of shape {list(shape)} do not fit in memory: ask for a smaller size") from e
 
     def below(self, limit: int, *shape: int) -> Tensor:
         return torch.randint(limit, shape, generator=self._generator)
@@ -91,15 +112,15 @@ def condition_unet(config: Mapping[str, Any], context: Context, size: Size, dtyp
     rows, columns = latent_size(size, context.factor)
     b = size.batch
     cross = _first_int(config.get("cross_attention_dim"), 1280)
-    hidden = config.get("encoder_hid_dim")
+    hidden = None if config.get("encoder_hid_dim") is None else whole(config, "encoder_hid_dim")
     projected = config.get("encoder_hid_dim_type")
     added: dict[str, Tensor] = {}
     cut = {"sample": 2}
-    channels = int(config.get("in_channels", 4))
+    channels = whole(config, "in_channels", 4)
     kind = config.get("addition_embed_type")
     if kind == "text_time":
-        step = int(config["addition_time_embed_dim"])
-        ids, pooled = _time_ids(int(config["projection_class_embeddings_input_dim"]), step, cross, context)
+        step = whole(config, "addition_time_embed_dim")
+        ids, pooled = _time_ids(whole(config, "projection_class_embeddings_input_dim"), step, cross, context)
         sizes = (
             [size.height, size.width, 0, 0, size.height, size.width] if ids == 6 else [size.height, size.width, 0, 0, 6]
         )
@@ -113,44 +134,47 @@ def condition_unet(config: Mapping[str, Any], context: Context, size: Size, dtyp
         cut["added_cond_kwargs.hint"] = 2
         channels -= 4
     if kind in ("image", "image_hint") or projected == "image_proj":
-        added["image_embeds"] = random(b, int(hidden or cross))
+        added["image_embeds"] = random(b, hidden or cross)
     elif kind == "text_image" or projected == "text_image_proj":
         added["image_embeds"] = random(b, cross)
 
-    kwargs: dict[str, Any] = {"encoder_hidden_states": random(b, context.tokens, int(hidden or cross))}
+    kwargs: dict[str, Any] = {"encoder_hidden_states": random(b, context.tokens, hidden or cross)}
     labels = _class_labels(config, b, random)
     if labels is not None:
         kwargs["class_labels"] = labels
     if config.get("time_cond_proj_dim") is not None:
-        kwargs["timestep_cond"] = random(b, int(config["time_cond_proj_dim"]))
+        kwargs["timestep_cond"] = random(b, whole(config, "time_cond_proj_dim"))
     if added:
         kwargs["added_cond_kwargs"] = added
-    return Example((random(b, channels, rows, columns), _timestep()), kwargs, cut)
+    return Example((random(b, channels, rows, columns), _timestep(config)), kwargs, cut)
 
 
 def unet(config: Mapping[str, Any], context: Context, size: Size, dtype: torch.dtype, seed: int) -> Example:
     """Inputs of a ``UNet2DModel``, whose sizes must be multiples of its strides."""
     random = _Random(seed, dtype)
-    strides = 2 ** (len(config["block_out_channels"]) - 1)
+    strides = vae_factor(config)
     rows, columns = latent_size(size, context.factor, strides)
     kwargs: dict[str, Any] = {}
     labels = _class_labels(config, size.batch, random)
     if labels is not None:
         kwargs["class_labels"] = labels
-    sample = random(size.batch, int(config.get("in_channels", 3)), rows, columns)
-    return Example((sample, _timestep()), kwargs, {"sample": 2})
+    sample = random(size.batch, whole(config, "in_channels", 3), rows, columns)
+    return Example((sample, _timestep(config)), kwargs, {"sample": 2})
 
 
 def vae_decoder(config: Mapping[str, Any], context: Context, size: Size, dtype: torch.dtype, seed: int) -> Example:
     """Inputs of :class:`districompile.models.sources.VaeDecoder`: latents of the picture."""
     rows, columns = latent_size(size, vae_factor(config))
-    z = _Random(seed, dtype)(size.batch, int(config.get("latent_channels", 4)), rows, columns)
+    z = _Random(seed, dtype)(size.batch, whole(config, "latent_channels", 4), rows, columns)
     return Example((z,), {}, {"z": 2})
 
 
 def vae_factor(config: Mapping[str, Any]) -> int:
     """Pixels per latent row of an autoencoder: each of its levels but the last halves the map."""
-    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (0,)
+    key = "block_out_channels" if config.get("block_out_channels") else "encoder_block_out_channels"
+    levels = config.get(key) or (0,)
+    if isinstance(levels, str) or not isinstance(levels, Sequence) or len(levels) > 16:
+        raise ModelError(f"{key} is {str(levels)[:60]!r}; it must be a list of at most 16 numbers")
     return int(2 ** (len(levels) - 1))
 
 
@@ -159,19 +183,26 @@ def default_size(config: Mapping[str, Any], factor: int) -> tuple[int, int] | No
     size = config.get("sample_size")
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height) * factor, int(width) * factor
+    pair = size if isinstance(size, list | tuple) else [size, size]
+    if len(pair) != 2:
+        raise ModelError(f"sample_size is {size!r}; it must be a number, or a height and a width")
+    height, width = (whole({"sample_size": value}, "sample_size") for value in pair)
+    return height * factor, width * factor
 
 
-def _timestep() -> Tensor:
+def _timestep(config: Mapping[str, Any]) -> Tensor:
+    """The middle of the range of timesteps. Learned embeddings are looked up by whole numbers."""
+    middle = min(500, whole(config, "num_train_timesteps", 1000) // 2)
+    if config.get("time_embedding_type") == "learned":
+        return torch.tensor(middle)
     # Schedulers pass integers and fractions; a float32 scalar holds both, and the program converts what it is given.
-    return torch.tensor(500.0)
+    return torch.tensor(float(middle))
 
 
 def _first_int(value: Any, default: int) -> int:
-    while isinstance(value, Sequence):
+    while isinstance(value, list | tuple) and value:
         value = value[0]
-    return default if value is None else int(value)
+    return whole({"cross_attention_dim": value}, "cross_attention_dim", default)
 
 
 def _time_ids(total: int, step: int, cross: int, context: Context) -> tuple[int, int]:
@@ -191,14 +222,14 @@ def _class_labels(config: Mapping[str, Any], batch: int, random: _Random) -> Ten
     kind = config.get("class_embed_type")
     if kind is None:
         count = config.get("num_class_embeds")
-        return None if count is None else random.below(int(count), batch)
+        return None if count is None else random.below(whole(config, "num_class_embeds"), batch)
     if kind == "timestep":
         return torch.full((batch,), 20.0)
     if kind == "identity":
         width = config.get("time_embedding_dim") or config["block_out_channels"][0] * 4
-        return random(batch, int(width))
+        return random(batch, whole({"time_embedding_dim": width}, "time_embedding_dim"))
     if kind in ("projection", "simple_projection"):
-        return random(batch, int(config["projection_class_embeddings_input_dim"]))
+        return random(batch, whole(config, "projection_class_embeddings_input_dim"))
     raise ModelError(
         f"class_embed_type {kind!r} is not known; give a factory (package.module:function) with its inputs"
     )
@@ -206,10 +237,10 @@ def _class_labels(config: Mapping[str, Any], batch: int, random: _Random) -> Ten
 
 def guided_batch(batch: int, cfg: str, parts: int) -> int:
     """Rows of the batch dimension of one call: ``batch`` images, times the guidance parts that share the call."""
-    if batch < 1:
-        raise ModelError(f"batch {batch} does not work: it must be 1 or more")
+    if not 1 <= batch <= _LARGEST:
+        raise SizeError(f"batch {batch} does not work: it must be between 1 and {_LARGEST}")
     if cfg == "split" and parts != 2:
-        raise ModelError(f"cfg split needs two guidance halves, and this pipeline makes {parts}; use cfg batch")
+        raise SizeError(f"cfg split needs two guidance halves, and this pipeline makes {parts}; use cfg batch")
     return batch if cfg == "none" else batch * parts
 
 

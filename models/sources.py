@@ -7,21 +7,24 @@ pickle can run code, so it is refused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
-import json
-import os
 import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from districompile.errors import Error
 from districompile.models import inputs
+from districompile.models.configs import check_config, culprit, shortened
+from districompile.models.files import check_weight_files, first_line, load_fault, one_reason, read_json
+from districompile.models.imports import import_object, raised
 from districompile.models.inputs import Context, Example, ModelError, Size
 
 ACCEPTED = "'demo', a diffusers folder, a hub id (owner/name), or package.module:factory"
@@ -88,24 +91,27 @@ class LoadedModel:
         return self.maker(Size(rows, columns, inputs.guided_batch(batch, cfg or self.cfg, self.parts)), seed)
 
 
-def load_source(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_source(model: str, dtype: torch.dtype | None = None) -> LoadedModel:
     """Load ``model`` in ``dtype`` on the CPU, in evaluation mode, holding its weights once.
+
+    Without ``dtype``, folders and the hub's models are loaded in float32, and what a factory makes stays as it is.
+    With it, a factory's module and floating-point inputs are converted.
 
     Raises :class:`ModelError` where it is unknown, cannot be reached, or is of a class without example inputs.
     """
     if model == "demo":
         if not (DEMO / "model_index.json").is_file():
             raise ModelError(f"the demo model is not installed: {DEMO} has no model_index.json")
-        return _from_folder(DEMO, dtype, "demo")
+        return _from_folder(DEMO, dtype or torch.float32, "demo")
     path = Path(model).expanduser()
     if path.is_dir():
-        return _from_folder(path.resolve(), dtype, str(path.resolve()))
+        return _from_folder(path.resolve(), dtype or torch.float32, str(path.resolve()))
     if path.exists():
         raise ModelError(f"{model} is a file; a model is {ACCEPTED}")
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model):
         return _from_factory(model, dtype)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
-        return _from_hub(model, dtype)
+        return _from_hub(model, dtype or torch.float32)
     raise ModelError(f"unknown model {model!r}: give {ACCEPTED}")
 
 
@@ -132,16 +138,17 @@ def pipeline_location(model: str) -> str:
 
 def _from_folder(folder: Path, dtype: torch.dtype, source: str) -> LoadedModel:
     if (folder / "model_index.json").is_file():
-        index = _json(folder / "model_index.json")
+        index = read_json(folder / "model_index.json")
         if "unet" not in index:
             names = ", ".join(k for k in index if not k.startswith("_"))
             raise ModelError(
                 f"{source}: the pipeline {index.get('_class_name')} has no unet (it has: {names}); "
                 "give a component's folder or a factory (package.module:function)"
             )
-        context = _context(index, lambda part: _component_config(folder, part))
+        with reading(f"{folder}: model_index.json or what it names"):
+            context = _context(index, lambda part: _component_config(folder, part))
         return _component(
-            str(folder / "unet"), None, _json(folder / "unet" / "config.json"), context, dtype, source,
+            str(folder / "unet"), None, read_json(folder / "unet" / "config.json"), context, dtype, source,
             _variant(folder / "unet"), functools.partial(_pipeline, str(folder), dtype),
         )  # fmt: skip
     if not (folder / "config.json").is_file():
@@ -149,9 +156,10 @@ def _from_folder(folder: Path, dtype: torch.dtype, source: str) -> LoadedModel:
     parent = folder.parent
     context = Context()
     if (parent / "model_index.json").is_file():
-        context = _context(_json(parent / "model_index.json"), lambda part: _component_config(parent, part))
+        with reading(f"{parent}: model_index.json or what it names"):
+            context = _context(read_json(parent / "model_index.json"), lambda part: _component_config(parent, part))
     return _component(
-        str(folder), None, _json(folder / "config.json"), context, dtype, source, _variant(folder), None
+        str(folder), None, read_json(folder / "config.json"), context, dtype, source, _variant(folder), None
     )  # fmt: skip
 
 
@@ -169,7 +177,7 @@ def _from_hub(model: str, dtype: torch.dtype) -> LoadedModel:
 
         unet = config("unet")
     except (OSError, ValueError) as e:
-        raise ModelError(f"{model} on the model hub is not a diffusers pipeline: {_first_line(e)}") from e
+        raise ModelError(f"{model} on the model hub is not a diffusers pipeline: {first_line(e)}") from e
     if unet is None:
         raise ModelError(f"{model}: the pipeline {index.get('_class_name')} has no unet")
     return _component(
@@ -189,7 +197,7 @@ def _check_hub(model: str) -> None:
         raise ModelError(f"there is no folder {model} here and no such model on the hub; a model is {ACCEPTED}") from e
     except Exception as e:  # the client's network errors are of whichever HTTP library it uses
         raise ModelError(
-            f"there is no folder {model} here, and the model hub could not be reached: {_first_line(e)}"
+            f"there is no folder {model} here, and the model hub could not be reached: {first_line(e)}"
         ) from e
 
 
@@ -198,45 +206,96 @@ def _component(
     variant: str | None, pipeline_loader: Callable[[], Any] | None,
 ) -> LoadedModel:  # fmt: skip
     kind = config.get("_class_name")
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
+        named = kind if isinstance(kind, str) else shortened(kind)
         raise ModelError(
-            f"{source}: no example inputs are known for the class {kind} (known: {', '.join(_CLASSES)}); "
+            f"{source}: no example inputs are known for the class {named} (known: {', '.join(_CLASSES)}); "
             "give a factory (package.module:function) that returns (module, args, kwargs)"
         )
-    diffusers = import_diffusers()
-    try:
-        # An explicit True refuses pickles; low memory: built on meta, then filled from the mapped file tensor by
-        # tensor.
-        module: nn.Module = getattr(diffusers, kind).from_pretrained(
-            where, subfolder=subfolder or "", dtype=dtype, variant=variant, use_safetensors=True, low_cpu_mem_usage=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
-        raise ModelError(f"{source}: its {kind} cannot be loaded: {_first_line(e)}") from e
+    cls = getattr(import_diffusers(), kind)
+    folder = Path(where) / (subfolder or "")
+    file = str(folder / "config.json")
+    check_config(cls, config, file)
+    if folder.is_dir():
+        try:
+            check_weight_files(folder, variant)
+        except ModelError as e:
+            raise ModelError(f"{source}: its {kind} cannot be loaded: {e}") from e
+    module = _from_pretrained(cls, where, subfolder, dtype, variant, config, source)
     module.eval().requires_grad_(False)
     cfg = "none"
     if kind == "AutoencoderKL":
         size = config.get("sample_size")
-        default = None if size is None else inputs.default_size(config, 1)
+        with reading(file):
+            default = None if size is None else inputs.default_size(config, 1)
         module = VaeDecoder(module)
     else:
-        default = inputs.default_size(config, context.factor)
+        with reading(file):
+            default = inputs.default_size(config, context.factor)
         # A distilled model takes the guidance scale as an input (time_cond_proj_dim) instead of two halves.
         if kind == "UNet2DConditionModel" and config.get("time_cond_proj_dim") is None:
             cfg = "batch"
 
     def make(size: Size, seed: int) -> Example:
-        return _CLASSES[kind](config, context, size, dtype, seed)
+        with reading(file):
+            return _CLASSES[kind](config, context, size, dtype, seed)
 
     return LoadedModel(module, kind, source, cfg, default, make, context.guidance, pipeline_loader)
 
 
-def _from_factory(model: str, dtype: torch.dtype) -> LoadedModel:
+def _from_pretrained(
+    cls: Any, where: str, subfolder: str | None, dtype: torch.dtype, variant: str | None, config: Mapping[str, Any],
+    source: str,
+) -> nn.Module:  # fmt: skip
+    """The module. Raises :class:`ModelError` for a weight that is missing, of another shape, or of another model."""
+    try:
+        # An explicit True refuses pickles; low memory: built on meta, then filled from the mapped file
+        loaded, found = cls.from_pretrained(
+            where, subfolder=subfolder or "", dtype=dtype, variant=variant, use_safetensors=True,
+            low_cpu_mem_usage=True, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as e:  # a constructor raises whatever it makes of a wrong value
+        why = culprit(cls, config)
+        named = "" if why is None else f" ({why})"
+        reason = load_fault(e, Path(where, subfolder or "")).partition(" If you want to instead")[0].replace("  ", " ")
+        raise ModelError(f"{source}: its {cls.__name__} cannot be loaded{named}: {reason}") from e
+    for kind, text in (("missing_keys", "lacks"), ("unexpected_keys", "has besides, unknown to its config.json,")):
+        names = sorted(found.get(kind) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(
+                f"{source}: the weight file {text} {', '.join(names[:3])}{more}: weights and config.json are of "
+                "different models, or the download is incomplete"
+            )
+    module: nn.Module = loaded
+    return module
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn what fails inside into one line that names the file it was read from."""
+    try:
+        yield
+    except inputs.SizeError:
+        raise
+    except ModelError as e:
+        raise ModelError(f"{where}: {e}") from e
+    except Exception as e:  # values of any type come from the file
+        raise ModelError(f"{where} does not fit the model: {one_reason(e)}") from e
+
+
+def _from_factory(model: str, dtype: torch.dtype | None) -> LoadedModel:
     made = import_object(model, "model")
     if not callable(made):
         raise ModelError(f"{model} is not a function: a factory returns a module, or (module, args, kwargs[, rows])")
-    result = made()
+    try:
+        result = made()
+    except Error:
+        raise
+    except (Exception, SystemExit) as e:  # of the user's own code
+        raise ModelError(f"{model} failed: {raised(e)}") from e
     if isinstance(result, nn.Module):
-        known = _known_module(result, dtype, model)
+        known = _known_module(result, dtype or torch.float32, model)
         if known is not None:
             return known
         raise ModelError(
@@ -248,13 +307,19 @@ def _from_factory(model: str, dtype: torch.dtype) -> LoadedModel:
     rows = result[3] if len(result) == 4 else None
     if not isinstance(args, tuple | list) or not isinstance(kwargs, dict):
         raise ModelError(f"{model}: args must be a tuple and kwargs a dict")
+    if rows is not None and not (
+        isinstance(rows, Mapping) and all(isinstance(k, str) and type(v) is int for k, v in rows.items())
+    ):
+        raise ModelError(f"{model}: rows must be a dict of input names and dims, as {{'sample': 2}}")
     module.eval().requires_grad_(False)
-    example = Example(tuple(args), dict(kwargs), rows)
-
-    def make(size: Size, seed: int) -> Example:
-        return example
-
-    return LoadedModel(module, "factory", model, "none", None, make)
+    args, kwargs = tuple(args), dict(kwargs)
+    if dtype is not None:
+        module.to(dtype)
+        args, kwargs = tree_map(
+            lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs)
+        )
+    example = Example(args, kwargs, None if rows is None else dict(rows))
+    return LoadedModel(module, "factory", model, "none", None, lambda size, seed: example)
 
 
 def _known_module(module: nn.Module, dtype: torch.dtype, source: str) -> LoadedModel | None:
@@ -264,39 +329,16 @@ def _known_module(module: nn.Module, dtype: torch.dtype, source: str) -> LoadedM
     if kind not in _CLASSES or not isinstance(config, Mapping):
         return None
     module = module.to(dtype).eval().requires_grad_(False)
-    default = inputs.default_size(config, 1)
+    with reading(f"{source}: its configuration"):
+        default = inputs.default_size(config, 1)
     if kind == "AutoencoderKL":
         module = VaeDecoder(module)
 
     def make(size: Size, seed: int) -> Example:
-        return _CLASSES[kind](config, Context(), size, dtype, seed)
+        with reading(f"{source}: its configuration"):
+            return _CLASSES[kind](config, Context(), size, dtype, seed)
 
     return LoadedModel(module, kind, source, "none", default, make)
-
-
-def import_object(reference: str, what: str) -> Any:
-    """``"package.module:name"`` to the object, also from the current folder. Raises :class:`ModelError` saying what is
-    missing."""
-    name, _, attribute = reference.partition(":")
-    add_current_folder()
-    try:
-        found: Any = importlib.import_module(name)
-    except ModuleNotFoundError as e:
-        raise ModelError(
-            f"{what} {reference!r}: there is no module {e.name!r} (looked in the current folder too)"
-        ) from e
-    for part in attribute.split(".") if attribute else ():
-        if not hasattr(found, part):
-            raise ModelError(f"{what} {reference!r}: the module {name} has no {part!r}")
-        found = getattr(found, part)
-    return found
-
-
-def add_current_folder() -> None:
-    """Make modules in the current folder importable: a console script starts without it, and people keep theirs
-    there."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
 
 
 def import_diffusers() -> Any:
@@ -312,7 +354,7 @@ def _pipeline(where: str, dtype: torch.dtype) -> Any:
     folder = Path(where)
     try:
         if folder.is_dir():
-            config = _json(folder / "unet" / "config.json")
+            config = read_json(folder / "unet" / "config.json")
         else:
             config = dict(diffusers.UNet2DConditionModel.load_config(where, subfolder="unet"))
         # Pipelines read the UNet's configuration while they are built and check its class, but not its weights.
@@ -322,8 +364,10 @@ def _pipeline(where: str, dtype: torch.dtype) -> Any:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             where, unet=placeholder, dtype=dtype, variant=variant, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as e:
-        raise ModelError(f"{where}: the pipeline cannot be loaded: {_first_line(e)}") from e
+    except ModelError:
+        raise
+    except Exception as e:  # of any of the pipeline's parts, as they read their files
+        raise ModelError(f"{where}: the pipeline cannot be loaded: {load_fault(e, folder)}") from e
     return pipe
 
 
@@ -337,15 +381,15 @@ def _context(index: Mapping[str, Any], config: Callable[[str], Mapping[str, Any]
     for part in ("text_encoder", "text_encoder_2"):
         found = config(part) if index.get(part, (None,))[0] is not None else None
         if found is not None:
-            tokens = int(found.get("max_position_embeddings", tokens))
-            pooled = found.get("projection_dim", pooled)
+            tokens = inputs.whole(found, "max_position_embeddings", tokens)
+            pooled = pooled if found.get("projection_dim") is None else inputs.whole(found, "projection_dim")
     guidance = 3 if "InstructPix2Pix" in str(index.get("_class_name")) else 2
     return Context(factor, tokens, pooled, index.get("requires_aesthetics_score"), guidance)
 
 
 def _component_config(folder: Path, part: str) -> Mapping[str, Any] | None:
     path = folder / part / "config.json"
-    return _json(path) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _variant(folder: Path) -> str | None:
@@ -354,18 +398,3 @@ def _variant(folder: Path) -> str | None:
     middle = {m.group(1) for n in names if (m := re.search(r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors$", n))}
     plain = any(re.fullmatch(r"\w+(?:-\d+-of-\d+)?\.safetensors", n) for n in names)
     return None if plain or len(middle) != 1 else middle.pop()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{path} cannot be read: {_first_line(e)}") from e
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} does not hold a JSON object")
-    return data
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -167,7 +167,8 @@ def jobs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for ranks in map(int, args.ranks.split(",")):
             for mode in args.modes.split(","):
                 yield {"mode": mode, "ranks": ranks, "steps": steps, "prompts": args.pictures, "seeds": args.seeds,
-                       "warmup_steps": args.warmup_steps, "drift_limit": args.drift_limit, "dtype": args.dtype}  # fmt: skip
+                       "warmup_steps": args.warmup_steps, "drift_limit": args.drift_limit,
+                       "dtype": args.dtype}  # fmt: skip
 
 
 def main() -> None:

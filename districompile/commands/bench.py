@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import statistics
@@ -16,6 +15,7 @@ import torch
 
 from districompile.bundle import Bundle
 from districompile.commands.common import quiet_libraries
+from districompile.commands.timesteps import falling_timesteps, timestep_range
 from districompile.errors import InputError
 from districompile.ir.plan import Phase, Plan, TensorSpec
 from districompile.outputs import check_file, write_file
@@ -126,8 +126,11 @@ class Calls:
         self._module = module
         self.kwargs = random_call(module.plan, module.device)
         path = timestep_path(module.plan)
-        spec = next((i.spec for i in module.plan.inputs if i.path == path), None)
-        self._timestep = None if path is None or spec is None else (path, spec)
+        spec = next((called_spec(module.plan, i) for i in module.plan.inputs if i.path == path), None)
+        self._path = None if spec is None else path
+        self._values: list[Any] = [None]
+        if spec is not None:
+            self._values = falling_timesteps(spec, *timestep_range(module.plan, module.config))
         self.restart()
 
     def restart(self) -> None:
@@ -136,13 +139,26 @@ class Calls:
         self._module.reset()
 
     def call(self) -> Any:
-        self._number += 1
-        if self._timestep is not None:
-            path, spec = self._timestep
+        """One call, with the next timestep."""
+        self._continue()
+        return self._call()
+
+    def _call(self) -> Any:
+        if self._path is not None:
             # On the host: where the next call belongs is then known without waiting for the device
-            value = torch.full(spec.shape, max(0.0, 1e6 - self._number), dtype=torch.float64).to(spec.dtype)
-            _put(self.kwargs, path, value)
+            _put(self.kwargs, self._path, self._values[self._number])
+            self._number += 1
         return self._module(**self.kwargs)
+
+    def _continue(self) -> bool:
+        """Start another image where no timestep is left, which leaves one for the next call; whether it did."""
+        if self._path is None or self._number < len(self._values):
+            return False
+        self.restart()
+        if self._module.phase == "steady" and len(self._values) > 1:
+            with self._module.exact():  # displaced calls continue from an exact one
+                self._call()
+        return True
 
     def timed(self, count: int) -> list[float]:
         """Milliseconds from each call's end to the next one's, as they follow each other in sampling."""
@@ -150,11 +166,15 @@ class Calls:
             self.call()
         _synchronize(self._module)
         marks = [_mark(self._module)]
+        pairs = []
         for _ in range(count):
-            self.call()
+            if self._continue():
+                marks = [_mark(self._module)]  # what begins an image is not timed
+            self._call()
             marks.append(_mark(self._module))
+            pairs.append((marks[-2], marks[-1]))
         _synchronize(self._module)
-        return [_between(a, b) for a, b in itertools.pairwise(marks)]
+        return [_between(a, b) for a, b in pairs]
 
 
 def _mark(module: DistributedModule) -> Any:

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from districompile.errors import Error
+from districompile.errors import Error, ValueWarning
+from districompile.ir.plan import Plan, dtype_of
 from districompile.manifest import MANIFEST, names_factory
 
 
@@ -34,6 +36,7 @@ def print_json(data: dict[str, Any]) -> None:
 def quiet_libraries() -> None:
     """Keep other libraries' advice and bars off the terminal: errors still show."""
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=ValueWarning)
     for name in ("torch", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("diffusers", "transformers"):
@@ -62,6 +65,12 @@ def source_of(manifest: Mapping[str, Any], given: str | None) -> str:
             f"call it: give --model {source} if you trust that"
         )
     return str(source)
+
+
+def chosen_dtype(plan: Plan) -> torch.dtype | None:
+    """The type that the model was converted in; None where it was left as a factory makes it."""
+    name = plan.options.get("dtype")
+    return None if name is None else dtype_of(str(name))
 
 
 def is_bundle(path: Path) -> bool:

@@ -14,8 +14,9 @@ from districompile.backends.base import Backend, get_backend
 from districompile.bundle import Bundle, check_replaceable
 from districompile.commands.common import UsageError, console, print_json, quiet_libraries
 from districompile.ir.plan import dtype_of
+from districompile.models.imports import add_current_folder
 from districompile.models.inputs import parameter_bytes
-from districompile.models.sources import LoadedModel, add_current_folder, load_source
+from districompile.models.sources import LoadedModel, load_source
 from districompile.outputs import check_folder
 from districompile.progress import Progress, terminal_progress
 from districompile.report import Report, size
@@ -139,7 +140,7 @@ def main(settings: Settings, out: Path | None, as_json: bool, floor: Floor | Non
 def compile_model(settings: Settings, progress: Progress) -> tuple[Any, LoadedModel]:
     """Load the model and compile it; returns the program and what was loaded."""
     with progress.task(f"loading {settings.model}") as task:
-        loaded = load_source(settings.model, dtype_of(settings.dtype or DEFAULT_DTYPE))
+        loaded = load_source(settings.model, None if settings.dtype is None else dtype_of(settings.dtype))
         task.describe(f"loaded {size(parameter_bytes(loaded.module))} of weights")
     cfg = settings.cfg or loaded.cfg
     example = loaded.example(settings.height, settings.width, settings.batch, cfg)
@@ -171,8 +172,9 @@ def compile_model(settings: Settings, progress: Progress) -> tuple[Any, LoadedMo
         **{name: value for name, value in options.items() if value is not None},
     )
     # What the pipeline around the module has to know, and the module itself does not.
-    dtype = settings.dtype or DEFAULT_DTYPE
-    program.plan.options.update(guidance=cfg, images=settings.batch, dtype=dtype)
+    program.plan.options.update(guidance=cfg, images=settings.batch)
+    if settings.dtype is not None or loaded.kind != "factory":  # else the factory's own types
+        program.plan.options["dtype"] = settings.dtype or DEFAULT_DTYPE
     for name, value in (("height", settings.height), ("width", settings.width)):
         position = 0 if name == "height" else 1
         known = loaded.default_size[position] if loaded.default_size else None

@@ -115,7 +115,7 @@ def draw(pipe: Any, request: Request, progress: Progress | None = None, decode: 
         try:
             with torch.inference_mode():
                 result = pipe(**given)
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, IndexError) as e:
             raise UsageError(f"the pipeline {type(pipe).__name__} refused: {e}") from e
         finally:
             hook()

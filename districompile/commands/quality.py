@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from districompile.bundle import Bundle
 from districompile.commands import convert as converting
-from districompile.commands.common import UsageError, console, print_json, quiet_libraries, source_of
+from districompile.commands.checks import check_steps
+from districompile.commands.common import UsageError, chosen_dtype, console, print_json, quiet_libraries, source_of
 from districompile.commands.drawing import check_guidance, place
 from districompile.ir.plan import Plan, dtype_of
 from districompile.models.sources import LoadedModel, load_pipeline, load_source
@@ -30,6 +31,8 @@ from districompile.runtime.launcher import launch
 from districompile.runtime.liveness import TIMEOUT, check_timeout
 from districompile.runtime.module import check_device, check_native_code, load
 from districompile.runtime.runner import world_size
+
+_MOST_SEEDS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +73,9 @@ def main(settings: Settings, as_json: bool) -> int:
     quiet_libraries()
     progress = terminal_progress()
     plan, source = bundle.plan, source_of(bundle.manifest, settings.model)
+    check_steps(source, settings.steps)
     with progress.task(f"loading {source}"):
-        loaded = load_source(source, dtype_of(str(plan.options.get("dtype", "float32"))))
+        loaded = load_source(source, chosen_dtype(plan))
         pipe = pipeline_of(loaded)
     cases = make_cases(prompts_of(loaded, plan, settings.prompts, settings.pictures), seeds)
     measured = _measure(settings, bundle, loaded, pipe, modes, cases, device, progress)
@@ -118,7 +122,8 @@ def reach_floor(
     wanted, seeds = parse_floor(floor.floor), parse_seeds(floor.seeds)
     if floor.prompts is not None:
         read_prompts(floor.prompts)  # a mistake is found before the work
-    dtype = dtype_of(settings.dtype or converting.DEFAULT_DTYPE)
+    check_steps(settings.model, floor.steps)
+    dtype = None if settings.dtype is None else dtype_of(settings.dtype)
     with progress.task(f"loading {settings.model}"):
         loaded = load_source(settings.model, dtype)
         pipe = pipeline_of(loaded)
@@ -200,10 +205,13 @@ def parse_seeds(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, to, last = part.strip().partition("-")
-            seeds += range(int(first), int(last if to else first) + 1)
-    except ValueError:
+            found = range(int(first), int(last if to else first) + 1)
+            if len(found) + len(seeds) > _MOST_SEEDS:
+                raise UsageError(f"--seeds {text}: give at most {_MOST_SEEDS} of them")
+            seeds += found
+    except (ValueError, OverflowError):
         raise UsageError(f"--seeds {text}: give numbers with commas, or a range as 0-3") from None
-    if not seeds or max(seeds) >= 2**63:
+    if not seeds or max(seeds) >= 2**63 or min(seeds) < 0:
         raise UsageError(f"--seeds {text}: give at least one number, each below 2**63")
     return seeds
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from districompile.bundle import Bundle
-from districompile.commands.common import UsageError, console, print_json, quiet_libraries
-from districompile.ir.plan import dtype_of
+from districompile.commands.common import UsageError, chosen_dtype, console, print_json, quiet_libraries
 from districompile.models.sources import load_source
 from districompile.progress import terminal_progress
 from districompile.refit import Lora, check_target, read_lora, refit
@@ -51,7 +50,7 @@ def main(settings: Settings, as_json: bool) -> int:
     module = None
     if settings.weights is not None:
         with progress.task(f"loading {settings.weights}"):
-            module = load_source(settings.weights, dtype_of(str(bundle.plan.options.get("dtype", "float32")))).module
+            module = load_source(settings.weights, chosen_dtype(bundle.plan)).module
     changed = refit(
         settings.bundle, settings.out, module=module, loras=loras, note=note, progress=progress, force=settings.force
     )

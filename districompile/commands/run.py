@@ -13,6 +13,7 @@ import torch
 
 from districompile.bundle import Bundle
 from districompile.commands import convert as converting
+from districompile.commands.checks import check_steps
 from districompile.commands.common import (
     UsageError,
     console,
@@ -81,6 +82,8 @@ def main(settings: Settings, as_json: bool) -> int:
     if settings.log_dir is not None:
         check_folder(settings.log_dir, "--log-dir")
     quiet_libraries()
+    if not is_bundle(Path(settings.bundle).expanduser()):
+        check_steps(settings.model or settings.bundle, settings.steps)  # before it is converted
     folder = _bundle_folder(settings)
     bundle = Bundle.open(folder)
     check_device(bundle, settings.device)
@@ -92,7 +95,7 @@ def main(settings: Settings, as_json: bool) -> int:
     check_guidance(plan.options, settings.guidance)
     if settings.prompt is None and any(i.path == "encoder_hidden_states" for i in plan.inputs):
         raise UsageError("--prompt is needed: the model draws from text")
-    pipeline_location(model)  # refuses a function, without a call
+    check_steps(pipeline_location(model), settings.steps)
     few = Report(plan).few_rows()
     if few is not None:
         print(f"note: {few}", file=sys.stderr)
@@ -131,8 +134,12 @@ def worker(job: Job) -> dict[str, Any] | None:
     quiet_libraries()
     first = int(os.environ.get("RANK", "0")) == 0
     compiled = load(
-        job.bundle, transport=job.transport, cuda_graph=job.cuda_graph, device=job.device,
-        native_code=job.native_code, timeout=job.timeout,
+        job.bundle,
+        transport=job.transport,
+        cuda_graph=job.cuda_graph,
+        device=job.device,
+        native_code=job.native_code,
+        timeout=job.timeout,
     )
     pipe = load_pipeline(job.model, dtype_of(job.dtype))
     place(pipe, compiled.device)
@@ -141,8 +148,9 @@ def worker(job: Job) -> dict[str, Any] | None:
     picture = draw(pipe, job.request, progress, decode=first)
     if not first or picture.pixels is None:
         return None
-    if not torch.isfinite(picture.pixels).all():
-        raise UsageError("the image holds NaN or infinite values; nothing was written (try --dtype float32)")
+    for name, values in (("latents hold", picture.latents), ("image holds", picture.pixels)):
+        if values is not None and not torch.isfinite(values).all():
+            raise UsageError(f"the {name} NaN or infinite values; nothing was written (try --dtype float32)")
     images = save_images(picture.pixels, job.out)
     return {
         "images": [str(p) for p in images],

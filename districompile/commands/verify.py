@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from districompile.api import convert
 from districompile.backends.base import get_backend
 from districompile.bundle import Bundle
-from districompile.commands.common import UsageError, console, print_json, quiet_libraries, source_of
+from districompile.commands.checks import check_steps
+from districompile.commands.common import UsageError, chosen_dtype, console, print_json, quiet_libraries, source_of
 from districompile.commands.drawing import Request, draw, place
 from districompile.compare import relative_error
-from districompile.ir.plan import Plan, dtype_name, dtype_of
+from districompile.ir.plan import Plan, dtype_name
 from districompile.ir.walk import replace
 from districompile.models.inputs import Example
 from districompile.models.sources import LoadedModel, import_diffusers, load_source
@@ -96,9 +97,11 @@ def main(settings: Settings, as_json: bool) -> int:
 def compare(settings: Settings, plan: Plan, manifest: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """The comparison as plain data: ``exact`` and ``drift`` (None where there is nothing to sample)."""
     source = source_of(manifest, settings.model)
-    dtype = plan.options.get("dtype") or _weight_dtype(plan)
+    dtype = str(plan.options.get("dtype") or _weight_dtype(plan))
+    if settings.drift:
+        check_steps(source, settings.steps)
     with progress.task(f"loading {source}"):
-        loaded = load_source(source, dtype_of(dtype))
+        loaded = load_source(source, chosen_dtype(plan))
         compiled = _load(settings, manifest)
     tolerance = settings.tolerance
     if tolerance is None:
@@ -228,7 +231,12 @@ def sample(
 ) -> Tensor:  # fmt: skip
     """A DDIM run around a bare UNet, from the example's inputs; guidance halves are computed, and the first is
     followed."""
-    scheduler = import_diffusers().DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    trained = getattr(loaded.module, "config", {}).get("num_train_timesteps") or 1000
+    if settings.steps > trained:
+        raise UsageError(f"--steps {settings.steps}: the model was trained with {trained} steps, and takes no more")
+    scheduler = import_diffusers().DDIMScheduler(
+        num_train_timesteps=trained, beta_schedule="scaled_linear", clip_sample=False
+    )
     scheduler.set_timesteps(settings.steps)
     example = _example(loaded, options, settings.seed, device)
     first: Tensor = example.args[0]

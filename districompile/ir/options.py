@@ -41,6 +41,7 @@ class _Options(_Strict):
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
     height: Count | None = None
     width: Count | None = None
+    example_timestep: float | int | None = None
 
 
 class _Flops(_Strict):

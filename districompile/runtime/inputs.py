@@ -14,6 +14,7 @@ from districompile.ir.plan import InputSpec, Plan, TensorSpec, dtype_name, names
 from districompile.runtime.runner import called_spec
 from districompile.runtime.timesteps import Timesteps
 from districompile.structure import flatten_call
+from districompile.tensors import unusual
 
 RETURN_DICT = "return_dict"
 
@@ -81,9 +82,14 @@ class InputChecker:
     def _tensor(self, spec: InputSpec, value: Any) -> torch.Tensor:
         want = self._specs[spec.path]
         if _is_number(value):
-            value = torch.tensor(value, dtype=torch.int64 if isinstance(value, numbers.Integral) else torch.float64)
+            value = _as_tensor(spec.path, value)
         if not isinstance(value, torch.Tensor):
             raise InputError(f"input {spec.path!r} must be a tensor like {_text(want)}, not a {type(value).__name__}")
+        kind = "meta" if value.device.type == "meta" else unusual(value)
+        if kind is not None:
+            raise InputError(
+                f"input {spec.path!r} is a {kind} tensor: pass an ordinary one like {_text(want)}, of strided memory"
+            )
         tensor = value.detach()
         if spec.rows is None and tensor.ndim <= 1 and len(want.shape) <= 1:
             tensor = _vector(spec.path, tensor, want)
@@ -136,6 +142,13 @@ def _vector(path: str, tensor: torch.Tensor, want: TensorSpec) -> torch.Tensor:
     if tensor.numel() == 1 and tuple(tensor.shape) != want.shape:
         return tensor.reshape(()).expand(want.shape).contiguous()
     return tensor
+
+
+def _as_tensor(path: str, value: Any) -> torch.Tensor:
+    try:
+        return torch.tensor(value, dtype=torch.int64 if isinstance(value, numbers.Integral) else torch.float64)
+    except (OverflowError, ValueError, RuntimeError, TypeError) as e:
+        raise InputError(f"input {path!r} is too large a number to be a tensor") from e
 
 
 def _is_number(x: Any) -> bool:

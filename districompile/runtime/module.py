@@ -388,9 +388,20 @@ def check_device(bundle: Bundle, device: str | None = None) -> str:
 
 
 def _device(bundle: Bundle, device: str | torch.device | None, local_rank: int) -> torch.device:
-    where = torch.device(device if device is not None else check_device(bundle))
-    if where == torch.device("cuda"):  # without a number
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    try:
+        where = torch.device(device if device is not None else check_device(bundle))
+    except (RuntimeError, TypeError):
+        raise InputError(f"there is no device {device!r}: use 'cpu', 'cuda', or a GPU by number as 'cuda:0'") from None
+    if where.type not in ("cpu", "cuda"):
+        raise InputError(f"bundles run on 'cpu' or 'cuda', not on {str(where)!r}")
+    if where.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise BundleError(f"{bundle.path} cannot run on {where}: there is no GPU here")
+        if where == torch.device("cuda"):  # without a number
+            return torch.device("cuda", local_rank % count)
+        if where.index >= count:
+            raise InputError(f"there is no device {str(where)!r}: the GPUs here are cuda:0 to cuda:{count - 1}")
     return where
 
 
