@@ -30,5 +30,10 @@ class InputError(Error):
     """A call does not fit what was converted: another shape, a missing input, a changed constant."""
 
 
+class UnsupportedError(InputError, AttributeError):
+    """A converted module does not have an attribute, or does not do an operation, of the original: ``hasattr`` is
+    false."""
+
+
 class LaunchError(Error):
     """A rank failed, or the processes could not be started: which rank, and its error."""
