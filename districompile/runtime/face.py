@@ -92,6 +92,12 @@ class ModuleFace(torch.nn.Module):
         """Nothing to set up: pipelines name the caches of a call, and a converted module has none."""
         yield
 
+    def get_submodule(self, target: str) -> torch.nn.Module:
+        """This module, by the empty name; it has no others."""
+        if target:
+            raise UnsupportedError(f"get_submodule({target!r}): {LAYERS_ADVICE}")
+        return self
+
     def get_parameter(self, target: str) -> Any:
         """The placeholder of the parameter called ``target``."""
         if target not in self._parameters:
@@ -158,10 +164,10 @@ class ModuleFace(torch.nn.Module):
                 f"to({dtype_name(found.dtype)}): this module was converted as {dtype_name(self.dtype)}: convert it "
                 f"again with --dtype {dtype_name(found.dtype)}, or leave the dtype out"
             )
-        if found.device != self.device:
+        if found.device.type != self.device.type or (found.device.index or 0) != (self.device.index or 0):
             raise InputError(
                 f"to({str(found.device)!r}): this module was loaded on {self.device} and stays there: load the bundle "
-                f"with device={str(found.device)!r}, or move the other components of the pipeline alone"
+                f"with device={str(found.device)!r}, or leave it out where a pipeline is moved or offloaded"
             )
         return self
 

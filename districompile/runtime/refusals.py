@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from districompile.runtime.placeholders import LAYERS_ADVICE, WEIGHTS_ADVICE
+from districompile.runtime.placeholders import LAYERS_ADVICE
 
 _LORA = (
     "LoRA weights are added to a bundle by `districompile refit BUNDLE --lora FILE --scale 1.0`, and the result is "
@@ -24,14 +24,13 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "_load_ip_adapter_weights", "_load_ip_adapter_loras", "load_ip_adapter", "set_attn_processor",
         "set_default_attn_processor", "fuse_qkv_projections", "enable_freeu", "disable_freeu", "load_motion_modules",
         "save_motion_modules", "freeze_unet2d_params", "enable_layerwise_casting", "dequantize", "register_to_config",
-        "get_submodule", "set_submodule", "enable_forward_chunking",
+        "enable_forward_chunking",
     ),
     _ATTENTION: ("enable_xformers_memory_efficient_attention", "set_attention_backend", "enable_npu_flash_attention",
                  "enable_xla_flash_attention"),
     _MEMORY: ("enable_parallelism", "reset_device_map"),
     _CACHES: ("enable_cache",),
     _TRAINING: ("enable_gradient_checkpointing",),
-    WEIGHTS_ADVICE: ("from_single_file",),
     _PIPELINE: ("save_pretrained", "save_config", "push_to_hub", "from_pretrained", "from_config"),
 }  # fmt: skip
 
