@@ -27,11 +27,12 @@ from districompile.runtime.placeholders import (
 from districompile.runtime.refusals import ABSENT, NOTHING_TO_DO, SWITCHES
 
 _GRADIENTS = "a converted module computes no gradients: train the original module"
-# Libraries that walk the modules of a pipeline before its calls, and ask each only for hooks of their own.
+# Modules and functions of libraries that walk all modules of a pipeline, and ask each only for hooks of their own.
 _ASK_FOR_HOOKS = (
     "accelerate.hooks",
     "diffusers.hooks.group_offloading",
     "diffusers.hooks.tensor_parallel",
+    "diffusers.models.modeling_utils:get_parameter_dtype",
     "diffusers.pipelines.pipeline_utils",
     "diffusers.utils.torch_utils",
     "torch._dynamo",
@@ -249,13 +250,10 @@ def _switch(name: str) -> Callable[..., None]:
 def _check_walk(what: str) -> None:
     """Refuse to list modules, unless the caller asks for hooks, or for parameters of a module around this one."""
     frame = sys._getframe(2)
-    name = ""
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
+    while frame.f_globals.get("__name__") in ("torch.nn.modules.module", __name__) and frame.f_back is not None:
         if frame.f_code.co_name == "_named_members":
             return
-        if name not in ("torch.nn.modules.module", __name__) or frame.f_back is None:
-            break
         frame = frame.f_back
-    if not any(name == n or name.startswith(f"{n}.") for n in _ASK_FOR_HOOKS):
+    caller = f"{frame.f_globals.get('__name__')}:{frame.f_code.co_name}"
+    if not any(caller == n or caller.startswith((f"{n}:", f"{n}.")) for n in _ASK_FOR_HOOKS):
         raise InputError(f"{what}(): a converted module has no layers to list or switch; {LAYERS_ADVICE}")

@@ -88,14 +88,27 @@ WeightPlaceholder.requires_grad = property(lambda self: False, _set_requires_gra
 
 
 def original_weights(plan: Plan) -> dict[str, TensorSpec]:
-    """Specs of the weights under the names that they have in the original module; passes may have merged some."""
+    """Specs of the weights under the names that they have in the original module; passes may have merged some.
+
+    Modules are in the original's order. Within one, the weights that were merged come last."""
     merged: Mapping[str, Any] = plan.report.get("joined", {})
-    specs: dict[str, TensorSpec] = {}
-    for name, spec in plan.weights.items():
-        for part, rows in merged.get(name, [(name, None)]):
-            shape = spec.shape if rows is None else (int(rows), *spec.shape[1:])
-            specs[str(part)] = TensorSpec(shape, spec.dtype)
-    return specs
+    specs = {name: spec for name, spec in plan.weights.items() if name not in merged}
+    for name, parts in merged.items():
+        if name in plan.weights:
+            spec = plan.weights[name]
+            specs |= {str(n): TensorSpec((int(rows), *spec.shape[1:]), spec.dtype) for n, rows in parts}
+    tree: dict[str, Any] = {}
+    for name in specs:
+        node = tree
+        for part in name.split("."):
+            node = node.setdefault(part, {})
+    return {name: specs[name] for name in _names(tree) if name in specs}
+
+
+def _names(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for part, below in tree.items():
+        yield f"{prefix}{part}"
+        yield from _names(below, f"{prefix}{part}.")
 
 
 class SubmodulePlaceholder:

@@ -11,7 +11,7 @@ _LORA = (
 _ATTENTION = "attention is compiled in and memory-efficient already: leave this call out"
 _MEMORY = "engines manage their memory: leave this call out, or exclude this component from it"
 _CACHES = "the displaced steps of a converted module are its cache: leave this call out"
-_TRAINING = "a converted module computes no gradients: train the original module, and convert it or `districompile refit`"
+_TRAINING = "a converted module computes no gradients: train the original module"
 _PIPELINE = "save and load the bundle folder itself, with `districompile.load`"
 
 _GROUPS: dict[str, tuple[str, ...]] = {
