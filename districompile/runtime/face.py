@@ -172,13 +172,13 @@ class ModuleFace(torch.nn.Module):
             )
         return self
 
-    def to_empty(self, *, device: Any, recurse: bool = True) -> NoReturn:  # type: ignore[override]
+    def to_empty(self, *, device: Any, recurse: bool = True) -> NoReturn:
         raise InputError(f"to_empty: {WEIGHTS_ADVICE}")
 
-    def share_memory(self) -> NoReturn:  # type: ignore[override]
+    def share_memory(self) -> NoReturn:
         raise InputError("share_memory: start one process a rank, and load the bundle in each")
 
-    def apply(self, fn: Callable[[torch.nn.Module], None]) -> NoReturn:  # type: ignore[override]
+    def apply(self, fn: Callable[[torch.nn.Module], None]) -> NoReturn:
         raise InputError(f"apply: {LAYERS_ADVICE}")
 
     def train(self, mode: bool = True) -> Any:
@@ -200,7 +200,8 @@ class ModuleFace(torch.nn.Module):
     ) -> Iterator[tuple[str, torch.nn.Module]]:
         """This module alone, for libraries that look for hooks; refused for what looks for layers."""
         _check_walk("modules")
-        return super().named_modules(memo, prefix, remove_duplicate)
+        found: Iterator[tuple[str, torch.nn.Module]] = super().named_modules(memo, prefix, remove_duplicate)
+        return found
 
     def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
         _check_walk("children")

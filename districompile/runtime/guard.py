@@ -79,7 +79,7 @@ def guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
             return checked(self, *args, **kwargs)
         if untraced is None:
             reason = "a converted module is compiled already: leave torch.compile out, or call it without fullgraph"
-            untraced = torch.compiler.disable(checked, reason=reason)
+            untraced = torch.compiler.disable(checked, reason=reason)  # type: ignore[no-untyped-call]
         return untraced(self, *args, **kwargs)
 
     return call
@@ -91,7 +91,8 @@ def _check_surroundings(device: torch.device) -> None:
             "a call inside torch.autocast: the dtypes of a converted module are fixed. Leave autocast for the call "
             f"(`with torch.autocast({device.type!r}, enabled=False)`), or convert with --dtype"
         )
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    if tracing or torch.compiler.is_exporting():
         raise InputError("a converted module cannot be traced or exported: trace the original module")
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise InputError(

@@ -126,16 +126,16 @@ class DistributedModule(ModuleFace):
         """The phase that all calls run in; None (the default) follows the timesteps. Set it on all ranks."""
         return self._chosen_phase
 
-    @property
-    def _phase(self) -> Phase | None:
-        """The phase of this thread's calls, where it does not follow the timesteps."""
-        return "warmup" if self._calls_guard.exact else self._chosen_phase
-
     @phase.setter
     def phase(self, phase: Phase | None) -> None:
         if phase is not None and phase not in PHASES:
             raise InputError(f"there is no phase {phase!r}: use one of {', '.join(map(repr, PHASES))}, or None")
         self._chosen_phase = phase
+
+    @property
+    def _phase(self) -> Phase | None:
+        """The phase of this thread's calls, where it does not follow the timesteps."""
+        return "warmup" if self._calls_guard.exact else self._chosen_phase
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:

@@ -26,25 +26,23 @@ LAYERS_ADVICE = (
 class WeightPlaceholder(torch.Tensor):
     """A tensor with the shape, dtype and device of a weight, and without its values."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, spec: TensorSpec, device: torch.device) -> WeightPlaceholder:
-        made: WeightPlaceholder = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, spec.shape, dtype=spec.dtype, device=device
-        )
+        made: WeightPlaceholder = torch.Tensor._make_wrapper_subclass(cls, spec.shape, dtype=spec.dtype, device=device)
         return made
 
     def __init__(self, spec: TensorSpec, device: torch.device) -> None:
         super().__init__()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> NoReturn:
         _refuse_values(str(getattr(func, "overloadpacket", func)).rpartition(".")[2])
 
-    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"WeightPlaceholder(shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     def detach(self) -> WeightPlaceholder:
@@ -178,7 +176,7 @@ class ProcessorPlaceholder:
         self.__dict__.update(_name=name, _stands_for=stands_for or ProcessorPlaceholder)
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type[Any]:  # type: ignore[override]
+    def __class__(self) -> type[Any]:
         return self.__dict__["_stands_for"]  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -228,7 +226,7 @@ class Config(dict[str, Any]):
     def __reduce__(self) -> Any:
         return Config, (dict(self),)
 
-    __setattr__ = __setitem__ = __delitem__ = pop = popitem = setdefault = update = clear = __ior__ = _refuse  # type: ignore[assignment]
+    __setattr__ = __setitem__ = __delitem__ = pop = popitem = setdefault = update = clear = __ior__ = _refuse
 
 
 def make_config(config: Mapping[str, Any]) -> Any:
