@@ -30,6 +30,11 @@ class InputError(Error):
     """A call does not fit what was converted: another shape, a missing input, a changed constant."""
 
 
+class UnsupportedError(InputError, AttributeError):
+    """A converted module does not have an attribute, or does not do an operation, of the original: ``hasattr`` is
+    false."""
+
+
 class ValueWarning(UserWarning):
     """Weights that are NaN or infinite: what is computed with them is meaningless, but it can be computed."""
 

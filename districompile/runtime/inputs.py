@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,14 +45,28 @@ class InputChecker:
         leaves = flatten_call(self._plan.signature, args, kwargs)
         return_dict = leaves.pop(RETURN_DICT, None) if RETURN_DICT not in self._specs else None
         self._check_constants(leaves)
+        # As it is given: often known without waiting for the device
+        timestep = None
+        given = leaves.get(self.timestep_path or "")
+        if isinstance(given, torch.Tensor) or _is_number(given):  # else it is refused below
+            timestep = self._timesteps.read(given, str(self.timestep_path))
+            leaves[str(self.timestep_path)] = self._one_timestep(given)
         tensors = {}
         for spec in self._plan.inputs:
             if leaves.get(spec.path) is None:
                 raise InputError(f"input {spec.path!r} is missing: the module was converted with it")
             tensors[spec.path] = self._tensor(spec, leaves[spec.path])
-        # As it is given: often known without waiting for the device
-        timestep = None if self.timestep_path is None else self._timesteps.read(leaves[self.timestep_path])
         return Call(tensors, {path: self._moved(t) for path, t in tensors.items()}, timestep, return_dict)
+
+    def _one_timestep(self, given: Any) -> Any:
+        """One of the equal timesteps of a batch, where the module was converted with one."""
+        if not isinstance(given, torch.Tensor):
+            return given
+        want = self._specs[str(self.timestep_path)].shape
+        batch = next(self._specs[i.path].shape[:1] for i in self._plan.inputs if i.rows is not None)
+        if given.numel() > 1 and math.prod(want) == 1 and tuple(given.shape) == batch:
+            return given[0].reshape(want)
+        return given
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device. The host does not wait for what it queued there before: of ordinary memory CUDA takes a copy

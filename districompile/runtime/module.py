@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +14,18 @@ import torch.distributed as dist
 from districompile.backends.base import Backend, Engine, get_backend, runs_native_code
 from districompile.bundle import Bundle
 from districompile.errors import BundleError, InputError, LaunchError
-from districompile.ir.plan import PHASES, Phase, Plan, TensorSpec
+from districompile.ir.plan import PHASES, Phase, Plan
 from districompile.ir.validate import value_specs
 from districompile.runtime.choose import check_transport
 from districompile.runtime.conditioning import Conditioning
 from districompile.runtime.drift import DriftMonitor
+from districompile.runtime.face import ModuleFace
 from districompile.runtime.gloo import start_gloo
+from districompile.runtime.guard import CallGuard, guarded
 from districompile.runtime.inputs import InputChecker
 from districompile.runtime.interface import check_content, check_engine, check_weights
 from districompile.runtime.liveness import TIMEOUT, Liveness, check_timeout
+from districompile.runtime.placeholders import Config as Config
 from districompile.runtime.runner import LockstepRunner, ProcessRunner, Runner, world_size
 from districompile.runtime.same_bundle import compare
 from districompile.runtime.streams import Decision, StreamTracker
@@ -34,36 +36,7 @@ from districompile.weights import WeightFile
 _MOST_DRIFT = 1e6  # a sample that stays or jumps; JSON knows no infinity
 
 
-class Config(dict[str, Any]):
-    """A model's configuration, read by key or by attribute."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-class WeightNode:
-    """A submodule of the original model, as far as pipelines ask for one: children by name, and the weights' sizes."""
-
-    def __init__(self, prefix: str, weights: Mapping[str, TensorSpec]) -> None:
-        self._prefix, self._weights = prefix, weights
-
-    def __getattr__(self, name: str) -> Any:
-        path = f"{self._prefix}{name}"
-        if path in self._weights:
-            spec = self._weights[path]
-            return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-        if any(w.startswith(f"{path}.") for w in self._weights):
-            return WeightNode(f"{path}.", self._weights)
-        weight = self._weights.get(f"{self._prefix}weight")
-        if weight is not None and len(weight.shape) > 1 and name in ("in_features", "out_features"):
-            return weight.shape[1 if name == "in_features" else 0]
-        raise AttributeError(f"{self._prefix}{name} is not part of a converted module")
-
-
-class DistributedModule(torch.nn.Module):
+class DistributedModule(ModuleFace):
     """One rank's part of a converted module (or all ranks, in lockstep): called like the original, by all ranks alike.
 
     Rank 0's cut inputs, and its decision which phase a call belongs to, hold for all. Calls are told apart by their
@@ -74,12 +47,9 @@ class DistributedModule(torch.nn.Module):
         self, plan: Plan, runner: Runner, device: torch.device, config: Mapping[str, Any] | None = None,
         trusted_packages: Collection[str] = (),
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(plan, device, config or {})
         self._trusted = tuple(trusted_packages)
-        self.plan = plan
-        self.config = _config(config or {})
         self._runner = runner
-        self._device = device
         self._inputs = InputChecker(plan, device)
         self._streams = StreamTracker(int(plan.options.get("warmup_steps", 4)))
         # Without a timestep every call is exact
@@ -87,11 +57,12 @@ class DistributedModule(torch.nn.Module):
         self._drift = DriftMonitor(limit)
         self._image = next(i.path for i in plan.inputs if i.rows is not None)
         self._conditioning = Conditioning(plan.options.get("conditioning", ()))
-        self._phase: Phase | None = None
+        self._calls_guard = CallGuard()
+        self._chosen_phase: Phase | None = None
         self._calls = {"exact": 0, "displaced": 0}
         self._phases: list[Phase] = []  # of the first stream of calls of an image
-        self.eval()
 
+    @guarded
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original module's output for the original module's arguments; the same on every rank.
 
@@ -160,22 +131,27 @@ class DistributedModule(torch.nn.Module):
     @property
     def phase(self) -> Phase | None:
         """The phase that all calls run in; None (the default) follows the timesteps. Set it on all ranks."""
-        return self._phase
+        return self._chosen_phase
 
     @phase.setter
     def phase(self, phase: Phase | None) -> None:
         if phase is not None and phase not in PHASES:
             raise InputError(f"there is no phase {phase!r}: use one of {', '.join(map(repr, PHASES))}, or None")
-        self._phase = phase
+        self._chosen_phase = phase
+
+    @property
+    def _phase(self) -> Phase | None:
+        """The phase of this thread's calls, where it does not follow the timesteps."""
+        return "warmup" if self._calls_guard.exact else self._chosen_phase
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
-        """Calls inside compute what one device computes: ``with unet.exact(): ...``."""
-        earlier, self._phase = self._phase, "warmup"
+        """Calls of this thread inside compute what one device computes: ``with unet.exact(): ...``."""
+        earlier, self._calls_guard.exact = self._calls_guard.exact, True
         try:
             yield
         finally:
-            self._phase = earlier
+            self._calls_guard.exact = earlier
 
     @property
     def transport(self) -> str:
@@ -217,33 +193,15 @@ class DistributedModule(torch.nn.Module):
         self._streams.reset()
 
     def close(self) -> None:
-        """Leave together with the other ranks; the module is not called again."""
-        self._runner.close()
-
-    @property
-    def device(self) -> torch.device:
-        """Where this rank computes, and where outputs are."""
-        return self._device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights, or of the inputs of a module without."""
-        specs = (*self.plan.weights.values(), *(i.spec for i in self.plan.inputs))
-        return next((s.dtype for s in specs if s.dtype.is_floating_point), torch.float32)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            plan = self.__dict__.get("plan")
-            if plan is None or name.startswith("_"):
-                raise
-        return getattr(WeightNode("", plan.weights), name)
+        """Leave together with the other ranks; calls after it are refused."""
+        with self._calls_guard.closing():
+            self._runner.close()
 
     def extra_repr(self) -> str:
         return f"ranks={world_size(self.plan)}, device={self._device}"
 
 
+@torch.inference_mode(False)
 def load(
     bundle: str | os.PathLike[str],
     *,
@@ -403,15 +361,3 @@ def _device(bundle: Bundle, device: str | torch.device | None, local_rank: int) 
         if where.index >= count:
             raise InputError(f"there is no device {str(where)!r}: the GPUs here are cuda:0 to cuda:{count - 1}")
     return where
-
-
-def _config(config: Mapping[str, Any]) -> Any:
-    """The original's configuration: diffusers' own class where diffusers is in use, else one that reads like it."""
-    if "diffusers" in sys.modules:
-        try:
-            from diffusers.configuration_utils import FrozenDict
-
-            return FrozenDict(config)
-        except ImportError:
-            pass
-    return Config(config)

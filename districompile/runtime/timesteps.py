@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from districompile.errors import InputError
+
 _HOST = "cpu"
 _LARGEST = 1 << 20  # bytes; beyond that a timestep is not one of a list of timesteps
 
@@ -22,13 +24,22 @@ class Timesteps:
         self._version = -1
         self._copy = torch.empty(0)
 
-    def read(self, value: Any) -> float | None:
-        """The number that ``value`` (a number, or a tensor of one or of equal ones) stands for; None if it is empty."""
+    def read(self, value: Any, name: str = "timestep") -> float | None:
+        """The number that ``value`` (a number, or a tensor of one or of equal ones) stands for; None if it is empty.
+
+        Raises :class:`InputError` for a tensor of unequal ones."""
         if not isinstance(value, torch.Tensor):
             return float(value)
         if value.numel() == 0:
             return None
-        return float(self._on_host(value.detach()).double().mean())
+        found = self._on_host(value.detach()).double().flatten()
+        first, *others = found.tolist()
+        if any(other != first for other in others):
+            raise InputError(
+                f"{name}: the timesteps of one call must be equal, but are {_brief([first, *others])}: call once for "
+                "each of them"
+            )
+        return float(first)
 
     def _on_host(self, value: torch.Tensor) -> torch.Tensor:
         storage = value.untyped_storage()
@@ -47,3 +58,9 @@ class Timesteps:
             whole = torch.empty(0, dtype=value.dtype, device=value.device).set_(storage, 0, (count,), (1,))
             self._source, self._version, self._copy = value, value._version, whole.cpu()
         return self._copy.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _brief(numbers: list[float]) -> str:
+    """The first few of ``numbers``."""
+    shown = ", ".join(f"{n:g}" for n in numbers[:4])
+    return f"[{shown}{', ...' if len(numbers) > 4 else ''}]"
