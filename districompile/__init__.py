@@ -23,9 +23,10 @@ from districompile.errors import (
     Error,
     InputError,
     LaunchError,
+    RanksDifferError,
 )
 from districompile.registry import Sample, rule
-from districompile.runtime.module import load
+from districompile.runtime.module import image, load
 
 __version__ = "0.1.0"
 
@@ -38,9 +39,11 @@ __all__ = [
     "InputError",
     "LaunchError",
     "Program",
+    "RanksDifferError",
     "Sample",
     "capture",
     "convert",
+    "image",
     "load",
     "rows_of",
     "rule",

@@ -26,6 +26,7 @@ from districompile.ir.program import PhaseProgram, build_program, check_plan
 from districompile.passmanager import Pass, PassManager, import_pass, import_rules
 from districompile.progress import Progress, tasks
 from districompile.report import Report, phase_text
+from districompile.runtime.agreement import Proposal
 from districompile.runtime.inputs import InputChecker
 from districompile.runtime.runner import LockstepRunner
 from districompile.runtime.streams import Decision
@@ -257,7 +258,7 @@ class Program:
             self._runner = LockstepRunner(self.plan, self._engines(), device)
         call = InputChecker(self.plan, device)(args, kwargs)
         with torch.no_grad():
-            leaves = self._runner.call(Decision(phase, 0, False), call.tensors)
+            _, leaves = self._runner.call(Proposal(Decision(phase, 0, False), call.tensors))
         described = self._captured.output
         return_dict = call.return_dict if isinstance(call.return_dict, bool) else None
         return rebuild_output(described, leaves, return_dict, trusted=packages_of(described))

@@ -39,5 +39,9 @@ class ValueWarning(UserWarning):
     """Weights that are NaN or infinite: what is computed with them is meaningless, but it can be computed."""
 
 
+class RanksDifferError(InputError):
+    """The ranks were called differently: at another step, or one of them refused its inputs. Raised on all of them."""
+
+
 class LaunchError(Error):
     """A rank failed, or the processes could not be started: which rank, and its error."""

@@ -49,6 +49,7 @@ def images(unet: Any, steps: int = 9) -> list[bytes]:
     """Two images of ``steps`` calls; the second as a sampler with two calls a step."""
     device = unet.device
     outputs = []
+    unet.reset()
     for i in range(2 * steps):
         second = i >= steps
         t = 100.0 - (i - steps) // 2 if second else 100.0 - i

@@ -22,6 +22,7 @@ import torch
 from districompile.backends.base import Engine
 from districompile.errors import Error
 from districompile.ir.plan import Plan
+from districompile.runtime.agreement import Proposal
 from districompile.runtime.gloo import start_gloo
 from districompile.runtime.launcher import launch
 from districompile.runtime.runner import ProcessRunner, world_size
@@ -61,7 +62,7 @@ def worker(path: str, transport: str, cuda_graph: bool, calls: int) -> list[dict
     inputs = {i.path: torch.zeros(i.spec.shape, dtype=i.spec.dtype, device=device) for i in plan.inputs}
     values = {i.value: inputs[i.path] for i in plan.inputs}
     for phase in ("warmup", "warmup", "warmup", "steady", "steady", "steady", "steady"):
-        runner.call(Decision(phase, 0, False), inputs)
+        runner.call(Proposal(Decision(phase, 0, False), inputs, fresh=False))
     rows = []
     state = runner._states[0]
     for phase in ("warmup", "steady"):

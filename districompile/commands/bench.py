@@ -20,11 +20,10 @@ from districompile.errors import InputError
 from districompile.ir.plan import Phase, Plan, TensorSpec
 from districompile.outputs import check_file, write_file
 from districompile.runtime.choose import check_transport
-from districompile.runtime.inputs import timestep_path
 from districompile.runtime.launcher import launch
 from districompile.runtime.liveness import TIMEOUT, check_timeout
 from districompile.runtime.module import DistributedModule, check_device, check_native_code, load
-from districompile.runtime.runner import called_spec, world_size
+from districompile.runtime.runner import called_spec, timestep_path, world_size
 from districompile.runtime.trace import Trace, write_chrome_trace
 
 _WARM = 3  # calls before the clock runs, twice: the first step by step, the others while they are captured

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from districompile.errors import InputError
-from districompile.ir.plan import InputSpec, Plan, TensorSpec, dtype_name, names_timestep
-from districompile.runtime.runner import called_spec
+from districompile.ir.plan import InputSpec, Plan, TensorSpec, dtype_name
+from districompile.runtime.runner import called_spec, timestep_path
 from districompile.runtime.timesteps import Timesteps
 from districompile.structure import flatten_call
 from districompile.tensors import unusual
@@ -28,6 +28,7 @@ class Call:
     given: dict[str, torch.Tensor]
     tensors: dict[str, torch.Tensor]
     timestep: float | None
+    given_timestep: Any  # as the caller passed it
     return_dict: bool | None
 
 
@@ -56,7 +57,7 @@ class InputChecker:
             if leaves.get(spec.path) is None:
                 raise InputError(f"input {spec.path!r} is missing: the module was converted with it")
             tensors[spec.path] = self._tensor(spec, leaves[spec.path])
-        return Call(tensors, {path: self._moved(t) for path, t in tensors.items()}, timestep, return_dict)
+        return Call(tensors, {path: self._moved(t) for path, t in tensors.items()}, timestep, given, return_dict)
 
     def _one_timestep(self, given: Any) -> Any:
         """One of the equal timesteps of a batch, where the module was converted with one."""
@@ -135,13 +136,6 @@ class InputChecker:
             f"{spec.path}: converted for shape {list(want.shape)}, called with {list(got)}: convert again with an "
             "example of that shape"
         )
-
-
-def timestep_path(plan: Plan) -> str | None:
-    """Which input tells the steps of a sampler apart: ``plan.options["timestep"]``, or one with a usual name."""
-    paths = [i.path for i in plan.inputs if i.rows is None]
-    named = plan.options.get("timestep")
-    return named if named in paths else next(filter(names_timestep, paths), None)
 
 
 def _vector(path: str, tensor: torch.Tensor, want: TensorSpec) -> torch.Tensor:

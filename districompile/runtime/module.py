@@ -16,19 +16,21 @@ from districompile.bundle import Bundle
 from districompile.errors import BundleError, InputError, LaunchError
 from districompile.ir.plan import PHASES, Phase, Plan
 from districompile.ir.validate import value_specs
+from districompile.runtime.agreement import Proposal, kinds_of
 from districompile.runtime.choose import check_transport
 from districompile.runtime.conditioning import Conditioning
 from districompile.runtime.drift import DriftMonitor
 from districompile.runtime.face import ModuleFace
 from districompile.runtime.gloo import start_gloo
 from districompile.runtime.guard import CallGuard, guarded
-from districompile.runtime.inputs import InputChecker
+from districompile.runtime.images import ImageTracker
+from districompile.runtime.inputs import Call, InputChecker
 from districompile.runtime.interface import check_content, check_engine, check_weights
 from districompile.runtime.liveness import TIMEOUT, Liveness, check_timeout
 from districompile.runtime.placeholders import Config as Config
 from districompile.runtime.runner import LockstepRunner, ProcessRunner, Runner, world_size
 from districompile.runtime.same_bundle import compare
-from districompile.runtime.streams import Decision, StreamTracker
+from districompile.runtime.streams import Decision
 from districompile.runtime.trace import Trace
 from districompile.structure import check_classes, rebuild_output
 from districompile.weights import WeightFile
@@ -39,8 +41,9 @@ _MOST_DRIFT = 1e6  # a sample that stays or jumps; JSON knows no infinity
 class DistributedModule(ModuleFace):
     """One rank's part of a converted module (or all ranks, in lockstep): called like the original, by all ranks alike.
 
-    Rank 0's cut inputs, and its decision which phase a call belongs to, hold for all. Calls are told apart by their
-    timestep (see :mod:`districompile.runtime.streams`); ``phase`` overrides the choice of the phase where it is set.
+    Rank 0's inputs, and its decision which phase a call belongs to, hold for all (:mod:`~.agreement`). Which image a
+    call belongs to is told from its inputs (:mod:`districompile.runtime.images`), or stated by :meth:`image`; ``phase``
+    overrides the choice of the phase where it is set.
     """
 
     def __init__(
@@ -51,7 +54,8 @@ class DistributedModule(ModuleFace):
         self._trusted = tuple(trusted_packages)
         self._runner = runner
         self._inputs = InputChecker(plan, device)
-        self._streams = StreamTracker(int(plan.options.get("warmup_steps", 4)))
+        small = [i.path for i in kinds_of(plan.inputs, self._inputs.timestep_path)[1]]
+        self._images = ImageTracker(int(plan.options.get("warmup_steps", 4)), small)
         # Without a timestep every call is exact
         limit = 0.0 if self._inputs.timestep_path is None else float(plan.options.get("drift_limit", 0.0))
         self._drift = DriftMonitor(limit)
@@ -71,28 +75,41 @@ class DistributedModule(ModuleFace):
         """
         # What is kept between calls must not depend on the mode of one of them.
         with torch.inference_mode(False), torch.no_grad():
-            call = self._inputs(args, kwargs)
-            decision = self._streams.next(call.timestep)
-            if self._phase is not None:
-                decision = Decision(self._phase, decision.stream, decision.reset)
-                if decision.reset:
-                    self._drift.reset()
-            elif self._runner.leads:  # what rank 0 decides holds for all
-                decision = self._drift.check(decision)
-            decision = self._conditioning.check(decision, call.given)
             try:
-                leaves = self._runner.call(decision, call.tensors)
-                if self._runner.leads:
-                    self._drift.observe(decision.stream, call.tensors[self._image], leaves[0])
+                call = self._inputs(args, kwargs)
+            except InputError:
+                self._runner.refuse()
+                raise
+            try:
+                decision, leaves = self._runner.call(self._propose(call))
+                if self._runner.leads and self._inputs.timestep_path is not None:
+                    sample, output = call.tensors[self._image].clone(), leaves[0].clone()  # callers may write to theirs
+                    self._images.observe(sample, output)
+                    self._drift.observe(decision.stream, sample, output)
                 self._count(decision)
             except BaseException:
                 self._drift.reset()
-                self._streams.reset()  # what a failed call left is not to be built on
+                self._images.reset()  # what a failed call left is not to be built on
                 self._conditioning.reset()
                 raise
         return_dict = call.return_dict
         named = return_dict if isinstance(return_dict, bool) else None
         return rebuild_output(self.plan.output, leaves, named, self._trusted)
+
+    def _propose(self, call: Call) -> Proposal:
+        """The call as this rank sees it. On rank 0 with what its inputs show of the image."""
+        if not self._runner.leads:
+            return Proposal(Decision("warmup", 0, False), call.tensors, call.timestep)
+        decision, fresh = self._images.next(
+            call.timestep, call.given_timestep, call.given, call.tensors[self._image], self._phase is not None
+        )
+        if self._phase is None:
+            decision = self._drift.check(decision)
+        else:
+            decision = Decision(self._phase, decision.stream, decision.reset)
+            if decision.reset:
+                self._drift.reset()
+        return Proposal(self._conditioning.check(decision, call.given), call.tensors, call.timestep, fresh)
 
     def _count(self, decision: Decision) -> None:
         if decision.reset:
@@ -181,16 +198,26 @@ class DistributedModule(ModuleFace):
         can gain. On all ranks alike. Raises :class:`InputError` in lockstep."""
         if not isinstance(self._runner, ProcessRunner):
             raise InputError("ranks in lockstep exchange nothing between GPUs: start one process a rank")
-        self._streams.reset()
+        self._images.reset()
         try:
             with self._runner.transfers_free():
                 yield
         finally:
-            self._streams.reset()
+            self._images.reset()
 
     def reset(self) -> None:
         """Start a new image with the next call, whatever its timestep (rank 0's word counts)."""
-        self._streams.reset()
+        self._images.reset()
+
+    @contextlib.contextmanager
+    def image(self) -> Iterator[None]:
+        """Calls inside are steps of one image (rank 0's word counts): ``with unet.image(): ...``.
+
+        For callers whose calls do not show it: a stochastic sampler with timesteps of its own, or a conditioning that
+        changes from step to step. Nothing is measured then.
+        """
+        with self._images.stated():
+            yield
 
     def close(self) -> None:
         """Leave together with the other ranks; calls after it are refused."""
@@ -199,6 +226,16 @@ class DistributedModule(ModuleFace):
 
     def extra_repr(self) -> str:
         return f"ranks={world_size(self.plan)}, device={self._device}"
+
+
+@contextlib.contextmanager
+def image(module: torch.nn.Module) -> Iterator[None]:
+    """Take the calls of ``module`` inside for steps of one image: :meth:`DistributedModule.image`.
+
+    Does nothing for any other module, so that a script runs on the original as well.
+    """
+    with module.image() if isinstance(module, DistributedModule) else contextlib.nullcontext():
+        yield
 
 
 @torch.inference_mode(False)

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from districompile.errors import InputError, LaunchError
-from districompile.ir.plan import InputSpec, Plan, TensorSpec
+from districompile.ir.plan import InputSpec, Plan, TensorSpec, names_timestep
+from districompile.runtime.agreement import Agreement, Proposal, kinds_of, message_of
 from districompile.runtime.choose import choose_transport, make_link
 from districompile.runtime.executor import Engines, Executor
 from districompile.runtime.gloo import GlooTransport, new_group
@@ -24,19 +25,21 @@ from districompile.runtime.peer import PeerLink, PeerShares
 from districompile.runtime.state import StaticState
 from districompile.runtime.static import StaticExecutor
 from districompile.runtime.streams import Decision
-from districompile.runtime.transport import Message, Slot
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 class Runner(Protocol):
-    """Runs one call. ``inputs`` are by path, as the module is called: with ``cfg`` split, both halves of the batch.
+    """Runs one call. Inputs are by path, as the module is called: with ``cfg`` split, both halves of the batch.
     ``leads``: whether the decisions of this process hold for all ranks."""
 
     leads: bool
 
-    def call(self, decision: Decision, inputs: Tensors) -> list[torch.Tensor]:
-        """The output leaves of the whole image, in order."""
+    def call(self, proposal: Proposal) -> tuple[Decision, list[torch.Tensor]]:
+        """What was decided for all ranks, and the output leaves of the whole image, in order."""
+
+    def refuse(self) -> None:
+        """This rank's caller gave inputs that it cannot take: the other ranks learn of it instead of waiting."""
 
     def close(self) -> None:
         """Release what the runner holds; it is not called again."""
@@ -71,6 +74,13 @@ def called_spec(plan: Plan, spec: InputSpec) -> TensorSpec:
     if not is_halved(plan, spec):
         return spec.spec
     return TensorSpec((2 * spec.spec.shape[0], *spec.spec.shape[1:]), spec.spec.dtype)
+
+
+def timestep_path(plan: Plan) -> str | None:
+    """Which input tells the steps of a sampler apart: ``plan.options["timestep"]``, or one with a usual name."""
+    paths = [i.path for i in plan.inputs if i.rows is None]
+    named = plan.options.get("timestep")
+    return named if named in paths else next(filter(names_timestep, paths), None)
 
 
 def _half(plan: Plan, inputs: Tensors, half: int) -> dict[str, torch.Tensor]:
@@ -110,7 +120,8 @@ class LockstepRunner:
                 )
         self._states: dict[tuple[int, int], list[Any]] = {}  # (stream, half) -> by rank
 
-    def call(self, decision: Decision, inputs: Tensors) -> list[torch.Tensor]:
+    def call(self, proposal: Proposal) -> tuple[Decision, list[torch.Tensor]]:
+        decision, inputs = proposal.decision, proposal.inputs
         if decision.reset:
             self._each(lambda executor, state: executor.reset(state))
         try:
@@ -120,7 +131,12 @@ class LockstepRunner:
             for group in self._groups:
                 group.clear()
             raise
-        return outputs[0] if len(outputs) == 1 else [torch.cat(leaves) for leaves in zip(*outputs, strict=True)]
+        if len(outputs) == 1:
+            return decision, outputs[0]
+        return decision, [torch.cat(leaves) for leaves in zip(*outputs, strict=True)]
+
+    def refuse(self) -> None:
+        """There is no other process."""
 
     def _each(self, action: Callable[[Any, Any], None]) -> None:
         for (_, half), states in self._states.items():
@@ -173,16 +189,17 @@ class ProcessRunner:
         self.transport = choose_transport(transport, device, plan.ranks, self._world)
         self._link = make_link(self.transport, patch[self._half], self._half, parts, device, self._liveness)
         # What concerns the whole call goes from device to device where ranks have GPUs of their own
-        self._shares: PeerShares | NcclCollectives | None = None
+        shares: PeerShares | NcclCollectives | None = None
         self._across: GlooTransport | NcclCollectives | None = None
         direct = self.transport != "gloo" and dist.is_nccl_available()
         backend = "nccl" if direct else "gloo"
-        cut = [i for i in plan.inputs if i.rows is not None]
-        self._shared = Message.of(Slot(i.path, i.path, None, 0, 0, called_spec(plan, i)) for i in cut)
+        samples, conditioning = (
+            {i.path: called_spec(plan, i) for i in listed} for listed in kinds_of(plan.inputs, timestep_path(plan))
+        )
         if self.transport == "peer" and parts == 1:
-            self._shares = PeerShares(cast(PeerLink, self._link), self._shared.nbytes)
+            shares = PeerShares(cast(PeerLink, self._link), message_of(samples).nbytes)
         elif direct:
-            self._shares = NcclCollectives(new_group(range(plan.ranks * parts), FOREVER, backend), device)
+            shares = NcclCollectives(new_group(range(plan.ranks * parts), FOREVER, backend), device)
         if parts > 1:
             pairs = [new_group(range(r, plan.ranks * parts, plan.ranks), FOREVER, backend) for r in range(plan.ranks)]
             mine = pairs[patch_rank]
@@ -192,24 +209,35 @@ class ProcessRunner:
         self.executor = StaticExecutor(plan, patch_rank, engines, self._link, device, cuda_graph)
         self._states: dict[int, StaticState] = {}
         self._failure: BaseException | None = None
-        self._message = torch.zeros(self._shared.nbytes, dtype=torch.uint8, device=device if direct else "cpu")
+        self._agreement = Agreement(self._world, device, samples, conditioning, shares)
         self._closed = False
         atexit.register(_close_at_exit, weakref.ref(self))
 
-    def call(self, decision: Decision, inputs: Tensors) -> list[torch.Tensor]:
+    def call(self, proposal: Proposal) -> tuple[Decision, list[torch.Tensor]]:
         if self._failure is not None:
             raise LaunchError(f"an earlier call failed ({self._failure}): start the processes again")
         try:
             self._liveness.enter()
-            agreed, tensors = self._agree(decision, inputs)
+            agreed, inputs = self._agreement.settle(proposal)
             self._liveness.of_kind((agreed.phase, agreed.stream))
-            return self._call(agreed, tensors)
+            return agreed, self._call(agreed, inputs)
         except InputError:
             raise  # the same on all ranks, which are still in step
         except BaseException as e:
             self._failure = e
             self._liveness.fail(e)
             raise
+        finally:
+            self._liveness.leave()
+
+    def refuse(self) -> None:
+        if self._failure is not None:
+            return
+        self._liveness.enter()
+        try:
+            self._agreement.refuse()
+        except LaunchError as e:  # this rank has an error of its own to raise
+            self._failure = e
         finally:
             self._liveness.leave()
 
@@ -236,28 +264,6 @@ class ProcessRunner:
         self._communicator = Communicator(GlooTransport(group, liveness=self._liveness), device)
         for engine in engines["warmup"].values():
             engine.use_communicator(self._communicator.pointer)
-
-    def _agree(self, decision: Decision, inputs: Tensors) -> tuple[Decision, dict[str, torch.Tensor]]:
-        """Rank 0's decision and cut inputs, in one message to all; where ranks have GPUs of their own the inputs go
-        from device to device, and the host does not wait for them."""
-        header = torch.zeros(3, dtype=torch.uint8)
-        message = self._message
-        if self._world.rank == 0:
-            self._shared.pack(inputs, message)
-            header = torch.tensor(
-                [int(decision.phase == "steady"), decision.stream, int(decision.reset)], dtype=torch.uint8
-            )
-        if self._shares is not None:
-            header = self._world.broadcast(header)
-            message = self._shares.broadcast(message)
-        else:
-            both = self._world.broadcast(torch.cat([message, header]))
-            message, header = both[:-3], both[-3:]
-        phase, stream, reset = header.tolist()
-        agreed = dict(inputs)
-        if self._world.rank != 0:
-            agreed |= {s.name: s.inside(message).to(self._device) for s in self._shared.slots}
-        return Decision("steady" if phase else "warmup", stream, bool(reset)), agreed
 
     def _call(self, decision: Decision, inputs: Tensors) -> list[torch.Tensor]:
         if decision.reset:

@@ -29,13 +29,14 @@ class Decision:
 
 
 class StreamTracker:
-    """Follows the calls of one denoiser.
+    """Follows the timesteps of one denoiser. Whether an image goes on is also a matter of other evidence than timesteps
+    (:mod:`districompile.runtime.images`).
 
     - A timestep that goes against the direction of the image so far starts a new image; its direction is known from
-      its first two distinct timesteps on. (An image whose first timestep continues the direction of the last one, as
-      when sampling starts above the end of an inversion, is not seen as new: call :meth:`reset` between them.)
+      its first two distinct timesteps on.
     - More than ``max_streams`` calls in a row with one timestep start a new image too: a model of one step.
-    - Each stream runs ``warmup_steps`` calls of an image in the warm-up phase, and the rest in the steady one.
+    - Each stream runs ``warmup_steps`` calls of an image in the warm-up phase, and the rest in the steady one. A stream
+      that had no call at the last timestep begins anew: its state is older than a step.
     - Without a timestep every call is exact.
     """
 
@@ -47,31 +48,38 @@ class StreamTracker:
         self._timestep: float | None = None  # of the last call
         self._direction: Literal[-1, 0, 1] = 0  # 0: not known yet
         self._stream = 0  # of the last call
-        self._calls: dict[int, int] = {}  # stream -> calls of this image
+        self._step = 0  # distinct timesteps of this image so far
+        self._calls: dict[int, tuple[int, int]] = {}  # stream -> calls in a row of steps, the step of the last one
         self._reset = True  # before the next call
 
     def reset(self) -> None:
         """The next call starts a new image, whatever its timestep."""
         self._reset = True
 
+    def continuing(self, timestep: float | None) -> int | None:
+        """The stream that a call would belong to if the image went on; None where its timestep starts a new image."""
+        if timestep is None or not math.isfinite(timestep) or self._reset or self._starts_image(timestep):
+            return None
+        return self._stream + 1 if timestep == self._timestep else 0
+
     def next(self, timestep: float | None) -> Decision:
         """Where the next call belongs, given its timestep (None: the module takes none)."""
         if timestep is None or not math.isfinite(timestep):
             reset, self._reset = self._reset, True
             return Decision("warmup", 0, reset)
-        reset = self._reset or self._starts_image(timestep)
-        if reset:
-            self._direction, self._stream, self._calls = 0, 0, {}
-        elif timestep == self._timestep:
-            self._stream += 1
-        else:
+        stream = self.continuing(timestep)
+        reset = stream is None
+        if stream is None:
+            self._direction, self._step, self._calls, stream = 0, 0, {}, 0
+        elif timestep != self._timestep:
             self._direction = self._towards(timestep)
-            self._stream = 0
-        self._reset = False
-        self._timestep = timestep
-        calls = self._calls.get(self._stream, 0)
-        self._calls[self._stream] = calls + 1
-        return Decision("warmup" if calls < self.warmup_steps else "steady", self._stream, reset)
+            self._step += 1
+        self._reset, self._timestep, self._stream = False, timestep, stream
+        calls, last = self._calls.get(stream, (0, self._step))
+        if self._step - last > 1:
+            calls = 0
+        self._calls[stream] = calls + 1, self._step
+        return Decision("warmup" if calls < self.warmup_steps else "steady", stream, reset)
 
     def _towards(self, timestep: float) -> Literal[-1, 0, 1]:
         """The direction from the last timestep to this one."""

@@ -1,0 +1,204 @@
+"""What shows that two calls of a denoiser belong to one image: their conditioning, and how the sample moved.
+
+Timesteps alone do not show it. A falling timestep may continue an image, or start another one: after an interruption,
+after an image of a single step, or in an evaluation that goes through noise levels in order. State of another image
+gives a wrong result, so a call continues an image only where the evidence says so (docs/decisions/0039).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HISTORY = 4  # calls: multistep samplers build a sample from as many outputs
+_Array = np.ndarray[Any, Any]
+_SINGULAR = 1e-9  # of the largest eigenvalue: directions below it are multiples of others
+
+
+class Change(enum.IntEnum):
+    """How the conditioning of a call compares with that of an earlier one."""
+
+    NONE = 0  # the same memory, not written to since, or equal values
+    OTHER = 1  # other values
+    FIRST = 2  # there is no earlier one
+
+
+@dataclasses.dataclass
+class Seen:
+    """A tensor as it was in an earlier call, without relying on what the caller did to it since."""
+
+    tensor: Tensor
+    version: int | None
+    copy: Tensor
+
+    @staticmethod
+    def of(tensor: Tensor) -> Seen:
+        return Seen(tensor, _version(tensor), tensor.detach().clone())
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` has the values of the earlier call.
+
+        Waits for the device only where it is other memory, or may have been written to. Another tensor object on the
+        same memory is usual: inputs are detached at every call. The memory was not freed in between, as this object
+        holds it.
+        """
+        if self.version is not None and _version(tensor) == self.version and _memory(tensor) == _memory(self.tensor):
+            return True
+        if tensor.shape != self.copy.shape or not torch.equal(tensor.to(self.copy), self.copy):
+            return False
+        self.tensor, self.version = tensor, _version(tensor)
+        return True
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """Which memory a tensor reads, and how. The storage itself, not its address: a compiled encoder may give another
+    result at the same address."""
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None for inference tensors, which do not count."""
+    return None if tensor.is_inference() else int(tensor._version)
+
+
+class ConditioningHistory:
+    """The inputs ``paths`` through the calls of a module. Each stream of calls has its own."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = tuple(paths)
+        self._seen: dict[int, dict[str, Seen]] = {}
+
+    def reset(self) -> None:
+        """Forget earlier calls."""
+        self._seen.clear()
+
+    def compare(self, stream: int, given: Mapping[str, Tensor]) -> Change:
+        """Compare with the last call of ``stream``, and remember this one."""
+        if not self.paths:
+            return Change.NONE
+        seen = self._seen.get(stream)
+        if seen is not None and all(seen[p].is_still(given[p]) for p in self.paths):
+            return Change.NONE
+        self._seen[stream] = {p: Seen.of(given[p]) for p in self.paths}
+        return Change.FIRST if seen is None else Change.OTHER
+
+
+class Schedule:
+    """Whether timesteps are elements of one tensor in a regular order, as those that a sampler iterates over are."""
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None  # held, so that no other tensor gets its memory
+        self._version: int | None = None
+        self._stride: int | None = None
+
+    def reset(self) -> None:
+        """Forget the order, not the last timestep: the next one may be the second of an image."""
+        self._stride = None
+
+    def continues(self, value: Any) -> bool:
+        """Whether ``value`` is the element after the last call's, or the same one. Remembers it."""
+        last, version = self._last, self._version
+        one = isinstance(value, Tensor) and not value.is_inference() and all(s == 0 for s in value.stride())
+        self._last, self._version = (value, int(value._version)) if one else (None, None)
+        if last is None or self._last is None:
+            return False
+        now = self._last
+        if _memory(now)[0] != _memory(last)[0] or now.dtype != last.dtype or self._version != version:
+            return False
+        step = now.storage_offset() - last.storage_offset()
+        if step == 0:
+            return True
+        known, self._stride = self._stride, step
+        return known is None or known == step
+
+
+class Trajectory:
+    """The last calls' samples and outputs, and how far a new sample is from what a sampler makes of them."""
+
+    def __init__(self) -> None:
+        self._calls: collections.deque[tuple[Tensor, Tensor | None]] = collections.deque(maxlen=HISTORY)
+
+    def reset(self) -> None:
+        """Forget earlier calls."""
+        self._calls.clear()
+
+    def add(self, sample: Tensor, output: Tensor) -> None:
+        """Remember a call. Nobody may write into the tensors later."""
+        self._calls.append(_image_channels(sample, output))
+
+    def departure(self, sample: Tensor) -> float:
+        """The part of ``sample`` that is no linear combination of earlier samples and outputs, relative to its norm:
+        the largest of the batch. Waits for the device.
+
+        The samplers in use take linear combinations (DDIM, Euler, Heun, multistep ones of up to four outputs): then it
+        is rounding alone. A stochastic sampler adds noise of its own, so that it is between 0.1 and 0.8. For the noise
+        of another image it is close to 1. Each channel's mean is left out: images share it. Infinite where nothing can
+        be said.
+        """
+        if not self._calls:
+            return math.inf
+        last = self._calls[-1][0]
+        if sample.ndim > 1 and last.ndim == sample.ndim:
+            sample = sample[:, : last.shape[1]]
+        if sample.shape != last.shape or sample.ndim == 0 or sample.numel() == 0:
+            return math.inf
+        x, batch = _centred(sample), sample.shape[0]
+        basis = torch.stack([v for call in self._calls for v in _vectors(*call, sample.shape)], 1)  # (B, m, N)
+        table = torch.cat([basis @ basis.mT, basis @ x.unsqueeze(2)], 2)
+        flat = torch.cat([table.flatten(), (x * x).sum(1)]).cpu().numpy()
+        tables, squares = flat[:-batch].reshape(table.shape), flat[-batch:]
+        return max(_unexplained(t[:, :-1], t[:, -1], float(s)) for t, s in zip(tables, squares, strict=True))
+
+
+def _unexplained(gram: _Array, product: _Array, square: float) -> float:
+    """The relative distance of a vector from the span of others, from the products of all."""
+    if not (np.isfinite(gram).all() and np.isfinite(product).all() and math.isfinite(square)) or square <= 0:
+        return math.inf
+    scale = np.sqrt(np.maximum(np.diag(gram), 1e-300))  # to one length, so that no small vector is dropped
+    values, vectors = np.linalg.eigh(gram / scale[:, None] / scale[None])
+    parts = vectors.T @ (product / scale)
+    kept = values > _SINGULAR * max(float(values[-1]), 1e-300)
+    return math.sqrt(max(0.0, 1 - float((parts[kept] ** 2 / values[kept]).sum()) / square))
+
+
+def _image_channels(sample: Tensor, output: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The channels of a call that belong to the image on both sides. A mask beside the image, or a learned variance, is
+    left out. No output where it is of another size."""
+    if not (output.ndim == sample.ndim > 1 and output.shape[:1] == sample.shape[:1]):
+        return sample, None
+    if output.shape[2:] != sample.shape[2:]:
+        return sample, None
+    channels = min(sample.shape[1], output.shape[1])
+    return sample[:, :channels], output[:, :channels]
+
+
+def _centred(x: Tensor) -> Tensor:
+    """(B, N) in float64, without the mean of each channel."""
+    wide = (torch.view_as_real(x) if x.is_complex() else x).detach().double()
+    channels = wide.shape[1] if wide.ndim > 2 else 1
+    rows = wide.reshape(wide.shape[0], channels, -1)
+    return (rows - rows.mean(2, keepdim=True)).flatten(1)
+
+
+def _vectors(sample: Tensor, output: Tensor | None, shape: torch.Size) -> list[Tensor]:
+    """Vectors (B, N) of a call: its sample, and the outputs of all guidance parts of a picture.
+
+    Guidance combines two or three outputs. They lie in one batch, all of the first part before all of the second.
+    """
+    if sample.shape != shape:
+        return []
+    found = [_centred(sample)]
+    if output is not None:
+        y, batch = _centred(output), shape[0]
+        parts = [n for n in (2, 3) if batch % n == 0]
+        found += [y.roll(s, 0) for s in sorted({0, *(batch // n * k for n in parts for k in range(1, n))})]
+    return found
