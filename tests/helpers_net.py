@@ -49,10 +49,11 @@ def images(unet: Any, steps: int = 9) -> list[bytes]:
     """Two images of ``steps`` calls; the second as a sampler with two calls a step."""
     device = unet.device
     outputs = []
-    unet.reset()
-    for i in range(2 * steps):
-        second = i >= steps
-        t = 100.0 - (i - steps) // 2 if second else 100.0 - i
-        x = torch.randn(2, 4, unet.plan.inputs[0].spec.shape[2], 32, generator=torch.Generator().manual_seed(i))
-        outputs.append(unet(sample=x.to(device), timestep=torch.tensor(t)).cpu().numpy().tobytes())
+    for second in (False, True):
+        with unet.image():  # samples drawn by lot are no steps of a sampler
+            for i in range(steps):
+                generator = torch.Generator().manual_seed(i + steps * second)
+                x = torch.randn(2, 4, unet.plan.inputs[0].spec.shape[2], 32, generator=generator)
+                t = torch.tensor(100.0 - (i // 2 if second else i))
+                outputs.append(unet(sample=x.to(device), timestep=t).cpu().numpy().tobytes())
     return outputs

@@ -175,13 +175,14 @@ def test_an_image_that_keeps_changing_is_exact(tmp_path: Any) -> None:
     program.save(tmp_path / "bundle", backend="eager")
     make_program(2, drift_limit=0.0).save(tmp_path / "without", backend="eager")
     unet, other = (dc.load(tmp_path / name, lockstep=True) for name in ("bundle", "without"))
-    for i in range(8):
-        x = torch.randn(2, 4, 40, 32, generator=torch.Generator().manual_seed(i))
-        want = program.simulate(sample=x, timestep=torch.tensor(9.0 - i))
-        torch.testing.assert_close(unet(sample=x, timestep=torch.tensor(9.0 - i)), want, rtol=1e-5, atol=1e-6)
-        other(sample=x, timestep=torch.tensor(9.0 - i))
-    assert unet.image_calls == {"exact": 8, "displaced": 0}
-    assert other.image_calls == {"exact": 3, "displaced": 5}
+    with unet.image(), other.image():
+        for i in range(8):
+            x = torch.randn(2, 4, 40, 32, generator=torch.Generator().manual_seed(i))
+            want = program.simulate(sample=x, timestep=torch.tensor(9.0 - i))
+            torch.testing.assert_close(unet(sample=x, timestep=torch.tensor(9.0 - i)), want, rtol=1e-5, atol=1e-6)
+            other(sample=x, timestep=torch.tensor(9.0 - i))
+        assert unet.image_calls == {"exact": 8, "displaced": 0}
+        assert other.image_calls == {"exact": 3, "displaced": 5}
 
 
 def test_an_image_that_settles_is_displaced_then(tmp_path: Any) -> None:

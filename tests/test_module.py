@@ -50,11 +50,12 @@ def test_two_images_with_two_calls_a_step(tmp_path: Path) -> None:
     unet = lockstep(tmp_path / "b", plan)
     for image in range(2):
         references = [Reference(plan), Reference(plan)]
-        for i, t in enumerate((9, 7, 5, 3)):
-            for stream in (0, 1):
-                x = sample(image * 100 + i * 2 + stream)
-                want = references[stream](x, float(t), "warmup" if i < 2 else "steady")
-                torch.testing.assert_close(unet(x, t, scale=2)["sample"], want)
+        with unet.image():  # samples drawn by lot
+            for i, t in enumerate((9, 7, 5, 3)):
+                for stream in (0, 1):
+                    x = sample(image * 100 + i * 2 + stream)
+                    want = references[stream](x, float(t), "warmup" if i < 2 else "steady")
+                    torch.testing.assert_close(unet(x, t, scale=2)["sample"], want)
 
 
 def test_reset_exact_and_phase(tmp_path: Path) -> None:
@@ -64,16 +65,17 @@ def test_reset_exact_and_phase(tmp_path: Path) -> None:
     def check(i: int, t: float, phase: str) -> None:
         torch.testing.assert_close(unet(sample(i), t, 2)["sample"], reference(sample(i), t, phase))
 
-    for i, phase in enumerate(("warmup", "warmup", "steady")):
-        check(i, 10.0 - i, phase)
-    with unet.exact():
-        check(3, 7.0, "warmup")
-    check(4, 6.0, "steady")
-    unet.reset()
-    check(5, 5.0, "warmup")
-    unet.phase = "steady"
-    check(6, 4.0, "steady")
-    unet.phase = None
+    with unet.image():  # samples drawn by lot
+        for i, phase in enumerate(("warmup", "warmup", "steady")):
+            check(i, 10.0 - i, phase)
+        with unet.exact():
+            check(3, 7.0, "warmup")
+        check(4, 6.0, "steady")
+        unet.reset()
+        check(5, 5.0, "warmup")
+        unet.phase = "steady"
+        check(6, 4.0, "steady")
+        unet.phase = None
     with pytest.raises(InputError, match="there is no phase 'fast': use one of 'warmup', 'steady', or None"):
         unet.phase = "fast"  # type: ignore[assignment]
 
@@ -91,9 +93,10 @@ def test_steady_first_says_what_to_do_and_harms_nothing(tmp_path: Path) -> None:
 def test_both_guidance_halves(tmp_path: Path) -> None:
     plan = make_plan(2, batch=1, cfg="split")
     unet, reference = lockstep(tmp_path / "b", plan), Reference(plan)
-    for i, phase in enumerate(("warmup", "warmup", "steady", "steady")):
-        got = unet(sample(i), 9 - i, 2)["sample"]
-        torch.testing.assert_close(got, reference(sample(i), 9.0 - i, phase))
+    with unet.image():
+        for i, phase in enumerate(("warmup", "warmup", "steady", "steady")):
+            got = unet(sample(i), 9 - i, 2)["sample"]
+            torch.testing.assert_close(got, reference(sample(i), 9.0 - i, phase))
     with pytest.raises(InputError, match="sample: converted for batch 2, called with 1"):
         unet(sample(0, 1), 9, 2)
 

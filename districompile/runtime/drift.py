@@ -19,6 +19,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -162,6 +163,12 @@ class DriftMonitor:
         # Written so that a NaN is never calm
         if found.settled:
             found.settled = known[-1] <= _RESTLESS * self.limit
+            if known[-1] == math.inf:
+                warnings.warn(
+                    "a sample jumped within an image: where another image began there, its first two calls read the "
+                    "state of the one before; put the calls of each image inside `with dc.image(unet):`",
+                    stacklevel=2,
+                )
         else:
             found.settled = all(r <= self.limit for r in known[-_CALM:])
         return not found.settled

@@ -5,8 +5,8 @@ A call continues the image of the calls before it only if all of this holds:
 1. its timestep goes on in the image's direction (:mod:`districompile.runtime.streams`);
 2. its conditioning is that of the stream's last call: the same memory, or else equal values;
 3. its sample is what a sampler makes of the last calls. That is measured, and the host waits for the measure, unless
-   the timesteps are successive elements of one tensor, as those that a sampler iterates over. They vouch for a call
-   once the first moves of the image were measured.
+   the timesteps are successive elements of one tensor, as those that a sampler iterates over. On a GPU they vouch for
+   a call once the first moves of the image were measured. They also let a stochastic sampler pass.
 
 Anything else begins a new image, whose first calls are exact: that costs time, never the image. A user who knows
 better says so (:meth:`ImageTracker.stated`). Derived and measured in docs/decisions/0039.
@@ -92,8 +92,8 @@ class ImageTracker:
     def _goes_on(self, change: Change, regular: bool, sample: Tensor) -> bool:
         if change is Change.OTHER:
             return False
-        if regular and self._moves >= TRIAL:
-            return True
+        if regular and self._moves >= TRIAL and sample.device.type != "cpu":
+            return True  # nobody waits; a jump is noticed two calls later (districompile.runtime.drift)
         departure = self._trajectory.departure(sample)
         if departure <= NEAR:
             self._unclear = 0

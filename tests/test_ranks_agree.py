@@ -1,0 +1,30 @@
+"""Ranks that are called differently: rank 0's inputs hold, or every rank gets one error; the next image is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers_images import differing_ranks, make
+
+from districompile.runtime.launcher import launch
+
+pytestmark = pytest.mark.multiprocess
+EXACT = 1e-5
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_are_called_differently(tmp_path: Path, ranks: int) -> None:
+    make(tmp_path / "b", ranks)
+    found = launch(differing_ranks, (str(tmp_path / "b"),), ranks)
+    for got in found.values():
+        assert got["other text"] <= EXACT
+        for name in ("other timestep", "stopped"):
+            assert got[name].startswith("RanksDifferError: rank 1 is at timestep"), got[name]
+        for name in ("other text", "other timestep", "refused", "stopped"):
+            errors = got[name, "next image"]
+            assert max(errors[:3]) <= EXACT < min(errors[3:]), (name, errors)
+    assert "rank 1 is at timestep 100 and rank 0 at timestep 500" in found[0]["other timestep"]
+    assert "rank 1 is at timestep 870 and rank 0 at timestep 950" in found[0]["stopped"]
+    assert found[0]["refused"] == "RanksDifferError: rank 1 refused its inputs: see the error of that rank"
+    assert found[1]["refused"].startswith("InputError: sample: converted for")
