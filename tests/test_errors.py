@@ -94,7 +94,7 @@ def test_not_finite() -> None:
 
 
 def test_weights_that_are_no_numbers_are_named(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--backend", "eager", "--out", str(nets / "nan"), "--json"]
+    arguments = ["--backend", "eager", "--out", str(nets / "nan-0"), "--json"]
     assert cli.main(["convert", "error_nets:broken", *arguments]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(lines) == 1 and "inner.bias (NaN)" in lines[0]
@@ -102,12 +102,12 @@ def test_weights_that_are_no_numbers_are_named(nets: Path, capsys: pytest.Captur
 
     module, args, kwargs, rows = broken()
     with pytest.warns(ValueWarning, match=r"inner\.bias \(NaN\)"):
-        dc.convert(module, args, kwargs, ranks=2, rows=rows).save(nets / "nan", "eager")
+        dc.convert(module, args, kwargs, ranks=2, rows=rows).save(nets / "nan-1", "eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error", ValueWarning)
         with torch.no_grad():
             module.inner.bias[1] = 0
-        dc.convert(module, args, kwargs, ranks=2, rows=rows).save(nets / "nan", "eager")
+        dc.convert(module, args, kwargs, ranks=2, rows=rows).save(nets / "nan-2", "eager")
 
 
 def test_factories_that_fail(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +128,7 @@ def test_the_type_of_a_factory(nets: Path, dtype: str | None, capsys: pytest.Cap
     assert {w.dtype for w in plan.weights.values()} == {wanted}
     assert {i.path: i.spec.dtype for i in plan.inputs} == {"sample": wanted, "timestep": torch.int64}
     assert plan.options.get("dtype") == dtype
-    assert cli.main(["verify", str(out), "--json"]) == 0
+    assert cli.main(["verify", str(out), "--model", "error_nets:table", "--json"]) == 0
     capsys.readouterr()
 
 
@@ -206,7 +206,7 @@ def test_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["convert", "x" * 300], "File name too long"),
         (["inspect", "x" * 300], "File name too long"),
-        (["convert", "demo", "--backend", "eager", "--dump", "/dev/null"], "/dev/null is not a folder"),
+        (["convert", "demo", "--backend", "eager", "--dump", "/dev/null"], "/dev/null is a file: give a folder"),
         (["convert", "error_nets:table", "--backend", "eager", "--rules", ""], "rules : it cannot be imported"),
         (["convert", "error_nets:table", "--backend", "eager", "--rules", ".x"], "rules .x: it cannot be imported"),
         (["convert", "error_nets:table", "--backend", "eager", "--rules", "own_faults"], "ZeroDivisionError"),

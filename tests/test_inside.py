@@ -14,6 +14,7 @@ from districompile.errors import BackendError, ConvertError
 from districompile.ir.inside import NAME, delivered, gathered, run_joined, whole_plan, whole_segment
 from districompile.ir.plan import Deliver, Exchange, Plan, Run, Take
 from districompile.passes.leave_room import LeaveRoom
+from districompile.runtime.agreement import Proposal
 from districompile.runtime.executor import Executor
 from districompile.runtime.inputs import InputChecker
 from districompile.runtime.lockstep import LockstepLinks
@@ -123,8 +124,8 @@ def test_steady_phase_goes_on_from_a_joined_exact_phase(static: bool) -> None:
     calls = {i.path: values[i.value] for i in plan.inputs}
     moved = {**calls, "sample": calls["sample"] * 1.1}
     for phase, given in (("warmup", calls), ("steady", moved), ("steady", calls), ("warmup", calls), ("steady", moved)):
-        decision = Decision(phase, 0, False)  # type: ignore[arg-type]
-        a, b = wanted.call(decision, given), joined.call(decision, given)
+        proposal = Proposal(Decision(phase, 0, False), given)  # type: ignore[arg-type]
+        (_, a), (_, b) = wanted.call(proposal), joined.call(proposal)
         assert relative_error(b[0], a[0]) <= 1e-5, phase
     assert StaticExecutor  # both executors are meant
 

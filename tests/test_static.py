@@ -169,13 +169,13 @@ def test_a_converted_model_in_fixed_memory(ranks: int, cfg: str, tmp_path: Path)
     kwargs = {"sample": torch.randn(2, 4, 40, 32), "timestep": torch.tensor(10.0)}
     module = Net().eval()  # the same weights as in the bundle
     program = dc.convert(module, kwargs=kwargs, ranks=ranks, warmup_steps=3, cfg=cfg)
-    for i in range(6):
-        x = {"sample": torch.randn(2, 4, 40, 32), "timestep": torch.tensor(100.0 - i)}
-        got, want = unet(**x), program.simulate(**x, phase="warmup" if i < 3 else "steady")
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-        if i < 3:
-            torch.testing.assert_close(got, module(**x), rtol=1e-5, atol=1e-6)
-    unet.reset()
+    with unet.image():
+        for i in range(6):
+            x = {"sample": torch.randn(2, 4, 40, 32), "timestep": torch.tensor(100.0 - i)}
+            got, want = unet(**x), program.simulate(**x, phase="warmup" if i < 3 else "steady")
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+            if i < 3:
+                torch.testing.assert_close(got, module(**x), rtol=1e-5, atol=1e-6)
     assert images(unet, 4) == images(unet, 4)  # bit for bit
 
 

@@ -63,7 +63,7 @@ class Recording(nn.Module):
         for i, monitor in enumerate(self._monitors):
             rows = slice(i, None, self._lot)
             self.exact[i].append(len(self.exact[i]) < self._warmup or monitor.must_be_exact(0))
-            monitor.observe(0, sample[rows], output[rows])
+            monitor.observe(0, sample[rows].clone(), output[rows].clone())
         return out
 
     def __getattr__(self, name: str) -> Any:

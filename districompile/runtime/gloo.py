@@ -24,6 +24,7 @@ from districompile.runtime.trace import Spans
 from districompile.runtime.transport import Packing, PackingCache, Pending, TransportError
 
 _T = TypeVar("_T")
+_SMALL = 1024  # bytes
 _TAGS = 1 << 20  # posts under way at once are a handful; their tags only have to differ
 
 
@@ -85,9 +86,29 @@ class GlooTransport:
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         flat = _as_bytes(tensor)
+        if flat.numel() <= _SMALL:
+            return [p.view(tensor.dtype).view(tensor.shape).to(tensor.device) for p in self._swap(flat)]
         parts = [torch.empty_like(flat) for _ in range(self.ranks)]
         self.guarded(lambda: dist.all_gather(parts, flat, group=self._group))
         return [p.view(tensor.dtype).view(tensor.shape).to(tensor.device) for p in parts]
+
+    def _swap(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """All ranks' few bytes. Two ranks send to each other; of more, rank 0 collects and sends to all. Gloo's own ring
+        takes twice as long for two ranks, and five times for four."""
+        tag = self._posts % _TAGS
+        self._posts += 1
+        parts = [flat if p == self.rank else torch.empty_like(flat) for p in range(self.ranks)]
+        others = [p for p in range(self.ranks) if p != self.rank]
+        if self.ranks == 2 or self.rank == 0:
+            receives = [(p, self._receive(parts[p], p, tag)) for p in others]
+        else:
+            receives = []
+        sends = [(p, self._send(flat, p, tag)) for p in others if self.ranks == 2 or (p == 0 and self.rank)]
+        for peer, work in (*receives, *sends):
+            self.guarded(work.wait, peer)
+        if self.ranks <= 2:
+            return parts
+        return list(self.broadcast(torch.stack(parts)).unbind(0))
 
     def barrier(self) -> None:
         self.guarded(lambda: dist.barrier(group=self._group))

@@ -29,7 +29,10 @@ class Timesteps:
 
         Raises :class:`InputError` for a tensor of unequal ones."""
         if not isinstance(value, torch.Tensor):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise InputError(f"{name!r} is too large") from None
         if value.numel() == 0:
             return None
         found = self._on_host(value.detach()).double().flatten()
