@@ -36,7 +36,7 @@ class UnsupportedError(InputError, AttributeError):
 
 
 class ValueWarning(UserWarning):
-    """Weights that are NaN or infinite: what is computed with them is meaningless, but it can be computed."""
+    """Weights that are NaN or infinite, or that no layer asks for. The result is that of the original module."""
 
 
 class RanksDifferError(InputError):

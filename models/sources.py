@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from districompile.errors import Error
+from districompile.errors import Error, ValueWarning
 from districompile.models import inputs
 from districompile.models.configs import check_config, culprit, shortened
 from districompile.models.files import check_weight_files, first_line, load_fault, one_reason, read_json
@@ -28,6 +29,7 @@ from districompile.models.imports import import_object, raised
 from districompile.models.inputs import Context, Example, ModelError, Size
 
 ACCEPTED = "'demo', a diffusers folder, a hub id (owner/name), or package.module:factory"
+_MOST_UNREAD = 0.1  # of a model's tensors: a stray one is common, a layer's worth is another model
 DEMO = Path(__file__).resolve().parent / "demo"
 
 ExampleMaker = Callable[[Mapping[str, Any], Context, Size, torch.dtype, int], Example]
@@ -259,16 +261,24 @@ def _from_pretrained(
         named = "" if why is None else f" ({why})"
         reason = load_fault(e, Path(where, subfolder or "")).partition(" If you want to instead")[0].replace("  ", " ")
         raise ModelError(f"{source}: its {cls.__name__} cannot be loaded{named}: {reason}") from e
-    for kind, text in (("missing_keys", "lacks"), ("unexpected_keys", "has besides, unknown to its config.json,")):
-        names = sorted(found.get(kind) or ())
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ModelError(
-                f"{source}: the weight file {text} {', '.join(names[:3])}{more}: weights and config.json are of "
-                "different models, or the download is incomplete"
-            )
+    if missing := _listed(found.get("missing_keys")):
+        raise ModelError(
+            f"{source}: the weight file lacks {missing}: weights and config.json are of different models, or the "
+            "download is incomplete"
+        )
+    if unread := _listed(found.get("unexpected_keys")):
+        says = f"{source}: the weight file has {unread} besides, which its config.json does not ask for"
+        if len(found["unexpected_keys"]) > _MOST_UNREAD * len(loaded.state_dict()):
+            raise ModelError(f"{says}: weights and config.json are of different models")
+        warnings.warn(f"{says}: ignored, as the original does", ValueWarning, stacklevel=2)
     module: nn.Module = loaded
     return module
+
+
+def _listed(names: Collection[str] | None) -> str:
+    """A few names, and how many more there are."""
+    ordered = sorted(names or ())
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import districompile as dc
 
 SHAPE = (1, 4, 12, 8)
+Ts = list[float]
 
 
 class Net(nn.Module):
@@ -75,6 +77,59 @@ def errors(unet: Callable[..., Tensor], net: Net, image: Image) -> list[float]:
             want = net(**call)
         found.append(float((out - want).norm() / want.norm()))
     return found
+
+
+def falling(steps: int, start: float = 981.0, step: float = 20.0) -> Ts:
+    return [start - step * i for i in range(steps)]
+
+
+def heun(ts: Ts) -> Ts:
+    return [ts[0], *(t for t in ts[1:] for _ in range(2))]
+
+
+def sequences() -> dict[str, list[list[Ts]]]:
+    """Names, and images one after another by their timesteps; each has a sample of its own."""
+    one = [[[999.0 / (i + 2)] for i in range(12)]]
+    two = [[[900.0 - 200 * i, 800.0 - 200 * i] for i in range(4)]]
+    return {
+        "of one step, falling": one,
+        "of one step, at one timestep": [[[500.0]] * 10],
+        "of two steps, falling": two,
+        "of two steps, each as the last": [[[999.0, 499.0]] * 6],
+        "of four steps": [[falling(4, 999.0, 250.0)] * 4],
+        "interrupted, then one that starts lower": [[falling(10), falling(4, 481.0)]],
+        "interrupted, then one that starts where it would have gone on": [[falling(10), falling(8, 781.0)]],
+        "inverted, then sampled from above": [[falling(10)[::-1], falling(6, 991.0)], [falling(10)[::-1], falling(6)]],
+        "by Heun, interrupted": [[heun(falling(6))[:8], heun(falling(6, 861.0))]],
+        "of timesteps without an order": [[[700.0, 100.0, 900.0, 100.0, 800.0, 300.0, 200.0, 150.0]] * 2],
+        "an evaluation in order": [[[t] for t in falling(25)]],
+    }
+
+
+def draw_all(bundle: str) -> tuple[list[float], list[str]]:
+    """The errors of the first calls of every image of :func:`sequences`, with one text and with one each, and a digest
+    of all outputs, for each of two rounds."""
+    torch.manual_seed(0)
+    net, unet = Net().eval(), dc.load(bundle, timeout=60)
+    firsts, digests = [], []
+    for _ in range(2):
+        digest, seed = hashlib.sha256(), 0
+        unet.reset()
+        for same_text in (True, False):
+            for images in (images for listed in sequences().values() for images in listed):
+                for timesteps in images:
+                    seed += 1
+                    for i, (call, out) in enumerate(
+                        Image(noise(seed), text(0 if same_text else seed), list(timesteps)).draw(unet)
+                    ):
+                        digest.update(out.numpy().tobytes())
+                        if i < 3:
+                            with torch.no_grad():
+                                want = net(**call)
+                            firsts.append(float((out - want).norm() / want.norm()))
+        digests.append(digest.hexdigest())
+    unet.close()
+    return firsts, digests
 
 
 def differing_ranks(bundle: str) -> dict[str, Any]:

@@ -8,28 +8,32 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_images import SHAPE, Image, Net, errors, make, noise, text
+from helpers_images import (
+    SHAPE,
+    Image,
+    Net,
+    draw_all,
+    errors,
+    falling,
+    heun,
+    make,
+    noise,
+    sequences,
+    text,
+)
 from torch import Tensor
 
 import districompile as dc
 from districompile.runtime.evidence import Change, ConditioningHistory, Schedule, Trajectory
 from districompile.runtime.images import FAR, NEAR
+from districompile.runtime.launcher import launch
 
 EXACT = 1e-5
-Ts = list[float]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Path]:
     return make(tmp_path_factory.mktemp("images") / "b", request.param)
-
-
-def falling(steps: int, start: float = 981.0, step: float = 20.0) -> Ts:
-    return [start - step * i for i in range(steps)]
-
-
-def heun(ts: Ts) -> Ts:
-    return [ts[0], *(t for t in ts[1:] for _ in range(2))]
 
 
 def test_a_regular_image_is_displaced(made: tuple[Net, Path]) -> None:
@@ -45,25 +49,6 @@ def test_two_calls_a_step_are_displaced(made: tuple[Net, Path]) -> None:
     unet = dc.load(bundle, lockstep=True)
     errors(unet, net, Image(noise(1), text(1), heun(falling(8))))
     assert unet.image_calls == {"exact": 6, "displaced": 9}
-
-
-def sequences() -> dict[str, list[list[Ts]]]:
-    """Names, and images one after another by their timesteps; each has a sample of its own."""
-    one = [[[999.0 / (i + 2)] for i in range(12)]]
-    two = [[[900.0 - 200 * i, 800.0 - 200 * i] for i in range(4)]]
-    return {
-        "of one step, falling": one,
-        "of one step, at one timestep": [[[500.0]] * 10],
-        "of two steps, falling": two,
-        "of two steps, each as the last": [[[999.0, 499.0]] * 6],
-        "of four steps": [[falling(4, 999.0, 250.0)] * 4],
-        "interrupted, then one that starts lower": [[falling(10), falling(4, 481.0)]],
-        "interrupted, then one that starts where it would have gone on": [[falling(10), falling(8, 781.0)]],
-        "inverted, then sampled from above": [[falling(10)[::-1], falling(6, 991.0)], [falling(10)[::-1], falling(6)]],
-        "by Heun, interrupted": [[heun(falling(6))[:8], heun(falling(6, 861.0))]],
-        "of timesteps without an order": [[[700.0, 100.0, 900.0, 100.0, 800.0, 300.0, 200.0, 150.0]] * 2],
-        "an evaluation in order": [[[t] for t in falling(25)]],
-    }
 
 
 @pytest.mark.parametrize("name", sequences())
@@ -226,3 +211,15 @@ def test_a_regular_schedule() -> None:
     assert not schedule.continues(t[0]) and schedule.continues(t[1])
     t += 1  # another schedule in the same memory
     assert not schedule.continues(t[2])
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_on_processes(tmp_path: Path, ranks: int) -> None:
+    """All sequences one after another in one process a rank, twice: exact first calls, and the same bits."""
+    make(tmp_path / "b", ranks)
+    found = launch(draw_all, (str(tmp_path / "b"),), ranks)
+    firsts, digests = found[0]
+    assert len(firsts) >= 200 and max(firsts) <= EXACT
+    assert digests[0] == digests[1]
+    assert all(other[1] == digests for other in found.values())

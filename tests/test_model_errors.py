@@ -149,12 +149,11 @@ def test_headers_that_lie(model: Path, name: str, tmp_path: Path, capsys: pytest
     ("change", "words"),
     [
         (lambda s: s.pop("conv_in.weight"), "lacks conv_in.weight"),
-        (lambda s: s.update(foreign=torch.zeros(2)), "foreign"),
         (lambda s: s.update({"conv_in.weight": torch.zeros(2, 3)}), "conv_in.weight expected shape"),
         (lambda s: s.update({"conv_in.weight": torch.tensor(1.0)}), "conv_in.weight expected shape"),
         (lambda s: s.update({"conv_in.weight": s["conv_in.weight"].int()}), "conv_in.weight is of type I32"),
     ],
-    ids=["missing", "foreign", "shape", "scalar", "integers"],
+    ids=["missing", "shape", "scalar", "integers"],
 )
 def test_weights_that_do_not_fit(
     model: Path, bundle: Path, change: Callable[[dict[str, Tensor]], Any], words: str,
@@ -165,6 +164,13 @@ def test_weights_that_do_not_fit(
     save_file(state, model / WEIGHTS)
     assert words in failing(capsys, *convert(model))
     assert words in failing(capsys, "refit", str(bundle), "--weights", str(model), "--out", str(model / "refitted"))
+
+
+def test_a_stray_weight_is_a_warning(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = load_file(model / WEIGHTS)
+    save_file({**state, "foreign": torch.zeros(2)}, model / WEIGHTS)
+    assert cli.main(convert(model)) == 0
+    assert "warning: " in (err := capsys.readouterr().err) and "has foreign besides" in err
 
 
 def test_a_pipelines_file_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,17 +93,15 @@ class GlooTransport:
         return [p.view(tensor.dtype).view(tensor.shape).to(tensor.device) for p in parts]
 
     def _swap(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """All ranks' few bytes. Two ranks send to each other; of more, rank 0 collects and sends to all. Gloo's own ring
-        takes twice as long for two ranks, and five times for four."""
+        """All ranks' few bytes. Two ranks send to each other; of more, rank 0 collects and sends to all. Gloo's own
+        ring takes twice as long for two ranks, and five times for four."""
         tag = self._posts % _TAGS
         self._posts += 1
         parts = [flat if p == self.rank else torch.empty_like(flat) for p in range(self.ranks)]
         others = [p for p in range(self.ranks) if p != self.rank]
-        if self.ranks == 2 or self.rank == 0:
-            receives = [(p, self._receive(parts[p], p, tag)) for p in others]
-        else:
-            receives = []
-        sends = [(p, self._send(flat, p, tag)) for p in others if self.ranks == 2 or (p == 0 and self.rank)]
+        direct = self.ranks == 2
+        receives = [(p, self._receive(parts[p], p, tag)) for p in others if direct or self.rank == 0]
+        sends = [(p, self._send(flat, p, tag)) for p in others if direct or p == 0]
         for peer, work in (*receives, *sends):
             self.guarded(work.wait, peer)
         if self.ranks <= 2:
