@@ -240,15 +240,19 @@ class Cell:
         return Cell(f"{psnr['mean']:.1f} / {psnr['worst']:.1f}" + (f" ({black} not finite)" if black else ""))
 
 
+def _table(line: dict[str, Any]) -> tuple[int, str, int, float]:
+    """What the lines of one table have in common: steps, type, number of pictures, drift limit."""
+    job = line["job"]
+    return job["steps"], job["dtype"], line["pictures"], job["drift_limit"]
+
+
 def write_docs(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Replace what stands between ``<!-- quality tables -->`` and ``<!-- end -->``."""
     parts = []
-    sets = dict.fromkeys((line["job"]["steps"], line["pictures"], line["job"]["drift_limit"]) for line in lines)
-    for steps, pictures, limit in sorted(sets):
-        here = [
-            e for e in lines
-            if (e["job"]["steps"], e["pictures"], e["job"]["drift_limit"]) == (steps, pictures, limit)
-        ]  # fmt: skip
+    sets = dict.fromkeys(map(_table, lines))
+    for key in sorted(sets):
+        steps, dtype, pictures, limit = key
+        here = [e for e in lines if _table(e) == key]
         ranks = sorted({e["ranks"] for e in here})
         by = {(e["way"], e["ranks"]): e for e in here}
         exact = [e["exact_steps"] for e in here if e["exact_steps"] is not None]
@@ -256,7 +260,7 @@ def write_docs(path: Path, lines: Sequence[dict[str, Any]]) -> None:
             f"drift limit {limit:g}, {sum(exact) / len(exact):.1f} steps exact on average" if limit else "4 steps exact"
         )
         devices = ", ".join(sorted({e["device"] for e in here}))
-        parts.append(f"{steps} steps, {pictures} pictures, {how} ({devices}):\n")
+        parts.append(f"{steps} steps, {pictures} pictures, {dtype}, {how} ({devices}):\n")
         parts.append("| group norm | " + " | ".join(f"{r} ranks" for r in ranks) + " |")
         parts.append("| --- |" + " --- |" * len(ranks))
         for mode in dict.fromkeys(e["way"] for e in here):
