@@ -171,3 +171,16 @@ def differing_ranks(bundle: str) -> dict[str, Any]:
     attempt("stopped", stops)
     unet.close()
     return got
+
+
+def dawdle(bundle: str) -> str:
+    """Rank 1 stays in its caller's code in the midst of an image. What rank 0 is told."""
+    import os
+    import time
+
+    unet = dc.load(bundle, timeout=5)
+    for image in range(3):
+        for i, (_, _) in enumerate(Image(noise(1), text(1), falling(8)).draw(unet)):
+            if os.environ["RANK"] == "1" and image == 2 and i == 4:
+                time.sleep(1000)
+    return "done"

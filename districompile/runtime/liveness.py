@@ -5,7 +5,8 @@ another one judges by them:
 
 - A rank without heartbeats is stopped or gone, whatever it was doing.
 - A rank with heartbeats may take its time between two calls: nobody is told how long a caller thinks. Rank 0 is waited
-  for as long as it lives; the others have ten times the timeout to come to a call that rank 0 has begun.
+  for as long as it lives. The others have the timeout to come to a call that rank 0 has begun, within an image; ten
+  times that to come to an image's first call, and to the first calls of all.
 - Within a call every transfer is bounded by the timeout; ten times that in the first calls, which prepare things.
 """
 
@@ -96,6 +97,7 @@ class Liveness:
         self._in_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and _is_tcp(store)
         # Of this rank: what the main thread does, and what has been found out
         self._call, self._step, self._inside = 0, 0, False
+        self._patient = True
         self._failed: str | None = None
         self._blames: int | None = None
         self._left = False
@@ -142,11 +144,13 @@ class Liveness:
         texts = self._store.multi_get([f"{name}/{r}" for r in range(self.ranks)])
         return [json.loads(text) for text in texts]
 
-    def enter(self) -> None:
-        """A call begins. Raises :class:`TransportError` where a rank is known to be lost."""
+    def enter(self, within_image: bool = False) -> None:
+        """A call begins; ``within_image``: this is rank 0, and the call goes on with an image, so that the others come
+        soon. Raises :class:`TransportError` where a rank is known to be lost."""
         verdict = self._verdict or self._ended(time.monotonic(), _SILENCE * self.timeout)
         if verdict is not None:
             raise self.error(verdict)
+        self._patient = not within_image or sum(self._seen.values()) < 2 * _COLD_CALLS
         self._entered, self._key = time.monotonic(), None
         self._call, self._inside = self._call + 1, True
 
@@ -318,8 +322,9 @@ class Liveness:
             beat = beats[peer]
             since = max(waiting.since, moved[peer])
             if beat.call < call:
-                if peer != 0 and now - since > PATIENCE * self.timeout:
-                    return Verdict(peer, f"it does not come to the call within {PATIENCE * self.timeout:g} s", True)
+                coming = self.timeout * (PATIENCE if self._patient else 1)
+                if peer != 0 and now - since > coming:
+                    return Verdict(peer, f"it does not come to the call within {coming:g} s (see the timeout)", True)
             elif beat.call == call and beat.inside and beat.waits is None and now - since > limit:
                 return Verdict(peer, f"it does not go on within a call for {limit:g} s (see the timeout)", True)
         joined = all(beats[p].call >= call for p in self._peers)

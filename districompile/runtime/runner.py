@@ -217,7 +217,7 @@ class ProcessRunner:
         if self._failure is not None:
             raise LaunchError(f"an earlier call failed ({self._failure}): start the processes again")
         try:
-            self._liveness.enter()
+            self._liveness.enter(self.leads and not proposal.decision.reset)
             agreed, inputs = self._agreement.settle(proposal)
             self._liveness.of_kind((agreed.phase, agreed.stream))
             return agreed, self._call(agreed, inputs)
