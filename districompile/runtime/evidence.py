@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -121,11 +122,32 @@ class Schedule:
         return known is None or known == step
 
 
+@dataclasses.dataclass
+class _Remembered:
+    """A call: the channels of its sample and its output that belong to the image."""
+
+    sample: Tensor
+    output: Tensor | None
+
+    @functools.cached_property
+    def vectors(self) -> list[Tensor]:
+        """(B, N) each: the sample, and the outputs of all guidance parts of a picture.
+
+        Guidance combines two or three outputs. They lie in one batch, all of the first part before all of the second.
+        """
+        found = [_centred(self.sample)]
+        if self.output is not None:
+            y, batch = _centred(self.output), self.output.shape[0]
+            parts = [n for n in (2, 3) if batch % n == 0]
+            found += [y.roll(s, 0) for s in sorted({0, *(batch // n * k for n in parts for k in range(1, n))})]
+        return found
+
+
 class Trajectory:
     """The last calls' samples and outputs, and how far a new sample is from what a sampler makes of them."""
 
     def __init__(self) -> None:
-        self._calls: collections.deque[tuple[Tensor, Tensor | None]] = collections.deque(maxlen=HISTORY)
+        self._calls: collections.deque[_Remembered] = collections.deque(maxlen=HISTORY)
 
     def reset(self) -> None:
         """Forget earlier calls."""
@@ -133,7 +155,7 @@ class Trajectory:
 
     def add(self, sample: Tensor, output: Tensor) -> None:
         """Remember a call. Nobody may write into the tensors later."""
-        self._calls.append(_image_channels(sample, output))
+        self._calls.append(_Remembered(*_image_channels(sample, output)))
 
     def departure(self, sample: Tensor) -> float:
         """The part of ``sample`` that is no linear combination of earlier samples and outputs, relative to its norm:
@@ -146,13 +168,15 @@ class Trajectory:
         """
         if not self._calls:
             return math.inf
-        last = self._calls[-1][0]
+        last = self._calls[-1].sample
         if sample.ndim > 1 and last.ndim == sample.ndim:
             sample = sample[:, : last.shape[1]]
         if sample.shape != last.shape or sample.ndim == 0 or sample.numel() == 0:
             return math.inf
         x, batch = _centred(sample), sample.shape[0]
-        basis = torch.stack([v for call in self._calls for v in _vectors(*call, sample.shape)], 1)  # (B, m, N)
+        basis = torch.stack(
+            [v for c in self._calls if c.sample.shape == sample.shape for v in c.vectors], 1
+        )  # (B, m, N)
         table = torch.cat([basis @ basis.mT, basis @ x.unsqueeze(2)], 2)
         flat = torch.cat([table.flatten(), (x * x).sum(1)]).cpu().numpy()
         tables, squares = flat[:-batch].reshape(table.shape), flat[-batch:]
@@ -187,18 +211,3 @@ def _centred(x: Tensor) -> Tensor:
     channels = wide.shape[1] if wide.ndim > 2 else 1
     rows = wide.reshape(wide.shape[0], channels, -1)
     return (rows - rows.mean(2, keepdim=True)).flatten(1)
-
-
-def _vectors(sample: Tensor, output: Tensor | None, shape: torch.Size) -> list[Tensor]:
-    """Vectors (B, N) of a call: its sample, and the outputs of all guidance parts of a picture.
-
-    Guidance combines two or three outputs. They lie in one batch, all of the first part before all of the second.
-    """
-    if sample.shape != shape:
-        return []
-    found = [_centred(sample)]
-    if output is not None:
-        y, batch = _centred(output), shape[0]
-        parts = [n for n in (2, 3) if batch % n == 0]
-        found += [y.roll(s, 0) for s in sorted({0, *(batch // n * k for n in parts for k in range(1, n))})]
-    return found
