@@ -155,7 +155,7 @@ def test_the_variance_is_never_less_than_the_ranks_own(
         var + sum(w for _, _, _, w in ranks[1:]) / 8
     )  # forecast: a quarter at least, corrected: half of it
     assert merged.isfinite().all()
-    assert float(merged[1]) >= least * (1 - 1e-5)
+    assert float(merged[1]) >= least * (1 - 1e-5) - 1e-30  # what float32 holds
 
 
 def test_modes_agree_where_nothing_changes() -> None:
