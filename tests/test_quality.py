@@ -13,7 +13,7 @@ import torch
 import districompile as dc
 from districompile.cli import main
 from districompile.commands.quality import parse_seeds
-from districompile.commands.run import drift_warning
+from districompile.commands.run import drift_warning, not_finite
 from districompile.ir.ops import ops
 from districompile.quality import metrics, reference
 from districompile.quality.cases import Case, QualityError, demo_prompts, make_cases, read_prompts
@@ -170,6 +170,8 @@ def test_run_warns_where_a_picture_moved_too_fast() -> None:
     options = {"drift_limit": 1.0}
     assert drift_warning({"drift": 1.9}, options, {}) is None
     assert drift_warning({"drift": None}, options, {}) is None
+    assert not_finite({"latents": torch.tensor([1.0, 2.0]), "image": None}) == {}
+    assert not_finite({"image": torch.tensor([1.0, float("nan"), float("-inf"), 0.0])}) == {"image": 0.5}
     assert drift_warning({"drift": 9.0}, {"drift_limit": 0.0}, {}) is None
     warning = drift_warning({"drift": 4.0}, options, {})
     assert warning is not None and "4.0 times" in warning and "--drift-limit" in warning

@@ -148,7 +148,8 @@ def image_format(path: Path) -> str:
 
 
 def save_images(pixels: Tensor, path: Path) -> list[Path]:
-    """Write (B, 3, H, W) in 0..1 to ``path``, and to ``NAME-1``, ``NAME-2``, ... for further images.
+    """Write (B, 3, H, W) in 0..1 to ``path``, and to ``NAME-1``, ``NAME-2``, ... for further images. What is NaN or
+    infinite becomes black.
 
     Each file appears whole or not at all: it is written beside its place and renamed.
     """
@@ -156,7 +157,7 @@ def save_images(pixels: Tensor, path: Path) -> list[Path]:
 
     kind = image_format(path)
     written = []
-    array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    array = (pixels.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     for i, image in enumerate(array):
         target = path if i == 0 else path.with_name(f"{path.stem}-{i}{path.suffix}")
         data = io.BytesIO()

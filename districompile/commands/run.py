@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,12 @@ def main(settings: Settings, as_json: bool) -> int:
     figures = launch(worker, (job,), world, log_dir=settings.log_dir).get(0)
     if figures is None:  # another rank under an outer launcher
         return 0
+    for name, share in figures["not_finite"].items():
+        print(
+            f"warning: {share:.1%} of the {name} is NaN or infinite, and the picture black there: convert with --dtype "
+            "float32 or bfloat16",
+            file=sys.stderr,
+        )
     warning = drift_warning(figures, plan.options, plan.report)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
@@ -148,18 +155,22 @@ def worker(job: Job) -> dict[str, Any] | None:
     picture = draw(pipe, job.request, progress, decode=first)
     if not first or picture.pixels is None:
         return None
-    for name, values in (("latents hold", picture.latents), ("image holds", picture.pixels)):
-        if values is not None and not torch.isfinite(values).all():
-            raise UsageError(f"the {name} NaN or infinite values; nothing was written (try --dtype float32)")
     images = save_images(picture.pixels, job.out)
     return {
         "images": [str(p) for p in images],
+        "not_finite": not_finite({"latents": picture.latents, "image": picture.pixels}),
         "seconds": round(picture.seconds, 3),
         "it_per_s": round(picture.calls / picture.seconds, 3),
         "calls": compiled.image_calls,
         "drift": compiled.image_drift,
         "transport": compiled.transport,
     }
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
+    """The share of values that are NaN or infinite, of those tensors that have any."""
+    shares = {n: 1 - t.isfinite().double().mean().item() for n, t in tensors.items() if t is not None}
+    return {name: share for name, share in shares.items() if share > 0}
 
 
 def drift_warning(figures: dict[str, Any], options: dict[str, Any], report: dict[str, Any]) -> str | None:
