@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from districompile.commands.common import UsageError
 from districompile.outputs import write_file
 from districompile.progress import Progress, tasks
+from districompile.runtime.module import image
 
 GUIDED = ("batch", "split")
 
@@ -65,7 +66,7 @@ def place(pipe: Any, device: torch.device) -> None:
 
 
 def draw(pipe: Any, request: Request, progress: Progress | None = None, decode: bool = True) -> Picture:
-    """Run the pipeline once. Its own scheduler is used; the compiled program notices the new image by itself.
+    """Run the pipeline once, with its own scheduler: one image, or one batch of them.
 
     Raises :class:`UsageError` where the pipeline refuses the request.
     """
@@ -113,7 +114,7 @@ def draw(pipe: Any, request: Request, progress: Progress | None = None, decode: 
         hook: Callable[[], None] = pipe.unet.register_forward_hook(count).remove
         begin = time.perf_counter()
         try:
-            with torch.inference_mode():
+            with torch.no_grad(), image(pipe.unet):  # inference tensors would be compared by value at each step
                 result = pipe(**given)
         except (ValueError, TypeError, IndexError) as e:
             raise UsageError(f"the pipeline {type(pipe).__name__} refused: {e}") from e
@@ -158,10 +159,10 @@ def save_images(pixels: Tensor, path: Path) -> list[Path]:
     kind = image_format(path)
     written = []
     array = (pixels.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    for i, image in enumerate(array):
+    for i, values in enumerate(array):
         target = path if i == 0 else path.with_name(f"{path.stem}-{i}{path.suffix}")
         data = io.BytesIO()
-        Image.fromarray(image.squeeze()).save(data, format=kind)
+        Image.fromarray(values.squeeze()).save(data, format=kind)
         write_file(target, data.getvalue())
         written.append(target)
     return written

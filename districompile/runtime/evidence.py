@@ -106,10 +106,13 @@ class Schedule:
         self._stride = None
 
     def continues(self, value: Any) -> bool:
-        """Whether ``value`` is the element after the last call's, or the same one. Remembers it."""
+        """Whether ``value`` is the element after the last call's, or the same one. Remembers it.
+
+        Whoever writes other timesteps over those of an image is not noticed in inference mode.
+        """
         last, version = self._last, self._version
-        one = isinstance(value, Tensor) and not value.is_inference() and all(s == 0 for s in value.stride())
-        self._last, self._version = (value, int(value._version)) if one else (None, None)
+        one = isinstance(value, Tensor) and all(s == 0 for s in value.stride())
+        self._last, self._version = (value, _version(value)) if one else (None, None)
         if last is None or self._last is None:
             return False
         now = self._last
