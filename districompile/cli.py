@@ -17,7 +17,7 @@ import typer
 
 from districompile.commands import checks
 from districompile.errors import Error, ValueWarning
-from districompile.interrupts import INTERRUPTED
+from districompile.interrupts import INTERRUPTED, end_undisturbed
 
 app = typer.Typer(
     name="districompile",
@@ -441,6 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result: Any = typer.main.get_command(app).main(
                 args=args or ["--help"], prog_name="districompile", standalone_mode=False
             )
+            end_undisturbed()
     except checks.ReaderLeft:
         return 141  # as a shell says it of a process that SIGPIPE ended
     except Error as e:
@@ -451,6 +452,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = str(e.filename)
         return _fail(f"{name if len(name) <= 100 else name[:97] + '...'}: {e.strerror}")
     except (KeyboardInterrupt, typer.Abort):
+        end_undisturbed()
         result = INTERRUPTED
     except Exception as e:
         # Usage errors; their class lives in click or inside typer, depending on typer's version.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from types import TracebackType
 
@@ -13,6 +14,12 @@ def end_quietly() -> None:
     """In the program ``districompile``, end by Ctrl-C with one line. Whoever imports the package is not affected."""
     if sys.orig_argv[1:3] == ["-m", "districompile"] or os.path.basename(sys.argv[0]) == "districompile":
         sys.excepthook = _hook
+
+
+def end_undisturbed() -> None:
+    """In the program ``districompile``, ignore Ctrl-C from here on: only clearing up is left."""
+    if sys.excepthook is _hook:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
