@@ -23,33 +23,33 @@ class OutputError(Error):
 
 def check_file(path: Path, name: str = "") -> None:
     """Raise :class:`OutputError` where a file cannot be written at ``path``; ``name`` is its option."""
-    told = f"{name} {path}".strip()
-    found = _status(path, told)
+    label = f"{name} {path}".strip()
+    found = _status(path, label)
     if found is not None and stat.S_ISDIR(found.st_mode):
-        raise OutputError(f"{told} is a folder: give the name of a file")
+        raise OutputError(f"{label} is a folder: give the name of a file")
     if found is not None and not os.access(path, os.W_OK):
-        raise OutputError(f"{told} cannot be written: permission denied; choose another place")
+        raise OutputError(f"{label} cannot be written: permission denied; choose another place")
     if found is None or stat.S_ISREG(found.st_mode):  # a pipe or a device is written as it is
-        _check_parent(_target(path, told), told)
+        _check_parent(_target(path, label), label)
 
 
 def check_folder(path: Path, name: str = "") -> None:
     """Raise :class:`OutputError` where no folder can be made at ``path``, or nothing be written into it."""
-    told = f"{name} {path}".strip()
-    found = _status(path, told)
+    label = f"{name} {path}".strip()
+    found = _status(path, label)
     if found is None:
-        _check_parent(_target(path, told), told)
+        _check_parent(_target(path, label), label)
     elif not stat.S_ISDIR(found.st_mode):
-        raise OutputError(f"{told} is a file: give a folder")
+        raise OutputError(f"{label} is a file: give a folder")
     else:
-        _probe(path, told)
+        _probe(path, label)
 
 
 def write_file(path: Path, data: bytes | str) -> None:
     """Write ``path`` whole or not at all; a link stays a link. Its folder is made where it is missing."""
-    told = str(path)
+    label = str(path)
     data = data.encode() if isinstance(data, str) else data
-    target = _target(path, told)
+    target = _target(path, label)
     partial = target.parent / part_name()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def write_file(path: Path, data: bytes | str) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as e:
-        raise OutputError(f"{told} cannot be written: {e.strerror or e}") from e
+        raise OutputError(f"{label} cannot be written: {e.strerror or e}") from e
 
 
 def part_name() -> str:
@@ -114,45 +114,45 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(first)
 
 
-def _status(path: Path, told: str) -> os.stat_result | None:
+def _status(path: Path, label: str) -> os.stat_result | None:
     try:
         return path.stat()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
-        raise OutputError(f"{told} cannot be written: {getattr(e, 'strerror', None) or e}") from e
+        raise OutputError(f"{label} cannot be written: {getattr(e, 'strerror', None) or e}") from e
 
 
-def _target(path: Path, told: str) -> Path:
+def _target(path: Path, label: str) -> Path:
     """What a link leads to."""
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as e:
-        raise OutputError(f"{told} cannot be written: {e}") from e
+        raise OutputError(f"{label} cannot be written: {e}") from e
 
 
-def _check_parent(path: Path, told: str) -> None:
+def _check_parent(path: Path, label: str) -> None:
     """Whether ``path`` can be made: its name is tried, in the innermost folder that is there."""
     below = path
-    while _status(below.parent, told) is None:
+    while _status(below.parent, label) is None:
         below = below.parent
-        _fits(below.name, path, told)
-    _fits(path.name, path, told)
+        _fits(below.name, path, label)
+    _fits(path.name, path, label)
     if not below.parent.is_dir():
-        raise OutputError(f"{told} cannot be written: {below.parent} is not a folder")
-    _probe(below.parent, told)
+        raise OutputError(f"{label} cannot be written: {below.parent} is not a folder")
+    _probe(below.parent, label)
 
 
-def _fits(name: str, path: Path, told: str) -> None:
+def _fits(name: str, path: Path, label: str) -> None:
     if len(os.fsencode(name)) > 255 or len(os.fsencode(str(path))) > 4000:
-        raise OutputError(f"{told[:100]}... cannot be written: File name too long")
+        raise OutputError(f"{label[:100]}... cannot be written: File name too long")
 
 
-def _probe(folder: Path, told: str) -> None:
+def _probe(folder: Path, label: str) -> None:
     probe = folder / part_name()
     try:
         with uninterrupted():
             probe.touch(exist_ok=False)
             probe.unlink()
     except OSError as e:
-        raise OutputError(f"{told} cannot be written: {e.strerror or e}; choose another place") from e
+        raise OutputError(f"{label} cannot be written: {e.strerror or e}; choose another place") from e

@@ -4,7 +4,7 @@ Each rank writes a heartbeat to the store at which the ranks met, and reads thos
 another one judges by them:
 
 - A rank without heartbeats is stopped or gone, whatever it was doing.
-- A rank with heartbeats may take its time between two calls: nobody is told how long a caller thinks. Rank 0 is waited
+- A rank with heartbeats may take its time between two calls: how long a caller thinks is not known. Rank 0 is waited
   for as long as it lives. The others have the timeout to come to a call that rank 0 has begun, within an image; ten
   times that to come to an image's first call, and to the first calls of all.
 - Within a call every transfer is bounded by the timeout; ten times that in the first calls, which prepare things.
@@ -103,11 +103,11 @@ class Liveness:
         self._left = False
         # Of the others
         self._beats: dict[int, Beat] = {}
-        self._heard: dict[int, float] = {}  # when a beat was new
+        self._last_beat: dict[int, float] = {}  # when a beat was new
         self._moved: dict[int, float] = {}  # when a rank had gone on
-        self._talked = time.monotonic()  # when the store answered
+        self._last_contact = time.monotonic()  # when the store answered
         self._numbers = itertools.count()
-        self._told = threading.Event()
+        self._published = threading.Event()
         self._waiting: _Waiting | None = None
         self._entered: float | None = None
         self._seen: collections.Counter[Hashable] = collections.Counter()
@@ -222,18 +222,18 @@ class Liveness:
 
     def _tell(self) -> None:
         """Have the others know at once."""
-        told = self._told = threading.Event()
+        published = self._published = threading.Event()
         self._wake.set()
-        told.wait(1.0)
+        published.wait(1.0)
 
     def _publish(self) -> None:
-        told, waiting = self._told, self._waiting
+        published, waiting = self._published, self._waiting
         waits = None if waiting is None else (-1 if waiting.peer is None else waiting.peer)
         beat = Beat(
             next(self._numbers), self._call, self._inside, self._step, waits, self._failed, self._blames, self._left
         )
         self._store.set(f"beat/{self.rank}", json.dumps(dataclasses.asdict(beat)))
-        told.set()
+        published.set()
 
     def _talk(self) -> None:
         keys = [f"beat/{p}" for p in self._peers]
@@ -249,11 +249,11 @@ class Liveness:
     def _read(self, texts: list[bytes]) -> None:
         now = time.monotonic()
         with self._lock:
-            self._talked = now
+            self._last_contact = now
             for peer, text in zip(self._peers, texts, strict=True):
                 beat, earlier = Beat(**json.loads(text)), self._beats.get(peer)
                 if earlier is None or beat.number != earlier.number:
-                    self._heard[peer] = now
+                    self._last_beat[peer] = now
                 if earlier is None or (beat.call, beat.step) != (earlier.call, earlier.step):
                     self._moved[peer] = now
                 self._beats[peer] = beat
@@ -280,8 +280,8 @@ class Liveness:
             late, tick = now - tick - self._interval, now
             if late > 2 * self._interval:  # this process did not run itself: that is no silence of the others
                 with self._lock:
-                    self._talked = min(now, self._talked + late)
-                    for times in (self._heard, self._moved):
+                    self._last_contact = min(now, self._last_contact + late)
+                    for times in (self._last_beat, self._moved):
                         times.update({p: min(now, t + late) for p, t in times.items()})
             waiting = self._waiting or self._device_waits(now)
             verdict = None if waiting is None else self._judge(now, waiting)
@@ -345,7 +345,7 @@ class Liveness:
     def _ended(self, now: float, silence: float) -> Verdict | None:
         """A rank that failed or left, or that gave no sign of life for ``silence`` seconds."""
         with self._lock:
-            beats, heard, talked = dict(self._beats), dict(self._heard), self._talked
+            beats, last_beat, last_contact = dict(self._beats), dict(self._last_beat), self._last_contact
         for peer, beat in beats.items():
             if beat.failed is not None and beat.lost in beats:
                 return Verdict(beat.lost, beat.failed)
@@ -359,12 +359,12 @@ class Liveness:
         holder = self._in_rank_0 and self.rank != 0
         if holder and self._threads and not self._threads[0].is_alive() and not self._stop.is_set():
             return Verdict(0, "it ended, and with it the store at which the ranks met")
-        if now - talked > 2 * self._interval + 1:  # without the store nothing is known of the others
-            return self._silent(0, now - talked, silence) if holder else None
-        if not heard:
+        if now - last_contact > 2 * self._interval + 1:  # without the store nothing is known of the others
+            return self._silent(0, now - last_contact, silence) if holder else None
+        if not last_beat:
             return None
-        quietest = min(heard, key=heard.__getitem__)
-        return self._silent(quietest, now - heard[quietest], silence)
+        quietest = min(last_beat, key=last_beat.__getitem__)
+        return self._silent(quietest, now - last_beat[quietest], silence)
 
     def _silent(self, peer: int, quiet: float, silence: float) -> Verdict | None:
         if quiet <= silence:

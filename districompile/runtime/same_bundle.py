@@ -72,9 +72,9 @@ def compare(liveness: Liveness, bundle: Bundle, backend: str, transport: str, ve
     place = [socket.gethostname(), str(bundle.path.resolve())]
     own = {"facts": facts(bundle, backend, transport), "place": place, "verified": verified}
     every = liveness.exchange("bundle", own)
-    told = difference([e["facts"] for e in every])
-    if told is not None:
-        raise LaunchError(told)
+    problem = difference([e["facts"] for e in every])
+    if problem is not None:
+        raise LaunchError(problem)
     if verified is False and not any(e["verified"] and e["place"] == place for e in every):
         check_hashes(bundle.path, {n: e["sha256"] for n, e in bundle.manifest["files"].items() if n != PLAN})
 
