@@ -1,47 +1,63 @@
-"""Errors a user can cause. Each message names the thing at fault and the way out."""
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that a user can cause. Each message names the thing at fault and the way out."""
 
 from __future__ import annotations
 
 
 class Error(Exception):
-    """Base of every error that bad input, a bad bundle or a bad environment can cause.
+    """Base class of all errors that bad input, a bad bundle or a bad environment can cause.
 
-    The command line prints the message alone and exits with 2; anything that is not an ``Error`` is a defect of ours.
+    The command line prints the message alone and exits with 2. Any other exception is a defect of districompile.
     """
 
 
 class CaptureError(Error):
-    """The module could not be exported to a graph: where, and why."""
+    """The module cannot be exported to a graph. The message says where and why."""
 
 
 class ConvertError(Error):
-    """The graph could not be cut as asked: wrong rows, too many ranks, ``strict`` with fallbacks, an unknown pass."""
+    """The graph cannot be converted as requested: wrong rows, too many ranks, a fallback with ``strict``, an unknown
+    pass."""
 
 
 class BackendError(Error):
-    """A backend is missing, or cannot build or load something."""
+    """A backend is not installed, or cannot build or load a segment."""
+
+
+class ExtensionError(Error):
+    """An extension, or something that an installed package offers by an entry point, cannot be loaded."""
 
 
 class BundleError(Error):
-    """A bundle is missing, truncated, changed, of another version, or could not be written."""
+    """A bundle is missing, damaged or of another version, or cannot be written."""
 
 
 class InputError(Error):
-    """A call does not fit what was converted: another shape, a missing input, a changed constant."""
+    """A call does not fit the converted module: another shape, a missing input, a changed constant."""
 
 
 class UnsupportedError(InputError, AttributeError):
-    """A converted module does not have an attribute, or does not do an operation, of the original: ``hasattr`` is
-    false."""
+    """A converted module lacks an attribute or an operation of the original. ``hasattr`` is false for it."""
 
 
 class ValueWarning(UserWarning):
-    """Weights that are NaN or infinite, or that no layer asks for. The result is that of the original module."""
+    """Weights are NaN or infinite, or no layer reads them. The result is that of the original module."""
 
 
 class RanksDifferError(InputError):
-    """The ranks were called differently: at another step, or one of them refused its inputs. Raised on all of them."""
+    """The ranks were called at different steps, or one refused its inputs. Raised on all ranks."""
 
 
 class LaunchError(Error):
-    """A rank failed, or the processes could not be started: which rank, and its error."""
+    """A rank failed, or the processes could not be started. The message names the rank and its error."""
+
+
+class TransportError(LaunchError):
+    """A transfer failed because another rank ended or does not answer.
+
+    ``silent``: the process of that rank still exists, so it will raise no error of its own.
+    """
+
+    def __init__(self, message: str, silent: bool = False) -> None:
+        super().__init__(message)
+        self.silent = silent

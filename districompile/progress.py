@@ -1,6 +1,7 @@
-"""Progress bars behind a tiny protocol, so that the compiler and the runtime need no terminal library.
+# SPDX-License-Identifier: Apache-2.0
+"""Progress bars behind a small protocol, so that the compiler and the runtime need no terminal library.
 
-Code that takes long accepts ``progress: Progress | None`` and writes::
+Code that takes time accepts ``progress: Progress | None`` and writes::
 
     with tasks(progress).task("building engines", total=len(work)) as task:
         for item in work:
@@ -18,10 +19,10 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """One bar. A context manager: leaving it removes or completes the bar, also after an exception."""
+    """One bar, as a context manager. Leaving it removes the bar, also after an exception."""
 
     def advance(self, n: float = 1) -> None:
-        """Count ``n`` more units of the total as done."""
+        """Add ``n`` units to what is done."""
 
     def describe(self, text: str) -> None:
         """Replace the text beside the bar."""
@@ -34,10 +35,10 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    """Where bars come from."""
+    """A source of bars."""
 
     def task(self, description: str, total: float | None = None) -> Task:
-        """A new bar; ``total`` in units of :meth:`Task.advance`, None where it is not known."""
+        """Return a new bar. ``total`` counts units of :meth:`Task.advance`; None: unknown."""
 
 
 class _SilentTask:
@@ -57,14 +58,14 @@ class _SilentTask:
 
 
 class Silent:
-    """Draws nothing."""
+    """A source of bars that draws nothing."""
 
     def task(self, description: str, total: float | None = None) -> Task:
         return _SilentTask()
 
 
 class RichProgress:
-    """Bars on standard error. Tasks may nest; the display runs while at least one task is open."""
+    """A source of bars on standard error. Tasks may nest. The display runs while at least one task is open."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -121,10 +122,10 @@ def _plain(text: str) -> str:
 
 
 def tasks(progress: Progress | None) -> Progress:
-    """``progress`` itself, or a silent one for None."""
+    """Return ``progress``, or a silent source for None."""
     return progress if progress is not None else Silent()
 
 
 def terminal_progress(enabled: bool = True) -> Progress:
-    """Bars when standard error is a terminal and ``enabled``; otherwise silent."""
+    """Return bars where standard error is a terminal and ``enabled`` holds, else a silent source."""
     return RichProgress() if enabled and sys.stderr.isatty() else Silent()

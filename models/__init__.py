@@ -1,3 +1,4 @@
-"""Where models come from: loaders by source, example inputs by class, and the demo model."""
+# SPDX-License-Identifier: Apache-2.0
+"""Model sources: loaders by kind of source, example inputs by model class, and the demo model."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Configurations of diffusers' models: values of the wrong type, and the key that makes a constructor fail."""
+# SPDX-License-Identifier: Apache-2.0
+"""Check configurations of diffusers' models: values of a wrong type, and the key that makes a constructor fail."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ _NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "
 
 
 def check_config(cls: type[Any], config: Mapping[str, Any], where: str) -> None:
-    """Compare every value with the type that the constructor of ``cls`` declares for its key.
+    """Check the type of every value against the constructor of ``cls``.
 
-    Null is left to the constructor. Raises :class:`ModelError` that names the file (``where``), the key and the value.
+    The constructor itself handles null. Raises :class:`ModelError`, which names the file (``where``), key and value.
     """
     if config.get("quantization_config") is not None:
         raise ModelError(f"{where}: the weights are quantised (quantization_config); give a folder of plain ones")
@@ -35,7 +36,7 @@ def check_config(cls: type[Any], config: Mapping[str, Any], where: str) -> None:
         if key == "sample_size":
             kinds = kinds | {int, tuple}
         only_lists = typing.get_origin(annotation) in (tuple, list)
-        if only_lists and not (isinstance(value, list | tuple) and value):
+        if only_lists and not (isinstance(value, list | tuple) and (value or _may_be_empty(cls, key))):
             raise ModelError(f"{where}: {key} is {shortened(value)}; it must be a list of at least one value")
         wrong = next((v for v in _leaves(value, kinds) if not _fits(v, kinds)), None)
         if wrong is not None:
@@ -43,6 +44,11 @@ def check_config(cls: type[Any], config: Mapping[str, Any], where: str) -> None:
             wanted = " or ".join(_NAMES[k] for k in _NAMES if k in elements)
             raise ModelError(f"{where}: {key} {'has' if only_lists else 'is'} {shortened(wrong)}; it must be {wanted}")
         _check_magnitude(key, value, where)
+
+
+def _may_be_empty(cls: Any, key: str) -> bool:
+    default = inspect.signature(cls.__init__).parameters[key].default
+    return isinstance(default, list | tuple) and not default
 
 
 def _check_magnitude(key: str, value: Any, where: str) -> None:
@@ -53,15 +59,16 @@ def _check_magnitude(key: str, value: Any, where: str) -> None:
 
 
 def shortened(value: Any) -> str:
-    """A value as a message shows it."""
+    """Format a value for a message, in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def culprit(cls: Any, config: Mapping[str, Any]) -> str | None:
-    """What of ``config`` keeps ``cls`` from being built: the one key that, with its default or with 1, would let it.
+    """Find the one key of ``config`` that keeps ``cls`` from being built: with its default, or 1, the build succeeds.
 
-    Says that the values do not go together where there is no such key; None where ``cls`` can be built.
+    Returns a phrase for a message. Without such a key the phrase says that the values do not go together. Returns None
+    if ``cls`` can be built. The search ends after 20 seconds.
     """
     if _builds(cls, config):
         return None
@@ -81,7 +88,7 @@ def _builds(cls: Any, config: Mapping[str, Any]) -> bool:
     try:
         with torch.device("meta"):
             cls.from_config(dict(config))
-    except Exception:  # whatever a constructor makes of a wrong value
+    except Exception:  # a constructor may raise anything for a wrong value
         return False
     return True
 
@@ -94,7 +101,7 @@ def _declared(cls: type[Any]) -> dict[str, Any]:
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The plain types anywhere in a declared type; empty where it names another one."""
+    """Return the plain types within a declared type, or an empty set if it names any other type."""
     if annotation in (bool, int, float, str):
         return {annotation}
     if annotation in (type(None), Ellipsis):
@@ -112,7 +119,7 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def _leaves(value: Any, kinds: set[Any]) -> list[Any]:
-    """A value, or what is in its lists where the key takes lists."""
+    """Return the elements of nested lists if the key takes lists, else the value itself."""
     if isinstance(value, list | tuple) and tuple in kinds:
         return [leaf for v in value for leaf in _leaves(v, kinds)]
     return [value]

@@ -1,10 +1,11 @@
-"""Files of a model folder: JSON and safetensors, read so that every fault has a name and a reason."""
+# SPDX-License-Identifier: Apache-2.0
+"""Read JSON and safetensors files of a model folder, and name the file and the reason of every fault."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,21 @@ _NOT_FLOATING = ("I", "U", "BOOL", "C")  # how safetensors' names of other types
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line; its class where it says nothing."""
+    """Return the first line of an exception's message, or its class if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def one_reason(error: BaseException) -> str:
-    """As :func:`first_line`, with the class where the text alone is a riddle, as that of a ``KeyError``."""
+    """Return the first line of a message, with the class for exceptions whose text alone is unclear (``KeyError``)."""
     known = isinstance(error, OSError | ValueError | RuntimeError | Error) and not isinstance(error, RecursionError)
     return first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
 
 
 def load_fault(error: BaseException, where: Path) -> str:
-    """Why a library could not load what is in ``where``: the file that cannot be read, if one is at fault.
+    """Explain why a library failed to load ``where``: by the file that cannot be read, if there is one.
 
-    Libraries drop the reason, or the name of the file.
+    The messages of libraries lack the reason, or the name of the file.
     """
     named = [Path(p) for p in re.findall(r"[^'\"\s]+\.safetensors", str(error))]
     for path in dict.fromkeys((*named, *(sorted(where.rglob("*.safetensors")) if where.is_dir() else ()))):
@@ -44,7 +45,7 @@ def load_fault(error: BaseException, where: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises :class:`ModelError` for a file that is none."""
+    """Read the object in a JSON file. Raises :class:`ModelError` if the file holds none."""
     try:
         data = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
@@ -61,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def safetensors_fault(path: Path) -> str | None:
-    """Why a safetensors file cannot be read, from its header alone; None where it can."""
+    """Return why a safetensors file cannot be read, from its header alone, or None."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS))
@@ -79,7 +80,7 @@ def safetensors_fault(path: Path) -> str | None:
 
 
 def _repeated(path: Path) -> str | None:
-    """A tensor that the header names twice: readers take either one."""
+    """Return a fault if the header names a tensor twice: readers differ in which one they take."""
     found: list[str] = []
 
     def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -94,31 +95,65 @@ def _repeated(path: Path) -> str | None:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise :class:`ModelError` that names the file and the reason where it cannot be read."""
+    """Raise :class:`ModelError` with the file and the reason if it cannot be read."""
     fault = safetensors_fault(path)
     if fault is not None:
         raise ModelError(f"{path} cannot be read: {fault}")
 
 
+def find_variant(folder: Path, wanted: str | None = None) -> str | None:
+    """Return the variant of a component's weights to read, such as ``"fp16"``; None for the plain ones.
+
+    That is the ``wanted`` one, or the only one where there are no plain weights. Raises :class:`ModelError` for a
+    variant that there is not, with those that there are.
+    """
+    names = [p.name for p in folder.glob("*.safetensors")]
+    found = {m[1] for n in names if (m := re.search(r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors$", n))}
+    plain = any(re.fullmatch(r"\w+(?:-\d+-of-\d+)?\.safetensors", n) for n in names)
+    if wanted is not None:
+        if names and wanted not in found:
+            known = ", ".join(sorted(found)) or "none"
+            raise ModelError(f"{folder} has no weights of the variant {wanted} (variants there: {known})")
+        return wanted
+    return None if plain or len(found) != 1 else found.pop()
+
+
 def check_weight_files(folder: Path, variant: str | None) -> None:
-    """Check the headers of a component's weight files, and that all files exist which an index names.
+    """Check the headers of a component's weight files, and that every file of an index exists.
 
     Raises :class:`ModelError` that names the file. Weights are not read.
     """
     middle = f".{variant}" if variant else ""
-    indices = [p for p in sorted(folder.glob(f"*{_INDEX}")) if _variant_of(p.name.removesuffix(_INDEX)) == middle]
-    named = {name for index in indices for name in _indexed(index)}
+    # Two ways to name the index of a variant: x.fp16.safetensors.index.json, and x.safetensors.index.fp16.json
+    plain = [p for p in sorted(folder.glob(f"*{_INDEX}")) if _variant_of(p.name.removesuffix(_INDEX)) == middle]
+    indices = [*plain, *(sorted(folder.glob(f"*.safetensors.index{middle}.json")) if middle else ())]
+    named = {name for index in indices for name in _indexed(index).values()}
     whole = folder / f"diffusion_pytorch_model{middle}.safetensors"
     for path in [whole] if whole.exists() or whole.is_symlink() else [folder / n for n in sorted(named)]:
         check_safetensors(path)
         _check_types(path)
+    if not (whole.exists() or whole.is_symlink()):
+        for index in indices:
+            _check_index(index)
 
 
 def _variant_of(stem: str) -> str:
     return "." + stem.partition(".")[2] if "." in stem else ""
 
 
-def _indexed(index: Path) -> Iterable[str]:
+def _check_index(index: Path) -> None:
+    """Check that each file holds the weights that an index says: diffusers reads a file that lacks some as it is."""
+    holds: dict[str, set[str]] = {}
+    for weight, name in _indexed(index).items():
+        if name not in holds:
+            with safe_open(str(index.parent / name), framework="pt") as file:
+                holds[name] = set(file.keys())
+        if weight not in holds[name]:
+            raise ModelError(f"{index} says that {name} holds {weight}, and it does not: download the model again")
+
+
+def _indexed(index: Path) -> dict[str, str]:
+    """Return the file of each weight, as an index says. Raises :class:`ModelError` for files that are not there."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, Mapping) or not all(isinstance(n, str) for n in names.values()):
         raise ModelError(f"{index} does not say which file holds which weight (weight_map)")
@@ -127,11 +162,11 @@ def _indexed(index: Path) -> Iterable[str]:
             raise ModelError(f"{index} names {name!r}, which is not a file beside it")
         if not (index.parent / name).exists():
             raise ModelError(f"{index} names {name}, which is missing: download the model again")
-    return names.values()
+    return dict(names)
 
 
 def _check_types(path: Path) -> None:
-    """Weights are numbers with a fraction: a layer cannot compute with another type."""
+    """Refuse weights and biases that are not floating-point."""
     with safe_open(str(path), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (it is no mapping)
             dtype = file.get_slice(name).get_dtype()

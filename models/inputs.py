@@ -1,8 +1,9 @@
-"""Example inputs of the known model classes, read off their configuration: no model is known by its name.
+# SPDX-License-Identifier: Apache-2.0
+"""Make example inputs of the known model classes from their configuration. No model is known by its name.
 
-``convert`` captures a model with these tensors (only their shapes and dtypes matter there); ``verify`` computes with
-them. Names and defaults of the configuration keys are diffusers'. ``return_dict`` stays at its default, the output
-object: a program made so can give both that and a tuple.
+``convert`` captures a model with these tensors; only their shapes and dtypes matter there. ``verify`` computes with
+them. Names and defaults of configuration keys are those of diffusers. ``return_dict`` keeps its default, the output
+object: such a program can return both the object and a tuple.
 """
 
 from __future__ import annotations
@@ -15,20 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from districompile.errors import Error
-
-
-class ModelError(Error):
-    """A model is unknown, cannot be loaded, or does not work at the size asked for."""
+from districompile.models.errors import ModelError as ModelError
 
 
 class SizeError(ModelError):
-    """What was asked for does not work: a height, a width or a batch."""
+    """A requested height, width or batch does not work."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One call of a model: ``module(*args, **kwargs)``. ``rows`` names the inputs that are cut, and in which dim."""
+    """One call of a model: ``module(*args, **kwargs)``. ``rows`` maps each sharded input to the dim of its rows."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -37,7 +34,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What the folder around a component says about its inputs. All optional: a bare component has none.
+    """Facts about a component's inputs from the pipeline's folder. A component without a pipeline has the defaults.
 
     ``factor``: pixels per latent row (1: the model works on pixels). ``tokens``: text length. ``pooled``: width of the
     pooled text embedding. ``aesthetic``: five size conditions instead of six. ``guidance``: parts of a guided call.
@@ -52,18 +49,22 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """``height`` x ``width`` pixels, ``batch`` rows of the batch dimension (guidance included)."""
+    """A size of inputs: ``height`` x ``width`` pixels, and ``batch`` elements of dim 0, guidance included.
+
+    ``tokens``: the length of the text; None: that of the text encoder.
+    """
 
     height: int
     width: int
     batch: int
+    tokens: int | None = None
 
 
 _LARGEST = 1 << 20  # pixels of a side, and values of other sizes
 
 
 def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A whole number of a configuration. Raises :class:`ModelError` that names the key and the value."""
+    """Read a whole number of a configuration. Raises :class:`ModelError`, which names the key and the value."""
     value = config.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST or value % 1:
@@ -72,8 +73,10 @@ def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 
 
 def latent_size(size: Size, factor: int, multiple: int = 1) -> tuple[int, int]:
-    """Pixels to latent rows and columns. Raises :class:`ModelError` naming the nearest sizes that work, where
-    ``factor * multiple`` does not divide them."""
+    """Convert pixels to latent rows and columns.
+
+    Raises :class:`SizeError` with the nearest sizes that work if ``factor * multiple`` does not divide them.
+    """
     for name, pixels in (("height", size.height), ("width", size.width)):
         step = factor * multiple
         if pixels > _LARGEST:
@@ -88,8 +91,8 @@ def latent_size(size: Size, factor: int, multiple: int = 1) -> tuple[int, int]:
     return size.height // factor, size.width // factor
 
 
-class _Random:
-    """Reproducible values: the same seed gives the same example on every machine."""
+class Random:
+    """Draw reproducible values: a seed gives the same example on every machine."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -98,7 +101,7 @@ class _Random:
     def __call__(self, *shape: int) -> Tensor:
         try:
             return torch.randn(shape, generator=self._generator).to(self._dtype)
-        except RuntimeError as e:  # PyTorch has no class for want of memory on the CPU
+        except RuntimeError as e:  # PyTorch has no exception class for a lack of CPU memory
             raise SizeError(f"inputs of shape {list(shape)} do not fit in memory: ask for a smaller size") from e
 
     def below(self, limit: int, *shape: int) -> Tensor:
@@ -106,9 +109,11 @@ class _Random:
 
 
 def condition_unet(config: Mapping[str, Any], context: Context, size: Size, dtype: torch.dtype, seed: int) -> Example:
-    """Inputs of a ``UNet2DConditionModel``. Latent sizes that its strides do not divide work too: it resizes on the way
-    up."""
-    random = _Random(seed, dtype)
+    """Make inputs of a ``UNet2DConditionModel``.
+
+    Latent sizes need not be multiples of its strides, because the model resizes on the way up.
+    """
+    random = Random(seed, dtype)
     rows, columns = latent_size(size, context.factor)
     b = size.batch
     cross = _first_int(config.get("cross_attention_dim"), 1280)
@@ -138,7 +143,9 @@ def condition_unet(config: Mapping[str, Any], context: Context, size: Size, dtyp
     elif kind == "text_image" or projected == "text_image_proj":
         added["image_embeds"] = random(b, cross)
 
-    kwargs: dict[str, Any] = {"encoder_hidden_states": random(b, context.tokens, hidden or cross)}
+    # A model that projects image embeddings to its states takes none besides, and pipelines pass None.
+    states = None if projected == "image_proj" else random(b, size.tokens or context.tokens, hidden or cross)
+    kwargs: dict[str, Any] = {"encoder_hidden_states": states}
     labels = _class_labels(config, b, random)
     if labels is not None:
         kwargs["class_labels"] = labels
@@ -150,8 +157,9 @@ def condition_unet(config: Mapping[str, Any], context: Context, size: Size, dtyp
 
 
 def unet(config: Mapping[str, Any], context: Context, size: Size, dtype: torch.dtype, seed: int) -> Example:
-    """Inputs of a ``UNet2DModel``, whose sizes must be multiples of its strides."""
-    random = _Random(seed, dtype)
+    """Make inputs of a ``UNet2DModel``, whose sizes must be multiples of its strides."""
+    random = Random(seed, dtype)
+    refuse_tokens(size)
     strides = vae_factor(config)
     rows, columns = latent_size(size, context.factor, strides)
     kwargs: dict[str, Any] = {}
@@ -163,14 +171,29 @@ def unet(config: Mapping[str, Any], context: Context, size: Size, dtype: torch.d
 
 
 def vae_decoder(config: Mapping[str, Any], context: Context, size: Size, dtype: torch.dtype, seed: int) -> Example:
-    """Inputs of :class:`districompile.models.sources.VaeDecoder`: latents of the picture."""
+    """Make inputs of :class:`districompile.models.autoencoder.VaeDecoder`: the latents of a picture."""
+    refuse_tokens(size)
     rows, columns = latent_size(size, vae_factor(config))
-    z = _Random(seed, dtype)(size.batch, whole(config, "latent_channels", 4), rows, columns)
+    z = Random(seed, dtype)(size.batch, whole(config, "latent_channels", 4), rows, columns)
     return Example((z,), {}, {"z": 2})
 
 
+def vae_encoder(config: Mapping[str, Any], context: Context, size: Size, dtype: torch.dtype, seed: int) -> Example:
+    """Make inputs of :class:`districompile.models.autoencoder.VaeEncoder`: the pixels of a picture."""
+    refuse_tokens(size)
+    latent_size(size, vae_factor(config))  # which refuses other sizes
+    x = Random(seed, dtype)(size.batch, whole(config, "in_channels", 3), size.height, size.width)
+    return Example((x,), {}, {"x": 2})
+
+
+def refuse_tokens(size: Size) -> None:
+    """Raise :class:`SizeError` for a text length that a model without text is asked for."""
+    if size.tokens is not None:
+        raise SizeError(f"tokens {size.tokens} does not work: the model takes no text")
+
+
 def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per latent row of an autoencoder: each of its levels but the last halves the map."""
+    """Return the pixels per latent row of an autoencoder: each level but the last halves the map."""
     key = "block_out_channels" if config.get("block_out_channels") else "encoder_block_out_channels"
     levels = config.get(key) or (0,)
     if isinstance(levels, str) or not isinstance(levels, Sequence) or len(levels) > 16:
@@ -179,7 +202,7 @@ def vae_factor(config: Mapping[str, Any]) -> int:
 
 
 def default_size(config: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
-    """Height and width in pixels that the model was made for, or None where its configuration does not say."""
+    """Return the height and width in pixels of the configuration, or None if it has none."""
     size = config.get("sample_size")
     if size is None:
         return None
@@ -191,7 +214,7 @@ def default_size(config: Mapping[str, Any], factor: int) -> tuple[int, int] | No
 
 
 def _timestep(config: Mapping[str, Any]) -> Tensor:
-    """The middle of the range of timesteps. Learned embeddings are looked up by whole numbers."""
+    """Return the middle of the range of timesteps; an integer for learned embeddings, which are looked up."""
     middle = min(500, whole(config, "num_train_timesteps", 1000) // 2)
     if config.get("time_embedding_type") == "learned":
         return torch.tensor(middle)
@@ -206,11 +229,10 @@ def _first_int(value: Any, default: int) -> int:
 
 
 def _time_ids(total: int, step: int, cross: int, context: Context) -> tuple[int, int]:
-    """How many size conditions there are, and how wide the pooled text embedding is: together they fill ``total``."""
+    """Return the number of size conditions and the width of the pooled text embedding: they fill ``total``."""
     if context.pooled is not None and (total - context.pooled) % step == 0:
         return (total - context.pooled) // step, context.pooled
-    # Without the text encoder's word for it: the refiner's pooled embedding is as wide as its only text encoder's
-    # states.
+    # The text encoder is not known: a refiner's pooled embedding is as wide as the states of its only text encoder.
     five = context.aesthetic if context.aesthetic is not None else total - 5 * step == cross
     ids = 5 if five else 6
     if total <= ids * step:
@@ -218,7 +240,7 @@ def _time_ids(total: int, step: int, cross: int, context: Context) -> tuple[int,
     return ids, total - ids * step
 
 
-def _class_labels(config: Mapping[str, Any], batch: int, random: _Random) -> Tensor | None:
+def _class_labels(config: Mapping[str, Any], batch: int, random: Random) -> Tensor | None:
     kind = config.get("class_embed_type")
     if kind is None:
         count = config.get("num_class_embeds")
@@ -236,7 +258,7 @@ def _class_labels(config: Mapping[str, Any], batch: int, random: _Random) -> Ten
 
 
 def guided_batch(batch: int, cfg: str, parts: int) -> int:
-    """Rows of the batch dimension of one call: ``batch`` images, times the guidance parts that share the call."""
+    """Return the size of dim 0 of one call: ``batch`` images times the guidance parts that share the call."""
     if not 1 <= batch <= _LARGEST:
         raise SizeError(f"batch {batch} does not work: it must be between 1 and {_LARGEST}")
     if cfg == "split" and parts != 2:
@@ -245,6 +267,6 @@ def guided_batch(batch: int, cfg: str, parts: int) -> int:
 
 
 def parameter_bytes(module: torch.nn.Module) -> int:
-    """Bytes of the module's parameters and buffers."""
+    """Count the bytes of the module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)

@@ -1,8 +1,8 @@
-"""Pictures of scenes: where things stand, and the code that draws them.
+# SPDX-License-Identifier: Apache-2.0
+"""Draw pictures of scenes: choose positions, and compute pixels from signed distances over whole batches.
 
-Drawing is signed distance arithmetic over whole batches.  It is written against
-the functions that NumPy and PyTorch share, so the training script draws on the GPU
-with ``xp=torch`` and everything else draws with NumPy alone.
+The code uses only functions that NumPy and PyTorch share. The training script draws on the GPU with ``xp=torch``;
+everything else uses NumPy.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _ridge_numbers(scene: Scene, rng: random.Random) -> dict[str, Sequence[float
 
 
 def layout(scenes: Sequence[Scene], rng: random.Random) -> Layout:
-    """Everything that drawing needs, with the free choices made by ``rng``."""
+    """Compute all numbers that drawing needs; ``rng`` makes the free choices."""
     rows = [_item_numbers(s, rng) | _sky_numbers(s, rng) | _ridge_numbers(s, rng) for s in scenes]
     return {key: np.asarray([row[key] for row in rows], np.float32)[:, :, None, None] for key in rows[0]}
 
@@ -375,13 +375,13 @@ def draw(n: Layout, size: int, xp: ModuleType, grid: tuple[Array, Array]) -> Arr
 
 
 def pixel_grid(size: int) -> tuple[Array, Array]:
-    """The pixels' centres in [0, 1], as ``draw`` wants them."""
+    """Return the centres of pixels in [0, 1], in the form that ``draw`` takes."""
     centres = (np.arange(size, dtype=np.float32) + 0.5) / size
     return centres[None, None, None, :], centres[None, None, :, None]
 
 
 def picture(scene: Scene | str, seed: int = 0, size: int = 256) -> Image.Image:
-    """The drawing of one scene or caption, for people and for tests."""
+    """Draw one scene or caption, for display and for tests."""
     scene = parse(scene) if isinstance(scene, str) else scene
     numbers = layout([scene], random.Random(seed))
     drawn = draw(numbers, size, np, pixel_grid(size))[0]

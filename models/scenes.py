@@ -1,4 +1,5 @@
-"""Scenes of the demo model: a small grammar of captions. ``scene_pictures.py`` draws them.
+# SPDX-License-Identifier: Apache-2.0
+"""Scenes of the demo model: a small grammar of captions, which ``scene_pictures.py`` draws.
 
 A caption names one or two coloured shapes, how they stand to each other, and a
 setting (a place, a time, both or neither)::
@@ -209,7 +210,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says; where things stand exactly is drawn by lot later."""
+    """The content of a caption. Exact positions are drawn at random later."""
 
     items: tuple[Item, ...]
     relation: str = ""
@@ -232,7 +233,7 @@ def random_item(rng: random.Random) -> Item:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """One scene by lot; three of four hold two shapes, which are harder to learn."""
+    """Draw a scene at random. Three of four have two shapes, which are harder to learn."""
     first = random_item(rng)
     time = rng.choice(tuple(TIMES))
     place = rng.choice(tuple(PLACES)) if TIMES[time].ground else "nowhere"
@@ -275,7 +276,7 @@ def _parse_setting(text: str) -> tuple[str, str, bool]:
 
 
 def parse(caption: str) -> Scene:
-    """The scene that a caption of the grammar describes; ``ValueError`` for others."""
+    """Parse a caption of the grammar. Raises ``ValueError`` for any other text."""
     first, rest = _parse_item(" ".join(caption.lower().split()))
     items, relation = (first,), ""
     found = _RELATION.match(rest)
@@ -287,7 +288,7 @@ def parse(caption: str) -> Scene:
 
 
 def words() -> list[str]:
-    """Every word that a caption can hold, sorted."""
+    """List every word that a caption can hold, sorted."""
     phrases = ["a an", *COLOURS, *SHAPES, *SIZES, *RELATIONS]
     phrases += [t.phrase for t in TIMES.values()] + [p[0] for p in PLACES.values()]
     return sorted({w for p in phrases for w in p.split()})

@@ -1,19 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loaders: what a MODEL on the command line can be, and how it becomes a module with example inputs.
 
 MODEL is ``demo``, a diffusers pipeline folder (``model_index.json``), the folder of one component (``config.json`` with
-``_class_name``), a hub id (``owner/name``), or ``package.module:factory``. Weights are read from safetensors only: a
-pickle can run code, so it is refused.
+``_class_name``), a single file of weights, a hub id (``owner/name``), ``package.module:factory``, or
+``source:argument``, where an installed package has an entry point ``source`` of the group ``districompile.models``.
+Options may follow a model (:class:`~.origin.Origin`). Weights are read from safetensors only: a pickle can run code, so
+it is refused.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import re
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from districompile.errors import Error, ValueWarning
-from districompile.models import inputs
-from districompile.models.configs import check_config, culprit, shortened
-from districompile.models.files import check_weight_files, first_line, load_fault, one_reason, read_json
+from districompile.common.extensions import entry_points
+from districompile.errors import Error
+from districompile.models import inputs, transformers
+from districompile.models.autoencoder import ENCODER, VaeDecoder, VaeEncoder
+from districompile.models.configs import check_config, shortened
+from districompile.models.controlled import MARK, controlled_pipeline, with_controlnets
+from districompile.models.files import check_weight_files, find_variant, first_line, load_fault, read_json
 from districompile.models.imports import import_object, raised
 from districompile.models.inputs import Context, Example, ModelError, Size
+from districompile.models.loaded import GROUP, from_entry_point
+from districompile.models.loaded import LoadedModel as LoadedModel
+from districompile.models.networks import network_name as network_name
+from districompile.models.networks import network_of
+from districompile.models.origin import Origin
+from districompile.models.pretrained import check_unexpected, from_pretrained, reading
+from districompile.models.pretrained import import_diffusers as import_diffusers
+from districompile.models.single_file import check_file, config_folder, read_module, read_pipeline, refuse_pickles
 
-ACCEPTED = "'demo', a diffusers folder, a hub id (owner/name), or package.module:factory"
-_MOST_UNREAD = 0.1  # of a model's tensors: a stray one is common, a layer's worth is another model
+ACCEPTED = "'demo', a diffusers folder, a .safetensors file, a hub id (owner/name), or package.module:factory"
 DEMO = Path(__file__).resolve().parent / "demo"
 
 ExampleMaker = Callable[[Mapping[str, Any], Context, Size, torch.dtype, int], Example]
@@ -37,60 +48,11 @@ _CLASSES: dict[str, ExampleMaker] = {
     "UNet2DConditionModel": inputs.condition_unet,
     "UNet2DModel": inputs.unet,
     "AutoencoderKL": inputs.vae_decoder,
+    "FluxTransformer2DModel": transformers.flux,
+    "SD3Transformer2DModel": transformers.sd3,
 }
+_GUIDED = ("UNet2DConditionModel", "SD3Transformer2DModel")  # their pipelines call them with both guidance halves
 _AUTOENCODERS = ("vae", "vqvae", "movq")
-
-
-class VaeDecoder(nn.Module):
-    """The decoding half of an ``AutoencoderKL``: latents (B, C, H, W) in, pixels (B, 3, H * factor, W * factor) out."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.config = vae.config
-        self.post_quant_conv: nn.Module = vae.post_quant_conv or nn.Identity()
-        self.decoder: nn.Module = vae.decoder
-
-    def forward(self, z: Tensor) -> Tensor:
-        pixels: Tensor = self.decoder(self.post_quant_conv(z))
-        return pixels
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A module and what is known about it.
-
-    ``kind`` is the class it was made from, or ``"factory"``. ``source`` loads it again (:func:`load_source`). ``cfg``
-    is the guidance that its pipeline uses by default. ``default_size`` is in pixels. ``pipeline_loader`` makes the
-    diffusers pipeline around it, with a placeholder where the module belongs; None for a bare component or a factory.
-    """
-
-    module: nn.Module
-    kind: str
-    source: str
-    cfg: str
-    default_size: tuple[int, int] | None
-    maker: Callable[[Size, int], Example]
-    parts: int = 2
-    pipeline_loader: Callable[[], Any] | None = None
-
-    def example(
-        self, height: int | None = None, width: int | None = None, batch: int = 1, cfg: str | None = None, seed: int = 0
-    ) -> Example:
-        """Inputs of one call at ``height`` x ``width`` pixels for ``batch`` images; sizes default to the model's own.
-
-        ``cfg`` is ``"none"``, ``"batch"`` or ``"split"`` (the last two give a call with both guidance halves); the
-        default is the model's own. Raises :class:`ModelError` for a size that the model cannot take.
-        """
-        if self.kind == "factory":
-            if (height, width, batch) != (None, None, 1):
-                raise ModelError(f"{self.source} fixes its own inputs: height, width and batch do not apply")
-            return self.maker(Size(0, 0, 1), seed)
-        fallback = self.default_size or (0, 0)
-        if self.default_size is None and (height is None or width is None):
-            raise ModelError(f"{self.source} does not say for which size it was made: give height and width")
-        rows = fallback[0] if height is None else height
-        columns = fallback[1] if width is None else width
-        return self.maker(Size(rows, columns, inputs.guided_batch(batch, cfg or self.cfg, self.parts)), seed)
 
 
 def load_source(model: str, dtype: torch.dtype | None = None) -> LoadedModel:
@@ -99,59 +61,88 @@ def load_source(model: str, dtype: torch.dtype | None = None) -> LoadedModel:
     Without ``dtype``, folders and the hub's models are loaded in float32, and what a factory makes stays as it is.
     With it, a factory's module and floating-point inputs are converted.
 
+    ``MODEL+controlnet:FOLDER`` is a UNet with a ControlNet in it, or several.
+
     Raises :class:`ModelError` where it is unknown, cannot be reached, or is of a class without example inputs.
     """
+    model, *nets = model.split(MARK)
+    if nets:
+        loaded = with_controlnets(load_source(model, dtype), nets, from_pretrained, find_variant)
+        where = "".join(f"{MARK}{Path(n).expanduser().resolve()}" for n in nets)
+        source = f"{loaded.source}{where}"
+        has_pipeline = loaded.pipeline_loader is not None
+        loader = functools.partial(load_pipeline, source, dtype or torch.float32) if has_pipeline else None
+        return dataclasses.replace(loaded, source=source, pipeline_loader=loader)
     if model == "demo":
         if not (DEMO / "model_index.json").is_file():
             raise ModelError(f"the demo model is not installed: {DEMO} has no model_index.json")
         return _from_folder(DEMO, dtype or torch.float32, "demo")
-    path = Path(model).expanduser()
+    given = Origin.of(model)
+    path, known = Path(given.path).expanduser(), str(given.resolved())
+    if given.config is not None and given.file is None:
+        raise ModelError(f"--config is for a single file of weights, and {given.path} is none: leave it out")
     if path.is_dir():
-        return _from_folder(path.resolve(), dtype or torch.float32, str(path.resolve()))
+        return _from_folder(path.resolve(), dtype or torch.float32, known, given)
+    source, _, argument = model.partition(":")
+    if source in (found := entry_points(GROUP)):
+        return from_entry_point(found[source], argument, model, dtype)
     if path.exists():
-        raise ModelError(f"{model} is a file; a model is {ACCEPTED}")
+        check_file(path, ACCEPTED)
+        return _from_folder(config_folder(given, path), dtype or torch.float32, known, given)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model):
         return _from_factory(model, dtype)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
-        return _from_hub(model, dtype or torch.float32)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", given.path) and not model.startswith("."):
+        return _from_hub(given.path, dtype or torch.float32, given.variant)
     raise ModelError(f"unknown model {model!r}: give {ACCEPTED}")
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The diffusers pipeline at ``model``, whose UNet is a placeholder without weights: set ``pipe.unet`` before use.
+    """The diffusers pipeline at ``model``, whose network is a placeholder without weights: replace it before use, by
+    :func:`network_name`.
 
     Raises :class:`ModelError` where ``model`` is not a whole pipeline.
     """
-    return _pipeline(pipeline_location(model), dtype)
+    model, *nets = model.split(MARK)
+    if nets:
+        return controlled_pipeline(load_pipeline(model, dtype), nets, dtype)
+    source, _, argument = model.partition(":")
+    if (entry := entry_points(GROUP).get(source)) is not None:
+        loaded = from_entry_point(entry, argument, model, dtype)
+        if loaded.pipeline_loader is None:
+            raise ModelError(f"{model} comes without a pipeline, so it cannot draw by itself")
+        return loaded.pipeline_loader()
+    return _pipeline(pipeline_location(model), dtype, Origin.of(model))
 
 
 def pipeline_location(model: str) -> str:
     """Where the pipeline ``model`` is: a folder or a hub id. Raises :class:`ModelError` where it is no whole
     pipeline."""
+    model = model.partition(MARK)[0]
+    given = Origin.of(model)
+    model = given.path if given.file is None else str(config_folder(given, given.file))
     folder = DEMO if model == "demo" else Path(model).expanduser()
     if (folder / "model_index.json").is_file():
         return str(folder)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return model
+    if model.partition(":")[0] in entry_points(GROUP):
         return model
     if not folder.exists() and ":" not in model:
         raise ModelError(f"there is no model {model} any more: say where it is now (--model)")
     raise ModelError(f"{model} is not a diffusers pipeline (no model_index.json), so it cannot draw by itself")
 
 
-def _from_folder(folder: Path, dtype: torch.dtype, source: str) -> LoadedModel:
+def _from_folder(folder: Path, dtype: torch.dtype, source: str, given: Origin | None = None) -> LoadedModel:
+    given = given or Origin(str(folder))
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
-        if "unet" not in index:
-            names = ", ".join(k for k in index if not k.startswith("_"))
-            raise ModelError(
-                f"{source}: the pipeline {index.get('_class_name')} has no unet (it has: {names}); "
-                "give a component's folder or a factory (package.module:function)"
-            )
+        name = network_of(index, source)
         with reading(f"{folder}: model_index.json or what it names"):
             context = _context(index, lambda part: _component_config(folder, part))
         return _component(
-            str(folder / "unet"), None, read_json(folder / "unet" / "config.json"), context, dtype, source,
-            _variant(folder / "unet"), functools.partial(_pipeline, str(folder), dtype),
+            str(folder / name), None, read_json(folder / name / "config.json"), context, dtype, source,
+            find_variant(folder / name, given.variant), functools.partial(_pipeline, str(folder), dtype, given),
+            given.file, given.part,
         )  # fmt: skip
     if not (folder / "config.json").is_file():
         raise ModelError(f"{source} holds no model: it has neither model_index.json nor config.json")
@@ -161,11 +152,12 @@ def _from_folder(folder: Path, dtype: torch.dtype, source: str) -> LoadedModel:
         with reading(f"{parent}: model_index.json or what it names"):
             context = _context(read_json(parent / "model_index.json"), lambda part: _component_config(parent, part))
     return _component(
-        str(folder), None, read_json(folder / "config.json"), context, dtype, source, _variant(folder), None
+        str(folder), None, read_json(folder / "config.json"), context, dtype, source,
+        find_variant(folder, given.variant), None, given.file, given.part,
     )  # fmt: skip
 
 
-def _from_hub(model: str, dtype: torch.dtype) -> LoadedModel:
+def _from_hub(model: str, dtype: torch.dtype, variant: str | None = None) -> LoadedModel:
     diffusers = import_diffusers()
     _check_hub(model)
     try:
@@ -177,13 +169,21 @@ def _from_hub(model: str, dtype: torch.dtype) -> LoadedModel:
             except OSError:
                 return None
 
-        unet = config("unet")
+        name = network_of(index, model)
+        network = config(name)
     except (OSError, ValueError) as e:
         raise ModelError(f"{model} on the model hub is not a diffusers pipeline: {first_line(e)}") from e
-    if unet is None:
-        raise ModelError(f"{model}: the pipeline {index.get('_class_name')} has no unet")
+    if network is None:
+        raise ModelError(f"{model}: its {name} has no configuration")
     return _component(
-        model, "unet", unet, _context(index, config), dtype, model, None, functools.partial(_pipeline, model, dtype)
+        model,
+        name,
+        network,
+        _context(index, config),
+        dtype,
+        str(Origin(model, None, variant)),
+        variant,
+        functools.partial(_pipeline, model, dtype, Origin(model, None, variant)),
     )
 
 
@@ -205,7 +205,8 @@ def _check_hub(model: str) -> None:
 
 def _component(
     where: str, subfolder: str | None, config: Mapping[str, Any], context: Context, dtype: torch.dtype, source: str,
-    variant: str | None, pipeline_loader: Callable[[], Any] | None,
+    variant: str | None, pipeline_loader: Callable[[], Any] | None, single: Path | None = None,
+    part: str | None = None,
 ) -> LoadedModel:  # fmt: skip
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in _CLASSES:
@@ -218,86 +219,47 @@ def _component(
     folder = Path(where) / (subfolder or "")
     file = str(folder / "config.json")
     check_config(cls, config, file)
-    if folder.is_dir():
+    if folder.is_dir() and single is None:
         try:
             check_weight_files(folder, variant)
+            refuse_pickles(folder)
         except ModelError as e:
             raise ModelError(f"{source}: its {kind} cannot be loaded: {e}") from e
-    module = _from_pretrained(cls, where, subfolder, dtype, variant, config, source)
+    if single is None:
+        module = from_pretrained(cls, where, subfolder, dtype, variant, config, source)
+    else:
+        module, unexpected = read_module(cls, single, folder, dtype, source)
+        check_unexpected(unexpected, module, source)
     module.eval().requires_grad_(False)
     cfg = "none"
     if kind == "AutoencoderKL":
         size = config.get("sample_size")
         with reading(file):
             default = None if size is None else inputs.default_size(config, 1)
-        module = VaeDecoder(module)
+        module = VaeEncoder(module) if part == ENCODER else VaeDecoder(module)
+    elif part is not None:
+        raise ModelError(f"{source}: a {kind} has no part {part}: leave it out")
     else:
         with reading(file):
             default = inputs.default_size(config, context.factor)
+        if kind == "FluxTransformer2DModel":
+            default = transformers.default_size(config, context.factor)
         # A distilled model takes the guidance scale as an input (time_cond_proj_dim) instead of two halves.
-        if kind == "UNet2DConditionModel" and config.get("time_cond_proj_dim") is None:
+        if kind in _GUIDED and config.get("time_cond_proj_dim") is None:
             cfg = "batch"
 
     def make(size: Size, seed: int) -> Example:
+        maker = inputs.vae_encoder if part == ENCODER else _CLASSES[kind]
         with reading(file):
-            return _CLASSES[kind](config, context, size, dtype, seed)
+            return maker(config, context, size, dtype, seed)
 
     return LoadedModel(module, kind, source, cfg, default, make, context.guidance, pipeline_loader)
-
-
-def _from_pretrained(
-    cls: Any, where: str, subfolder: str | None, dtype: torch.dtype, variant: str | None, config: Mapping[str, Any],
-    source: str,
-) -> nn.Module:  # fmt: skip
-    """The module. Raises :class:`ModelError` for a weight that is missing, of another shape, or of another model."""
-    try:
-        # An explicit True refuses pickles; low memory: built on meta, then filled from the mapped file
-        loaded, found = cls.from_pretrained(
-            where, subfolder=subfolder or "", dtype=dtype, variant=variant, use_safetensors=True,
-            low_cpu_mem_usage=True, output_loading_info=True,
-        )  # fmt: skip
-    except Exception as e:  # a constructor raises whatever it makes of a wrong value
-        why = culprit(cls, config)
-        named = "" if why is None else f" ({why})"
-        reason = load_fault(e, Path(where, subfolder or "")).partition(" If you want to instead")[0].replace("  ", " ")
-        raise ModelError(f"{source}: its {cls.__name__} cannot be loaded{named}: {reason}") from e
-    if missing := _listed(found.get("missing_keys")):
-        raise ModelError(
-            f"{source}: the weight file lacks {missing}: weights and config.json are of different models, or the "
-            "download is incomplete"
-        )
-    if unread := _listed(found.get("unexpected_keys")):
-        says = f"{source}: the weight file has {unread} besides, which its config.json does not ask for"
-        if len(found["unexpected_keys"]) > _MOST_UNREAD * len(loaded.state_dict()):
-            raise ModelError(f"{says}: weights and config.json are of different models")
-        warnings.warn(f"{says}: ignored, as the original does", ValueWarning, stacklevel=2)
-    module: nn.Module = loaded
-    return module
-
-
-def _listed(names: Collection[str] | None) -> str:
-    """A few names, and how many more there are."""
-    ordered = sorted(names or ())
-    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
-
-
-@contextlib.contextmanager
-def reading(where: str) -> Iterator[None]:
-    """Turn what fails inside into one line that names the file it was read from."""
-    try:
-        yield
-    except inputs.SizeError:
-        raise
-    except ModelError as e:
-        raise ModelError(f"{where}: {e}") from e
-    except Exception as e:  # values of any type come from the file
-        raise ModelError(f"{where} does not fit the model: {one_reason(e)}") from e
 
 
 def _from_factory(model: str, dtype: torch.dtype | None) -> LoadedModel:
     made = import_object(model, "model")
     if not callable(made):
-        raise ModelError(f"{model} is not a function: a factory returns a module, or (module, args, kwargs[, rows])")
+        raise ModelError(f"{model} is not a function: a factory returns a module, or (module, args[, kwargs[, rows]])")
     try:
         result = made()
     except Error:
@@ -311,8 +273,12 @@ def _from_factory(model: str, dtype: torch.dtype | None) -> LoadedModel:
         raise ModelError(
             f"{model} returned a {type(result).__name__} without inputs; return (module, args, kwargs) instead"
         )
-    if not (isinstance(result, tuple) and len(result) in (3, 4) and isinstance(result[0], nn.Module)):
-        raise ModelError(f"{model} must return a module, (module, args, kwargs) or (module, args, kwargs, rows)")
+    if not (isinstance(result, tuple) and len(result) in (2, 3, 4) and isinstance(result[0], nn.Module)):
+        raise ModelError(
+            f"{model} must return a module, (module, args), (module, args, kwargs) or (module, args, kwargs, rows)"
+        )
+    if len(result) == 2:  # the inputs by position, or by name
+        result = (result[0], (), result[1]) if isinstance(result[1], dict) else (*result, {})
     module, args, kwargs = result[:3]
     rows = result[3] if len(result) == 4 else None
     if not isinstance(args, tuple | list) or not isinstance(kwargs, dict):
@@ -351,28 +317,26 @@ def _known_module(module: nn.Module, dtype: torch.dtype, source: str) -> LoadedM
     return LoadedModel(module, kind, source, "none", default, make)
 
 
-def import_diffusers() -> Any:
-    """The diffusers library; :class:`ModelError` says how to install it."""
-    try:
-        return importlib.import_module("diffusers")
-    except ImportError as e:
-        raise ModelError(f"diffusers cannot be imported ({e}): pip install 'districompile[diffusers]'") from e
-
-
-def _pipeline(where: str, dtype: torch.dtype) -> Any:
+def _pipeline(where: str, dtype: torch.dtype, given: Origin | None = None) -> Any:
     diffusers = import_diffusers()
     folder = Path(where)
     try:
         if folder.is_dir():
-            config = read_json(folder / "unet" / "config.json")
+            name = network_of(read_json(folder / "model_index.json"), where)
+            config = read_json(folder / name / "config.json")
         else:
-            config = dict(diffusers.UNet2DConditionModel.load_config(where, subfolder="unet"))
-        # Pipelines read the UNet's configuration while they are built and check its class, but not its weights.
+            name = network_of(diffusers.DiffusionPipeline.load_config(where), where)
+            config = dict(diffusers.UNet2DConditionModel.load_config(where, subfolder=name))
+        # Pipelines read the network's configuration while they are built and check its class, but not its weights.
         with torch.device("meta"):
             placeholder = getattr(diffusers, config["_class_name"]).from_config(config)
-        variant = _variant(folder / "unet") if folder.is_dir() else None
+        if given is not None and given.file is not None:
+            kind = read_json(folder / "model_index.json").get("_class_name")
+            return read_pipeline(getattr(diffusers, str(kind)), given.file, folder, dtype, placeholder)
+        variant = None if given is None else given.variant
+        variant = find_variant(folder / name, variant) if folder.is_dir() else variant
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            where, unet=placeholder, dtype=dtype, variant=variant, use_safetensors=True
+            where, **{name: placeholder}, dtype=dtype, variant=variant, use_safetensors=True
         )
     except ModelError:
         raise
@@ -400,11 +364,3 @@ def _context(index: Mapping[str, Any], config: Callable[[str], Mapping[str, Any]
 def _component_config(folder: Path, part: str) -> Mapping[str, Any] | None:
     path = folder / part / "config.json"
     return read_json(path) if path.is_file() else None
-
-
-def _variant(folder: Path) -> str | None:
-    """``"fp16"`` where a component's only safetensors are ``*.fp16.safetensors``."""
-    names = [p.name for p in folder.glob("*.safetensors")]
-    middle = {m.group(1) for n in names if (m := re.search(r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors$", n))}
-    plain = any(re.fullmatch(r"\w+(?:-\d+-of-\d+)?\.safetensors", n) for n in names)
-    return None if plain or len(middle) != 1 else middle.pop()

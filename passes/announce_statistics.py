@@ -1,11 +1,20 @@
-"""Give what a rank sends of its norm statistics a node of its own.
+# SPDX-License-Identifier: Apache-2.0
+"""Insert a node of its own for the norm statistics that a rank sends.
 
-The exact phase sends the statistics themselves. The displaced phase sends a forecast of the next step's in their place
-(see ``group-norm-mode``). Both phases must call what they send by one name, so this pass runs before they part.
+Before:
 
-    %m = dc.moments(%x, 2)                            %m = dc.moments(%x, 2)
-    %g = dc.fetch(%m, 0, [0, 1, 2], ..., 'norm')  ->  %s = dc.announce(%m)
-                                                      %g = dc.fetch(%s, 0, [0, 1, 2], ..., 'norm')
+    %group_norm_moments = dc.moments(%slice_tensor, 2)
+    %group_norm_fetch = dc.fetch(%group_norm_moments, ...)
+
+After:
+
+    %group_norm_moments = dc.moments(%slice_tensor, 2)
+    %group_norm_moments_announced = dc.announce(%group_norm_moments)
+    %group_norm_fetch = dc.fetch(%group_norm_moments_announced, ...)
+
+The exact phase sends the statistics themselves. The displaced phase sends a forecast of the next step's instead (see
+``group-norm-mode``). Both phases must use one name for what they send. This pass therefore runs while they share one
+graph.
 """
 
 from __future__ import annotations
@@ -13,29 +22,34 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from districompile.cutter import Cutter
+from districompile.ir.collectives import FetchArgs, fetches
 from districompile.ir.layout import Factor
+from districompile.ir.meta import is_displaced, layout_of, set_layout
 from districompile.ir.ops import ops
-from districompile.unit import Stage, Unit
+from districompile.ir.unit import CompilationUnit, Stage
+from districompile.sharding.builder import ShardingBuilder
 
 
 @dataclasses.dataclass(frozen=True)
 class AnnounceStatistics:
-    """Requires the local stage with its collectives marked. Changes displaced fetches of ``moments`` alone."""
+    """The pass ``announce-statistics``: it runs after ``choose-displaced``.
+
+    It changes only displaced fetches of ``moments``.
+    """
 
     name: ClassVar[str] = "announce-statistics"
     exact: ClassVar[bool] = True
-    needs: ClassVar[Stage] = "local"
-    gives: ClassVar[Stage] = "local"
+    needs: ClassVar[Stage] = "spmd"
+    gives: ClassVar[Stage] = "spmd"
 
-    def run(self, unit: Unit) -> None:
-        emitter = Cutter(unit.graph, unit.fractions, unit.captured.fake_mode)
-        for fetch in [n for n in unit.graph.nodes if n.target is ops.fetch.default and n.meta.get("displaced")]:
-            moments = fetch.args[0]
-            if moments.target is not ops.moments.default:
+    def run(self, unit: CompilationUnit) -> None:
+        builder = ShardingBuilder.of(unit)
+        for fetch in filter(is_displaced, fetches(unit.graph)):
+            moments = FetchArgs.of(fetch).x
+            layout = layout_of(moments)
+            if moments.target is not ops.moments.default or layout is None:
                 continue
-            emitter.target = fetch
-            with unit.graph.inserting_before(fetch):
-                announced = emitter.emit(ops.announce.default, moments, name=f"{moments.name}_announced")
-            announced.meta["layout"] = moments.meta["layout"].with_dim(1, (Factor(4),))
+            with builder.before(fetch):
+                announced = builder.emit(ops.announce.default, moments, name=f"{moments.name}_announced")
+            set_layout(announced, layout.with_dim(1, (Factor(4),)))
             fetch.replace_input_with(moments, announced)

@@ -1,7 +1,17 @@
-"""Mark the collectives that the steady phase displaces: they use the previous step's values and send this step's for
-the next.
+# SPDX-License-Identifier: Apache-2.0
+"""Choose the collectives that the displaced phase displaces.
 
-A mark is ``node.meta["displaced"]``. Passes of the user's own may change marks afterwards.
+Before:
+
+    %conv2d_fetch = dc.fetch(%silu, ...)
+
+After:
+
+    %conv2d_fetch = dc.fetch(%silu, ...)
+
+A displaced collective gives the previous step's values, and sends this step's for the next one. The choice is recorded
+on the node (:func:`~districompile.ir.meta.is_displaced`); the graph stays the same. A user's pass may change it
+afterwards.
 """
 
 from __future__ import annotations
@@ -9,27 +19,31 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from districompile.ir.ops import ops
-from districompile.unit import DISPLACEABLE, GROUPNORM_MODES, Stage, Unit
+from districompile.ir.collectives import FetchArgs, is_fetch, is_reduce
+from districompile.ir.meta import set_displaced
+from districompile.ir.unit import DISPLACEABLE, GROUPNORM_MODES, CompilationUnit, Stage
 
 
 @dataclasses.dataclass(frozen=True)
 class ChooseDisplaced:
-    """Requires the local stage. ``kinds``: which kinds of site. Norm sites in the ``sync`` mode stay exact, as do
-    reductions, the gathering of outputs, and operators computed on gathered inputs."""
+    """The pass ``choose-displaced``: it displaces fetches of the purposes in ``purposes``.
 
-    kinds: tuple[str, ...] = DISPLACEABLE
+    Statistics of norms stay exact in the ``sync`` mode. So do reductions, the gathering of outputs, and operators
+    computed on gathered inputs.
+    """
+
+    purposes: tuple[str, ...] = DISPLACEABLE
     groupnorm: str = GROUPNORM_MODES[0]
 
     name: ClassVar[str] = "choose-displaced"
     exact: ClassVar[bool] = False
-    needs: ClassVar[Stage] = "local"
-    gives: ClassVar[Stage] = "local"
+    needs: ClassVar[Stage] = "spmd"
+    gives: ClassVar[Stage] = "spmd"
 
-    def run(self, unit: Unit) -> None:
+    def run(self, unit: CompilationUnit) -> None:
         for node in unit.graph.nodes:
-            if node.target is ops.fetch.default:
-                kind = str(node.args[-1])
-                node.meta["displaced"] = kind in self.kinds and not (kind == "norm" and self.groupnorm == "sync")
-            elif node.target is ops.reduce.default:
-                node.meta["displaced"] = False
+            if is_fetch(node):
+                purpose = FetchArgs.of(node).purpose
+                set_displaced(node, purpose in self.purposes and not (purpose == "norm" and self.groupnorm == "sync"))
+            elif is_reduce(node):
+                set_displaced(node, False)

@@ -1,8 +1,14 @@
-"""Drop what computes nothing: asserts, dropout in eval mode, copies, casts to the dtype a value has already.
+# SPDX-License-Identifier: Apache-2.0
+"""Delete operators that compute nothing: assertions, dropout in eval mode, copies, casts to the same dtype.
 
-%a = aten.dropout(%x, 0.1, False)                       return %x
-%b = aten._to_copy(%a, dtype=f32)          ->
-return %b
+Before:
+
+    %clone = aten.clone(%sample)
+    %silu = aten.silu(%clone)
+
+After:
+
+    %silu = aten.silu(%sample)
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from districompile.unit import Stage, Unit
+from districompile.ir.unit import CompilationUnit, Stage
 
 aten = torch.ops.aten
 
@@ -26,15 +32,17 @@ _CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.de
 
 @dataclasses.dataclass(frozen=True)
 class DropNoOps:
-    """Requires a functional graph (a copy is then as good as its source). Gives the same graph without no-ops and
-    dead code."""
+    """The pass ``drop-noops``: it requires a functional graph, where a copy is as good as its source.
+
+    It deletes dead code, too.
+    """
 
     name: ClassVar[str] = "drop-noops"
     exact: ClassVar[bool] = True
-    needs: ClassVar[Stage] = "whole"
-    gives: ClassVar[Stage] = "whole"
+    needs: ClassVar[Stage] = "global"
+    gives: ClassVar[Stage] = "global"
 
-    def run(self, unit: Unit) -> None:
+    def run(self, unit: CompilationUnit) -> None:
         for node in list(unit.graph.nodes):
             if node.op != "call_function":
                 continue

@@ -1,7 +1,14 @@
-"""Make every implicit type promotion an explicit cast: engines are strongly typed.
+# SPDX-License-Identifier: Apache-2.0
+"""Insert a cast for every implicit type promotion: engines are strongly typed.
 
-%y = aten.cat([%half, %float], -1)     ->     %half_f32 = aten._to_copy(%half, dtype=f32)
-                                              %y = aten.cat([%half_f32, %float], -1)
+Before:
+
+    %cat = aten.cat([%half, %single], 1)
+
+After:
+
+    %_to_copy_default = aten._to_copy(%half, dtype=f32)
+    %cat = aten.cat([%_to_copy_default, %single], 1)
 """
 
 from __future__ import annotations
@@ -12,9 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from districompile.ir.walk import of_type
-from districompile.registry import is_pointwise
-from districompile.unit import Stage, Unit
+from districompile.ir.graph import insert_before, of_type
+from districompile.ir.unit import CompilationUnit, Stage
+from districompile.sharding.registry import is_pointwise
 
 aten = torch.ops.aten
 
@@ -24,27 +31,29 @@ _KEEP = {"where", "masked_fill", "_to_copy", "bitwise_not", "logical_not", "isna
 
 @dataclasses.dataclass(frozen=True)
 class ExplicitCasts:
-    """Requires fake values on all nodes. Gives a graph in which operands of pointwise operators, ``cat`` and
-    ``stack`` agree in dtype."""
+    """The pass ``explicit-casts``: it requires fake values on all nodes.
+
+    In the graph that it leaves, the operands of pointwise operators, ``cat`` and ``stack`` agree in dtype.
+    """
 
     name: ClassVar[str] = "explicit-casts"
     exact: ClassVar[bool] = True
-    needs: ClassVar[Stage] = "whole"
-    gives: ClassVar[Stage] = "whole"
+    needs: ClassVar[Stage] = "global"
+    gives: ClassVar[Stage] = "global"
 
-    def run(self, unit: Unit) -> None:
+    def run(self, unit: CompilationUnit) -> None:
         for node in list(unit.graph.nodes):
             if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
                 continue
             name = node.target._schema.name.removeprefix("aten::")
             if name in ("cat", "concat", "stack") or (is_pointwise(node.target) and name not in _KEEP):
-                _promote(unit.graph, node, name)
+                _promote(node, name)
             elif name == "where":
-                _promote(unit.graph, node, name, skip=1)
-        unit.report["explicit_casts"] = True
+                _promote(node, name, skip=1)
+        unit.explicit_casts = True
 
 
-def _promote(graph: fx.Graph, node: fx.Node, name: str, skip: int = 0) -> None:
+def _promote(node: fx.Node, name: str, skip: int = 0) -> None:
     operands = [n for n in of_type(node.args[skip:], fx.Node) if isinstance(n.meta.get("val"), Tensor)]
     dtypes = {n.meta["val"].dtype for n in operands}
     if len(dtypes) < 2:
@@ -55,20 +64,8 @@ def _promote(graph: fx.Graph, node: fx.Node, name: str, skip: int = 0) -> None:
         for n in operands[1:]:
             target = torch.result_type(torch.empty((), dtype=target), torch.empty((), dtype=n.meta["val"].dtype))
     casts: dict[fx.Node, fx.Node] = {}
-    with graph.inserting_before(node):
-        for n in operands:
-            if n.meta["val"].dtype != target and n not in casts:
-                casts[n] = _cast(graph, node, n, target)
+    for n in operands:
+        if n.meta["val"].dtype != target and n not in casts:
+            casts[n] = insert_before(node, aten._to_copy.default, n, dtype=target)
     keep = node.args[:skip]
     node.args = (*keep, *fx.map_arg(node.args[skip:], lambda n: casts.get(n, n)))
-
-
-def _cast(graph: fx.Graph, user: fx.Node, x: fx.Node, dtype: torch.dtype) -> fx.Node:
-    cast = graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
-    value = x.meta["val"]
-    with value.fake_mode:
-        cast.meta["val"] = value.to(dtype)
-    for key in ("stack_trace", "site", "nn_module_stack"):
-        if key in user.meta:
-            cast.meta[key] = user.meta[key]
-    return cast

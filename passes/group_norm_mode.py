@@ -1,43 +1,49 @@
-"""How displaced group norms get their statistics in the displaced phase.
+# SPDX-License-Identifier: Apache-2.0
+"""Compute the statistics of displaced group norms in the displaced phase.
 
-At a displaced norm the statistics of the other ranks are those that they sent during the previous step.
+Before (``forecast``):
 
-- ``forecast`` (the default): each rank sends a forecast of its next statistics, its own of this step moved on by what
-  the last step changed. The receiver corrects all others by half of what its own forecast missed, puts its own fresh
-  statistics in, and merges (docs/decisions/0037).
-- ``corrected_async`` (DistriFusion, arXiv 2402.19481, section 4.2): the previous step's of *all* ranks, plus this
-  rank's own whole change since then.
-- ``stale``: the previous step's of the others and this rank's own of this step. This is the graph as it stands.
-- ``local``: this rank's own alone; nothing is exchanged.
+    %group_norm_moments_announced = dc.announce(%group_norm_moments)
+    %group_norm_fetch_halo = dc.exchange(%group_norm_moments_announced, ...)
+    %group_norm_fetch_rows = dc.assemble(%group_norm_fetch_halo, %group_norm_moments_announced, ...)
+    %merge_moments_default = dc.merge_moments(%group_norm_fetch_rows, [32.0, 32.0])
 
-``forecast``, on a graph that ``announce-statistics`` prepared:
+After (``forecast``):
 
-    %s = dc.announce(%m)                     %s = dc.forecast_moments(%m, %s_previous)
-    %g = dc.place(%halo, %s, 0, ...)     ->  %g = dc.place(%halo, %s_previous, 0, ...)
-    %t = dc.merge_moments(%g, [...])         %t = dc.merge_forecasts(%g, %m, [...])
+    %group_norm_moments_announced_last_step = input()
+    %group_norm_moments_announced = dc.forecast_moments(%group_norm_moments, ...)
+    %group_norm_fetch_halo = dc.exchange(%group_norm_moments_announced, ...)
+    %group_norm_fetch_rows = dc.assemble(%group_norm_fetch_halo, %group_norm_moments_announced_last_step, ...)
+    %merge_moments_default = dc.merge_forecasts(%group_norm_fetch_rows, %group_norm_moments, [32.0, 32.0])
 
-``corrected_async``:
+The statistics of the other ranks are those that they sent in the previous step.
 
-    %g = dc.place(%halo, %m, 0, ...)         %g = dc.place(%halo, %m_previous, 0, ...)
-    %t = dc.merge_moments(%g, [...])     ->  %t = dc.merge_moments(%g, [...])
-                                             %c = dc.correct_moments(%t, %m_previous, %m)
+- ``forecast`` (the default): each rank sends a forecast of its next statistics: those of this step plus the last
+  change. The receiver corrects all others by half of its own forecast's error, takes its own fresh statistics, and
+  merges them (docs/decisions/0037). The graph must have gone through ``announce-statistics``.
+- ``corrected_async`` (DistriFusion, arXiv 2402.19481, section 4.2): the previous step's statistics of *all* ranks, plus
+  this rank's own change since then.
+- ``stale``: the previous step's statistics of the others and this rank's own of this step. The graph does not change.
+- ``local``: this rank's own statistics alone; nothing is exchanged.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
-from districompile.cutter import Cutter
+from districompile.ir.graph import eliminate_dead_code, insert_recall
+from districompile.ir.meta import is_carried, is_displaced, recalled_value
 from districompile.ir.ops import ops
-from districompile.unit import GROUPNORM_MODES, Stage, Unit
+from districompile.ir.unit import GROUPNORM_MODES, CompilationUnit, Stage
+from districompile.sharding.builder import ShardingBuilder
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupNormMode:
-    """Requires the lowered graph of the displaced phase."""
+    """The pass ``group-norm-mode``: it changes the lowered graph of the displaced phase."""
 
     mode: str = GROUPNORM_MODES[0]
 
@@ -46,57 +52,54 @@ class GroupNormMode:
     needs: ClassVar[Stage] = "lowered"
     gives: ClassVar[Stage] = "lowered"
 
-    def run(self, unit: Unit) -> None:
-        emitter = Cutter(unit.graph, unit.fractions, unit.captured.fake_mode)
+    def run(self, unit: CompilationUnit) -> None:
+        if unit.phase != "displaced":
+            return
+        builder = ShardingBuilder.of(unit)
         for merge in [n for n in unit.graph.nodes if n.target is ops.merge_moments.default]:
-            gathered = merge.args[0]
-            exchange = gathered.args[0]
-            if gathered.target is not ops.place.default or not exchange.meta.get("displaced"):
+            gathered = merge.all_input_nodes[0]
+            if gathered.target is not ops.assemble.default or not is_displaced(gathered.all_input_nodes[0]):
                 continue
-            emitter.target = merge
             if self.mode == "forecast":
                 _forecast(unit.graph, merge, gathered)
             elif self.mode == "corrected_async":
-                _correct(unit.graph, emitter, merge, gathered)
+                _correct(builder, merge, gathered)
             elif self.mode == "local":
-                fresh = gathered.args[1]
-                merge.args = (fresh, [1.0])
-                merge.meta["local"] = emitter.local_results(merge.target, merge.args, {})
-        unit.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+                merge.args = (_sent(gathered), [1.0])
+                builder.set_results(merge)
+        eliminate_dead_code(unit.graph)
+
+
+def _sent(gathered: fx.Node) -> fx.Node:
+    """Return the rank's own statistics, which ``assemble`` puts among the received ones."""
+    _, sent, *_ = gathered.args
+    assert isinstance(sent, fx.Node)
+    return sent
 
 
 def _forecast(graph: fx.Graph, merge: fx.Node, gathered: fx.Node) -> None:
-    """Norms of one value may share what is announced, which is replaced once."""
-    sent: Any = gathered.args[1]
+    """Replace ``announce`` by ``forecast_moments``, once for all norms of one value."""
+    sent = _sent(gathered)
     if sent.target is ops.announce.default:
-        before = _carried(graph, sent)
+        before = insert_recall(graph, sent, f"{sent.name}_last_step", carried=True)
         sent.target, sent.args = ops.forecast_moments.default, (sent.args[0], before)
-    elif sent.meta.get("carried"):  # another norm read the same
-        sent = next(n for n in graph.nodes if n.name == sent.meta["recalls"])
+    elif is_carried(sent):  # another norm of the same value was rewritten first
+        sent = next(n for n in graph.nodes if n.name == recalled_value(sent))
     if sent.target is not ops.forecast_moments.default:
-        return  # a pass of the user's displaced it later: the previous step's statistics, as they stand
-    gathered.replace_input_with(sent, sent.args[1])
-    merge.target, merge.args = ops.merge_forecasts.default, (gathered, sent.args[0], merge.args[1])
+        return  # a user's pass displaced it after announce-statistics: the previous step's statistics are used
+    moments, last_step = sent.all_input_nodes
+    gathered.replace_input_with(sent, last_step)
+    merge.target, merge.args = ops.merge_forecasts.default, (gathered, moments, merge.args[1])
 
 
-def _carried(graph: fx.Graph, sent: fx.Node) -> fx.Node:
-    """What the call before announced: a state that each call leaves for the next one."""
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    with graph.inserting_after(last):
-        state = graph.placeholder(f"{sent.name}_previous")
-    state.meta = {k: v for k, v in sent.meta.items() if k in ("val", "local", "layout", "site")}
-    state.meta |= {"recalls": sent.name, "carried": True}
-    return state
-
-
-def _correct(graph: fx.Graph, emitter: Cutter, merge: fx.Node, gathered: fx.Node) -> None:
-    fresh = gathered.args[1]
-    assert isinstance(fresh, fx.Node)
-    with graph.inserting_before(gathered):
-        stale = emitter.emit(ops.previous.default, fresh, name=f"{fresh.name}_previous")
-    gathered.replace_input_with(fresh, stale)
+def _correct(builder: ShardingBuilder, merge: fx.Node, gathered: fx.Node) -> None:
+    fresh = _sent(gathered)
     users = list(merge.users)
-    with graph.inserting_after(merge):
-        corrected = emitter.emit(ops.correct_moments.default, merge, stale, fresh, name=f"{merge.name}_corrected")
+    with builder.before(gathered):
+        builder.target = merge
+        stale = builder.emit(ops.last_step.default, fresh, name=f"{fresh.name}_last_step")
+    gathered.replace_input_with(fresh, stale)
+    with builder.after(merge):
+        corrected = builder.emit(ops.correct_moments.default, merge, stale, fresh, name=f"{merge.name}_corrected")
     for user in users:
         user.replace_input_with(merge, corrected)

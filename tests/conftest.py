@@ -1,37 +1,51 @@
-"""What all tests share, and which of the slow ones a run takes."""
+"""Set up all tests, and select which of the slow ones a run takes."""
 
 from __future__ import annotations
 
 import datetime
 import gc
 import hashlib
-from collections.abc import Iterator
+import random
+import signal
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch._export import utils as export_utils
 
-# Tests run side by side, one process a core: more threads than cores wait for each other, by spinning, which made
-# calls of small networks take ten times as long
+# One test process runs on each core. More threads than cores would wait for each other by spinning, which made calls of
+# small networks ten times as slow.
 torch.set_num_threads(1)
+
+# A shell leaves SIGINT ignored in a job that it starts in the background, and processes of tests would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TURNS = 3  # runs that share the slow tests
 _TURN = pytest.StashKey[int]()
 _LEFT_OUT = pytest.StashKey[int]()
 
 
+def read_seed(text: str) -> int:
+    """Return the seed that ``--fresh-seed`` names: a number, or a new one for "random"."""
+    return random.SystemRandom().randrange(2**32) if text == "random" else int(text)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--networks", type=int, default=240, help="how many random networks test_fuzz.py cuts")
-    parser.addoption("--all", action="store_true", help="every slow test, not only the third whose turn it is")
+    parser.addoption("--networks", type=int, default=240, help="how many random networks test_fuzz.py shards")
+    parser.addoption("--all", action="store_true", help="run every slow test, not only a third of them")
+    parser.addoption("--turn", type=int, choices=range(TURNS), help="which third of the slow tests [default: by date]")
     parser.addoption(
-        "--turn", type=int, choices=range(TURNS), help="which third of the slow tests; without, by the date"
-    )
+        "--fresh-seed", type=read_seed, metavar="N|random",
+        help="draw new examples in property tests; the seed is printed [default: the same examples in every run]",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A worker takes the turn that it was given, so that midnight does not come between two of them."""
+    """Choose the turn. Workers are given it, as midnight may come between the starts of two of them."""
     given = getattr(config, "workerinput", {}).get("turn", config.getoption("--turn"))
     today = datetime.datetime.now(datetime.timezone.utc).toordinal()
     config.stash[_TURN] = today % TURNS if given is None else given
@@ -42,13 +56,21 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["turn"] = node.config.stash[_TURN]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what conversions keep for later ones away from the user's cache, and the other way round."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def turn_of(nodeid: str) -> int:
-    """The same at every run and in every worker, whatever other tests there are."""
+    """Return the turn of a test, which depends on its name alone: all runs and workers agree on it."""
     return int(hashlib.md5(nodeid.encode(), usedforsecurity=False).hexdigest(), 16) % TURNS
 
 
 def takes_turns(config: pytest.Config) -> bool:
-    """Whoever names tests, by file, by node or with -k, or asks for those that failed, gets all that were named."""
+    """Return whether slow tests take turns. Tests that are named (by file, node or -k) or that failed last all run."""
     paths = [config.invocation_params.dir / arg.partition("::")[0] for arg in config.args]
     named = config.getoption("keyword") or config.getoption("lf", False) or not all(map(Path.is_dir, paths))
     return not (named or config.getoption("--all"))
@@ -56,7 +78,7 @@ def takes_turns(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the slow tests whose turn it is not, after -m has chosen: only what would have run is counted."""
+    """Deselect slow tests of other turns. This comes after -m has selected, so that only those are counted."""
     if not takes_turns(config):
         return
     kept, left_out = [], []
@@ -76,32 +98,51 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """All workers leave out the same tests, but one that crashed says nothing."""
+    """Take the number of deselected tests from a worker. All have the same number; one that crashed has none."""
     if left_out := getattr(node, "workeroutput", {}).get("left_out", 0):
         node.config.stash[_LEFT_OUT] = left_out
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if (seed := config.getoption("--fresh-seed")) is not None:
+        terminalreporter.write_line(f"Fresh seed: {seed}. The same examples are drawn with --fresh-seed {seed}.")
     if count := config.stash.get(_LEFT_OUT, 0):
         turn = config.stash[_TURN]
         terminalreporter.write_line(
-            f"Slow tests left out until their turn comes: {count}. This was turn {turn} of 0 to {TURNS - 1}, "
-            "the next day takes the next, and --all runs every test."
+            f"Slow tests of other turns, not run: {count}. This was turn {turn} of 0 to {TURNS - 1}; the turn changes "
+            "every day. --all runs every test."
         )
 
 
 def pytest_collection_finish() -> None:
-    """What was imported lives as long as the tests do. Looking through it for garbage, often, would take a tenth of
-    their time."""
+    """Exempt imported modules from garbage collection, which would take a tenth of the tests' time otherwise."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 
 
+@pytest.fixture
+def fresh_seed(request: pytest.FixtureRequest) -> int | None:
+    """Return the number of ``--fresh-seed``, if it was given, for tests that seed hypothesis themselves."""
+    seed: int | None = request.config.getoption("--fresh-seed")
+    return seed
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Seed tests that hypothesis decorates. Their own seed is a hash of their name."""
+    seed = pyfuncitem.config.getoption("--fresh-seed")
+    if seed is not None and hasattr(pyfuncitem.obj, "hypothesis"):
+        hypothesis.seed(seed)(pyfuncitem.obj)
+    return (yield)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def operators_are_listed_once() -> Iterator[None]:
-    """``torch.export`` asks PyTorch's dispatcher for all operators of C++ anew each time, a fifth of what it
-    takes to export a network of two layers; libraries in C++ are not loaded between two tests."""
+    """List the operators written in C++ once. ``torch.export`` lists them anew at each call.
+
+    That is a fifth of the time of exporting a network of two layers. No C++ library is loaded between two tests.
+    """
     listing = export_utils._materialize_cpp_cia_ops
     listing()
     with pytest.MonkeyPatch.context() as patch:

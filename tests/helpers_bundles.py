@@ -1,4 +1,4 @@
-"""A small bundle as JSON, and every way to change one of its values."""
+"""A small bundle as JSON, and all ways to change one of its values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import districompile as dc
-from districompile.manifest import MANIFEST, manifest_text
+from districompile.bundle.manifest import MANIFEST, manifest_text
 
 TRIPWIRE = "tripwire_of_a_bundle"
 Place = tuple[str | int, ...]
@@ -47,7 +47,7 @@ def make(folder: Path, **options: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def places(x: Any, at: Place = ()) -> Iterator[Place]:
-    """Where every value of a JSON value is, containers too."""
+    """Yield the place of every value inside a JSON value, containers included."""
     if at:
         yield at
     for key, value in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ():
@@ -63,14 +63,14 @@ def value_at(x: Any, place: Place) -> Any:
 WRONG: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 1 << 31, 1 << 62, 10**30, 0.5, -2.0, 1e300, math.nan, math.inf, "", "x", "é",
     "os:abort", "os.abort", f"{TRIPWIRE}:Record", TRIPWIRE, "/etc/passwd", "../../../etc/passwd", "plan.json",
-    "float16", "steady", [], {}, [0], [[]], [None], {"": 0}, {"@": "Run", "segment": "warmup0"}, {"@dtype": "int64"},
+    "float16", "displaced", [], {}, [0], [[]], [None], {"": 0}, {"@": "Run", "segment": "warmup0"}, {"@dtype": "int64"},
     {"kind": "object", "class": "os:abort", "items": []},
     {"kind": "object", "class": f"{TRIPWIRE}:Record", "items": [["a", {"kind": "leaf", "index": 0}]]},
 )  # fmt: skip
 
 
 def change(x: Any, place: Place, how: str, other: Any) -> Any:
-    """A copy of ``x`` with the value at ``place`` changed. ``other`` is a value, or a place to take one from."""
+    """Copy ``x`` and change the value at ``place``. ``other`` is a new value, or the place of one."""
     x = copy.deepcopy(x)
     *above, key = place
     parent = value_at(x, tuple(above))
@@ -102,7 +102,7 @@ def change(x: Any, place: Place, how: str, other: Any) -> Any:
 
 
 def store(folder: Path, plan: Any, manifest: Any) -> None:
-    """Write both with the right hashes."""
+    """Write plan and manifest to ``folder``, with the right hashes."""
     text = json.dumps(plan)
     (folder / "plan.json").write_text(text)
     if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and "plan.json" in manifest["files"]:
@@ -112,7 +112,7 @@ def store(folder: Path, plan: Any, manifest: Any) -> None:
 
 
 def set_tripwire(folder: Path) -> Path:
-    """A module in ``folder`` whose import writes the file that is returned."""
+    """Write a module to ``folder`` whose import creates a file; return the path of that file."""
     fired = folder / "fired"
     source = f"import dataclasses, pathlib\npathlib.Path({str(fired)!r}).touch()\n"
     source += "@dataclasses.dataclass\nclass Record:\n    a: object\n"

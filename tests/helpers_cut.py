@@ -1,4 +1,4 @@
-"""Cut a module's graph at given places and compare every rank's result with the module's own: no lowering."""
+"""Partition a module's graph at given cut points, and compare every rank's result with the module's: no lowering."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import torch
 from torch import Tensor, nn
 
 import districompile as dc
-from districompile.capture import Captured
-from districompile.cutter import Value
+from districompile.ir.captured import CapturedModule
 from districompile.ir.interpret import interpret
+from districompile.ir.unit import CompilationUnit, Options
 from districompile.passes import pipelines
-from districompile.passmanager import PassManager
-from districompile.propagate import Propagated, propagate
-from districompile.unit import Options, Unit
+from districompile.passes.manager import PassManager
+from districompile.sharding.builder import ShardedValue
+from districompile.sharding.propagate import Propagated, propagate
 
 
 class Cutting:
-    """One capture, cut in several ways. ``rows`` names the cut dim of each cut input, by the name of its parameter."""
+    """One capture, partitioned in several ways. ``rows`` names the sharded dim of each sharded input, by parameter."""
 
     def __init__(self, module: nn.Module, inputs: Mapping[str, Tensor], rows: Mapping[str, int]) -> None:
         self.inputs = dict(inputs)
         with torch.no_grad():
             self.want: Tensor = module(**inputs)
-        self.captured: Captured = dc.capture(module, kwargs=inputs)
+        self.captured: CapturedModule = dc.capture(module, kwargs=inputs)
         self.rows = {i.value: rows[i.path] for i in self.captured.inputs if i.path in rows}
         self.by_value = {i.value: self.inputs[i.path] for i in self.captured.inputs}
 
-    def at(self, fractions: Sequence[float]) -> tuple[float, Propagated]:
-        """The largest relative error over all ranks, and what was cut."""
-        ranks = len(fractions) - 1
-        unit = Unit(self.captured.copy_graph(), "whole", self.captured, Options(ranks), self.rows)
-        PassManager().run(unit, [p for p in pipelines.cut(unit.options) if p.gives == "whole"])
-        found = propagate(unit.graph, unit.rows, fractions, self.captured.fake_mode, unit.annotation)
+    def at(self, cut_points: Sequence[float]) -> tuple[float, Propagated]:
+        """Partition at ``cut_points``. Return the largest relative error over all ranks, and the SPMD graph."""
+        ranks = len(cut_points) - 1
+        unit = CompilationUnit(self.captured.copy_graph(), "global", self.captured, Options(ranks), self.rows)
+        PassManager().run(unit, [p for p in pipelines.cut(unit.options) if p.gives == "global"])
+        found = propagate(unit.graph, unit.rows, cut_points, self.captured.fake_mode, unit.shardings, unit.tokens)
 
         def weight(name: str) -> Tensor:
             return self.captured.weights[name][1]()
@@ -51,7 +51,7 @@ class Cutting:
 
 
 class Function(nn.Module):
-    """A function of tensors as a module; parameters ``x`` and, where given, ``y``."""
+    """A module that calls a function of one tensor."""
 
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -63,5 +63,5 @@ class Function(nn.Module):
 
 
 def layouts_of(found: Propagated) -> list[Any]:
-    """The layouts of all values of the whole graph."""
-    return [v.layout for v in found.values.values() if isinstance(v, Value)]
+    """Return the layouts of all values of the global graph."""
+    return [v.layout for v in found.values.values() if isinstance(v, ShardedValue)]

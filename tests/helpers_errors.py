@@ -1,4 +1,4 @@
-"""Factories, a bundle of one of them, and commands that must fail with one line."""
+"""Factories of models, a bundle of one of them, and a check that a command fails with one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from districompile import cli
+from districompile.cli import main
 
 NETS = """
 import torch
@@ -45,7 +45,7 @@ def of_no_values():
 
 @pytest.fixture(scope="module", name="nets")
 def nets_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with factories in it, importable."""
+    """An importable folder with factories."""
     home = tmp_path_factory.mktemp("nets")
     (home / "error_nets.py").write_text(NETS)
     sys.path.insert(0, str(home))
@@ -58,14 +58,14 @@ def nets_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", name="bundle")
 def bundle_of_nets(nets: Path) -> Path:
-    assert cli.main(["convert", "error_nets:table", "--backend", "eager", "--out", str(nets / "b"), "--json"]) == 0
+    assert main.main(["convert", "error_nets:table", "--backend", "eager", "--out", str(nets / "b"), "--json"]) == 0
     return nets / "b"
 
 
 def failing(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Run a command that must fail with one line; returns it."""
+    """Run a command that must fail with one line, and return that line."""
     capsys.readouterr()
-    assert cli.main(list(words)) == 2
+    assert main.main(list(words)) == 2
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == "" and lines[-1].startswith("error: ") and "Traceback" not in err, err

@@ -1,4 +1,4 @@
-"""A small UNet, its bundle, and the module that is loaded from it."""
+"""Fixtures: a small UNet, its bundle, and the module loaded from it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def net() -> Any:
 @pytest.fixture(scope="module")
 def bundle(net: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("face") / "bundle"
-    dc.convert(net, kwargs=example(), ranks=2, warmup_steps=2, optimise="merge-linears").save(path, backend="eager")
+    dc.convert(net, kwargs=example(), ranks=2, warmup_steps=2, optimise="fuse-parallel-linears").save(
+        path, backend="eager"
+    )
     return path
 
 
@@ -54,7 +56,7 @@ def shared(bundle: Path) -> DistributedModule:
 
 @pytest.fixture
 def unet(shared: DistributedModule) -> Iterator[DistributedModule]:
-    """One module for all tests that leave it as it was."""
+    """One loaded module for all tests; attributes that a test adds are deleted."""
     before = dict(shared.__dict__)
     shared.reset()
     yield shared

@@ -1,4 +1,4 @@
-"""Ranks that meet with an accident, each a process of its own; a module that is quick to import."""
+"""Ranks that fail, each in a process of its own. This module is quick to import."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ def make(path: Path, ranks: int, scale: float = 1.0) -> Path:
 
 
 def calls(bundle: str, how: str, who: int, marks: str, lingers: float = 0.0) -> str:
-    """Calls, until rank ``who`` has its accident. The others say in ``marks`` what they are told; they then live on for
-    ``lingers`` seconds, so that nobody learns of the accident from their end."""
+    """Call the module until rank ``who`` fails in the way ``how``.
+
+    The other ranks write their error to the folder ``marks``. They then live on for ``lingers`` seconds, so that no
+    rank detects the failure by their end.
+    """
     rank = int(os.environ["RANK"])
     module = dc.load(bundle, timeout=TIMEOUT)
     x = torch.randn(1, 4, 24, 8)
@@ -64,7 +67,7 @@ def accident(how: str, module: torch.nn.Module, marks: Path) -> None:
     if how == "think":
         time.sleep(1.5 * TIMEOUT)
     if how == "hang":
-        module._runner.executor.link.post = lambda route: time.sleep(1000)  # type: ignore[union-attr]
+        module._runner.executor.channel.post = lambda transfer: time.sleep(1000)  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small denoiser with a text, and the ways in which samplers and users call one."""
+"""A small denoiser with a text input, and the sequences of calls that samplers and users make."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Ts = list[float]
 
 
 class Net(nn.Module):
-    """A convolution, a group norm and a text. Its outputs are about as large as its inputs."""
+    """A network of convolutions, a group norm and a text. Its outputs are about as large as its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,10 @@ def make(folder: Path, ranks: int, seed: int = 0, **options: Any) -> tuple[Net, 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """One image: its first sample, its text, and its timesteps (twice the same: a call whose sample is moved on)."""
+    """One image: its first sample, its text, and its timesteps.
+
+    A timestep may come twice in a row, with another sample in the second call.
+    """
 
     sample: Tensor
     text: Tensor
@@ -59,7 +62,7 @@ class Image:
     noise: float = 0.0  # that the sampler adds at each step
 
     def draw(self, unet: Callable[..., Tensor]) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Every call with its result. The sample is built from the results."""
+        """Yield every call with its result. Each sample is computed from the previous result."""
         x = self.sample
         for i, t in enumerate(self.timesteps):
             call = {"sample": x, "timestep": t if isinstance(t, Tensor) else torch.tensor(float(t)), "text": self.text}
@@ -70,7 +73,7 @@ class Image:
 
 
 def errors(unet: Callable[..., Tensor], net: Net, image: Image) -> list[float]:
-    """How far each call of an image is from the original module's result for the same call."""
+    """Return the relative error of each call of an image against the original module's result for the same call."""
     found = []
     for call, out in image.draw(unet):
         with torch.no_grad():
@@ -88,7 +91,7 @@ def heun(ts: Ts) -> Ts:
 
 
 def sequences() -> dict[str, list[list[Ts]]]:
-    """Names, and images one after another by their timesteps; each has a sample of its own."""
+    """Return lists of images by name. An image is its timesteps; each image has a sample of its own."""
     one = [[[999.0 / (i + 2)] for i in range(12)]]
     two = [[[900.0 - 200 * i, 800.0 - 200 * i] for i in range(4)]]
     return {
@@ -107,8 +110,10 @@ def sequences() -> dict[str, list[list[Ts]]]:
 
 
 def draw_all(bundle: str) -> tuple[list[float], list[str]]:
-    """The errors of the first calls of every image of :func:`sequences`, with one text and with one each, and a digest
-    of all outputs, for each of two rounds."""
+    """Draw every image of :func:`sequences`, with one text and with one each, in two rounds.
+
+    Return the errors of the first three calls of every image, and a digest of all outputs of each round.
+    """
     torch.manual_seed(0)
     net, unet = Net().eval(), dc.load(bundle, timeout=60)
     firsts, digests = [], []
@@ -133,7 +138,7 @@ def draw_all(bundle: str) -> tuple[list[float], list[str]]:
 
 
 def differing_ranks(bundle: str) -> dict[str, Any]:
-    """What one rank of several gets where the ranks are called differently, and that the next image is right."""
+    """Call ranks differently. Return this rank's result or error of each attempt, and the errors of the next image."""
     import os
 
     rank = int(os.environ["RANK"])
@@ -155,7 +160,7 @@ def differing_ranks(bundle: str) -> dict[str, Any]:
             return unet(sample=sample, timestep=torch.tensor(t), text=prompt)
 
     def other_text() -> float:
-        out = call(noise(1 + rank), 500.0, text(rank))  # rank 0's hold
+        out = call(noise(1 + rank), 500.0, text(rank))  # rank 0's inputs count
         with torch.no_grad():
             want = net(noise(1), torch.tensor(500.0), text(0))
         return float((out - want).norm() / want.norm())
@@ -165,16 +170,25 @@ def differing_ranks(bundle: str) -> dict[str, Any]:
             call(noise(i), 900.0 - 10 * i, text(0))
         call(noise(9), 950.0, text(1))
 
+    def ends() -> str:
+        for i in range(6):
+            if rank == 0 and i == 3:
+                unet.stop()  # in place of the call that the others make
+                break
+            call(noise(i), 900.0 - 10 * i, text(0))
+        return "ended"
+
     attempt("other text", other_text)
     attempt("other timestep", lambda: call(noise(1), 500.0 - 400 * rank, text(0)))
     attempt("refused", lambda: call(noise(1)[..., : 8 - rank], 500.0, text(0)))
     attempt("stopped", stops)
+    attempt("ended", ends)
     unet.close()
     return got
 
 
 def dawdle(bundle: str) -> str:
-    """Rank 1 stays in its caller's code in the midst of an image. What rank 0 is told."""
+    """Draw images while rank 1 stops in its caller's code in the middle of one, for the error on rank 0."""
     import os
     import time
 

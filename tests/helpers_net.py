@@ -1,4 +1,4 @@
-"""A small network with every kind of site, as a bundle of eager engines, and images drawn with it."""
+"""A small network with every purpose of a transfer, as a bundle of eager engines, and images drawn with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import districompile as dc
 
 
 class Net(nn.Module):
-    """What a UNet exchanges: halos, statistics, keys and values, rows of a resize."""
+    """A network with the exchanges of a UNet: halos, statistics, keys and values, rows of a resize."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Net(nn.Module):
 def make_program(ranks: int, rows: int = 40, cfg: str = "none", **options: Any) -> dc.Program:
     torch.manual_seed(0)
     kwargs = {"sample": torch.randn(2, 4, rows, 32), "timestep": torch.tensor(10.0)}
-    options = {"drift_limit": 0.0, **options}  # samples drawn by lot never settle
+    options = {"drift_limit": 0.0, **options}  # random samples never settle
     return dc.convert(Net().eval(), kwargs=kwargs, ranks=ranks, warmup_steps=3, cfg=cfg, **options)
 
 
@@ -46,11 +46,11 @@ def make_bundle(path: Path, ranks: int, rows: int = 40, cfg: str = "none", backe
 
 
 def images(unet: Any, steps: int = 9) -> list[bytes]:
-    """Two images of ``steps`` calls; the second as a sampler with two calls a step."""
+    """Draw two images of ``steps`` calls each, the second as a sampler with two calls a step does."""
     device = unet.device
     outputs = []
     for second in (False, True):
-        with unet.image():  # samples drawn by lot are no steps of a sampler
+        with unet.image():  # random samples are no steps of a sampler
             for i in range(steps):
                 generator = torch.Generator().manual_seed(i + steps * second)
                 x = torch.randn(2, 4, unet.plan.inputs[0].spec.shape[2], 32, generator=generator)

@@ -1,4 +1,4 @@
-"""What a rank does, in a module of its own: a process that starts need not import what the networks are made of."""
+"""The work of a rank, in a module of its own, so that a starting process does not import the networks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import districompile as dc
 
 
 def worker(bundle: str, inputs: str, steps: int) -> list[bytes]:
-    """One rank: an exact call, then calls of one image whose timesteps fall."""
+    """Run one rank: an exact call, then the calls of one image with falling timesteps. Return the outputs' bytes."""
     kwargs = torch.load(inputs)
     unet = dc.load(bundle)
     outputs: list[Tensor] = []
@@ -25,7 +25,7 @@ def worker(bundle: str, inputs: str, steps: int) -> list[bytes]:
 
 
 def call(kwargs: dict[str, Any], i: int) -> dict[str, Any]:
-    """The i-th call of an image: a sample that changes a little, a timestep that falls."""
+    """Return the arguments of the i-th call of an image: a slightly changed sample, a falling timestep."""
     return {**kwargs, "sample": kwargs["sample"] * (1 - 0.02 * i), "timestep": torch.tensor(900.0 - 20 * i)}
 
 

@@ -1,69 +1,34 @@
-"""Small segments for backend tests: a function over named tensors becomes what the compiler would hand to a backend."""
+"""Small segments for tests of backends, made from functions of named tensors as the compiler makes its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from districompile.backends.base import Backend, BuildSegment
-from districompile.ir.plan import TensorSpec
-from districompile.weights import WeightFile
+from districompile.backends.base import Backend
+from districompile.bundle.weights import WeightFile
+from districompile.ir.segment import SegmentGraph
+from districompile.ir.spec import TensorSpec
+from districompile.testing import write_weights
 
 
 def spec(tensor: Tensor) -> TensorSpec:
     return TensorSpec(tuple(tensor.shape), tensor.dtype)
 
 
-class _Function(torch.nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
-        result = self.function(*args)
-        return tuple(result) if isinstance(result, tuple | list) else (result,)
-
-
-def make_segment(
-    function: Callable[..., Any],
-    inputs: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor] = {},
-    name: str = "segment",
-) -> BuildSegment:
-    """``function(*inputs, *weights)`` -> tensor or tuple of tensors, as a segment with outputs ``y0``, ``y1``, ..."""
-    with torch.no_grad():
-        program = torch.export.export(_Function(function), (*inputs.values(), *weights.values()), strict=False)
-        program = program.run_decompositions({})
-    graph = program.graph_module
-    returned = next(n for n in reversed(graph.graph.nodes) if n.op == "output").args[0]
-    return BuildSegment(
-        name,
-        graph,
-        tuple((n, spec(t)) for n, t in inputs.items()),
-        tuple((n, spec(t)) for n, t in weights.items()),
-        tuple((f"y{i}", spec(n.meta["val"])) for i, n in enumerate(returned)),
-    )
-
-
-def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> WeightFile:
-    WeightFile.write(path, [(n, spec(t), partial(tensors.__getitem__, n)) for n, t in tensors.items()])
-    return WeightFile.open(path)
-
-
 def run_segment(
-    backend: Backend, segment: BuildSegment, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path
+    backend: Backend, segment: SegmentGraph, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
-    """Build, load and run once, with weights and engine where a bundle has them."""
+    """Build, load and run a segment once, with weights and engine where a bundle has them."""
     file = folder / "weights.safetensors"
     opened = WeightFile.open(file) if file.exists() else write_weights(file, weights)
     (folder / "engines").mkdir(exist_ok=True)
     path = folder / "engines" / f"{segment.name}{backend.suffix}"
-    assert backend.refuses(segment) == []
+    assert backend.unsupported_ops(segment) == []
     backend.build(segment, opened, path)
     outputs = tuple(n for n, _ in segment.outputs)
     return backend.load(path, outputs, opened, torch.device("cpu")).run(inputs, outputs)
@@ -71,13 +36,13 @@ def run_segment(
 
 def run_on_gpu(
     backend: Backend,
-    segment: BuildSegment,
+    segment: SegmentGraph,
     inputs: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     folder: Path,
     between: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
-    """The same from a CUDA graph of the engine, as a step has it; ``between`` is called when it is built."""
+    """Run a segment from a CUDA graph of its engine, as a step does; ``between`` is called after the build."""
     opened = write_weights(folder / "weights.safetensors", {n: w.cpu() for n, w in weights.items()})
     path = folder / f"{segment.name}{backend.suffix}"
     backend.build(segment, opened, path)
@@ -97,7 +62,7 @@ def run_on_gpu(
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    """Largest difference over the largest value."""
+    """Return the largest difference over the largest value of ``b``."""
     assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
     scale = b.double().abs().max().item() if b.numel() else 0.0
     return (a.double() - b.double()).abs().max().item() / (scale or 1.0) if b.numel() else 0.0

@@ -1,10 +1,10 @@
-"""A hand-made plan of a small stencil network with everything a plan can hold, and engines that are Python functions.
+"""A hand-made plan of a small stencil network with all that a plan can hold, and engines that are Python functions.
 
     x = 2 * sample;  y[i] = x[i-1] + x[i] + x[i+1] + timestep;  z = y - mean(y)
 
-cut along ``ROWS`` rows. In the steady phase the neighbours' rows and the others' part of the mean are those of the last
-call. Engines overwrite their outputs at every call, as the protocol allows. With ``parted`` the steady phase has two
-segments, and is done with the neighbours' rows before it sends its own.
+The rows of ``sample`` (its dim 1) are sharded. In the displaced phase, the neighbours' rows and the others' part of the
+mean are those of the last call. Engines overwrite their outputs at every call, as the contract allows. With ``parted``
+the displaced phase has two segments, and has read the neighbours' rows before it sends its own.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ from typing import Any
 
 import torch
 
-from districompile.backends.base import Engine
-from districompile.ir.plan import (
+from districompile.backends.base import Backend, Engine
+from districompile.frontend.call_tree import describe_output
+from districompile.ir.segment import SegmentGraph
+from districompile.ir.spec import InputSpec, TensorSpec
+from districompile.plan.options import PlanOptions
+from districompile.plan.plan import (
     Exchange,
-    InputSpec,
-    Keep,
-    PhasePlan,
-    Piece,
-    Plan,
-    Post,
+    ExecutionPlan,
     Reduction,
+    RowSlice,
     Run,
-    SegmentPlan,
-    TensorSpec,
+    SaveState,
+    Schedule,
+    SegmentInterface,
+    Start,
     Wait,
 )
-from districompile.structure import describe_output
 
 Function = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 def bounds_of(rows: int, ranks: int) -> list[int]:
-    """Uneven on purpose: ranks share what is left after the first has taken a row for itself."""
+    """Return bounds, uneven on purpose: all rows but the first are divided evenly, and rank 0 has the first, too."""
     return [0, *(1 + (rows - 1) * r // ranks for r in range(1, ranks)), rows]
 
 
 def make_plan(ranks: int = 2, rows: int = 7, batch: int = 2, warmup_steps: int = 2, cfg: str = "none",
-              parted: bool = False) -> Plan:  # fmt: skip
+              parted: bool = False) -> ExecutionPlan:  # fmt: skip
     b = bounds_of(rows, ranks)
     f32 = torch.float32
 
@@ -56,25 +57,25 @@ def make_plan(ranks: int = 2, rows: int = 7, batch: int = 2, warmup_steps: int =
         for row in want:
             src = next((r for r in range(ranks) if b[r] <= row < b[r + 1]), None)
             if src is not None:
-                halo.append(Piece(src, dst, row - b[src], row - want.start, 1))
-    gather = [Piece(s, d, 0, b[s], b[s + 1] - b[s]) for s in range(ranks) for d in range(ranks)]
+                halo.append(RowSlice(src, dst, row - b[src], row - want.start, 1))
+    gather = [RowSlice(s, d, 0, b[s], b[s + 1] - b[s]) for s in range(ranks) for d in range(ranks)]
     wide = tuple(spec(s.shape[1] + 2) for s in own)
-    whole = (spec(rows),) * ranks
+    replicated = (spec(rows),) * ranks
     one = (TensorSpec((batch, 1), f32),) * ranks
     collectives = {
         "halo": Exchange("halo", "stencil", "conv", "x", 1, own, wide, tuple(halo), 0.0, "neighbour", True),
         "total": Reduction("total", "norm", "norm", "sum", "sum", one, True),
-        "out": Exchange("out", "output", "output", "z", 1, own, whole, tuple(gather), 0.0, "all_gather"),
+        "out": Exchange("out", "output", "output", "z", 1, own, replicated, tuple(gather), 0.0, "all_gather"),
     }
 
-    def segment(name: str, inputs: str, outputs: str, weights: tuple[str, ...] = ()) -> SegmentPlan:
+    def segment(name: str, inputs: str, outputs: str, weights: tuple[str, ...] = ()) -> SegmentInterface:
         engines = tuple(f"{name}-{r}" for r in range(ranks))
-        return SegmentPlan(name, tuple(inputs.split()), tuple(outputs.split()), weights, engines)
+        return SegmentInterface(name, tuple(inputs.split()), tuple(outputs.split()), weights, engines)
 
-    warmup = PhasePlan(
+    exact = Schedule(
         (
-            Run("cut"), Post(("halo",)), Wait(("halo",)), Run("stencil"), Post(("total",)), Wait(("total",)),
-            Run("norm"), Keep("own_sum", "sum"), Post(("out",)), Wait(("out",)),
+            Run("cut"), Start(("halo",)), Wait(("halo",)), Run("stencil"), Start(("total",)), Wait(("total",)),
+            Run("norm"), SaveState("own_sum", "sum"), Start(("out",)), Wait(("out",)),
         ),
         {s.name: s for s in (
             segment("cut", "sample", "x", ("first.weight",)),
@@ -84,30 +85,40 @@ def make_plan(ranks: int = 2, rows: int = 7, batch: int = 2, warmup_steps: int =
         ("out",),
         {"x": own, "y": own, "sum": one, "z": own},
     )  # fmt: skip
-    steady = PhasePlan(
+    displaced = Schedule(
         (
-            Wait(("halo", "total")), Run("all"), Keep("own_sum", "sum"),
-            Post(("halo", "total")), Post(("out",)), Wait(("out",)),
+            Wait(("halo", "total")), Run("all"), SaveState("own_sum", "sum"),
+            Start(("halo", "total")), Start(("out",)), Wait(("out",)),
         ),
         {"all": segment("all", "sample timestep halo total own_sum", "x sum z", ("first.weight",))},
         ("out",),
         {"x": own, "sum": one, "z": own},
     )  # fmt: skip
     if parted:
-        steady = PhasePlan(
+        displaced = Schedule(
             (
-                Wait(("halo",)), Run("parts"), Keep("own_sum", "sum"), Post(("halo",)), Wait(("total",)), Run("end"),
-                Post(("total",)), Post(("out",)), Wait(("out",)),
+                Wait(("halo",)),
+                Run("parts"),
+                SaveState("own_sum", "sum"),
+                Start(("halo",)),
+                Wait(("total",)),
+                Run("end"),
+                Start(("total",)),
+                Start(("out",)),
+                Wait(("out",)),
             ),
-            {s.name: s for s in (
-                segment("parts", "sample timestep halo", "x y sum", ("first.weight",)),
-                segment("end", "y sum total own_sum", "z"),
-            )},
+            {
+                s.name: s
+                for s in (
+                    segment("parts", "sample timestep halo", "x y sum", ("first.weight",)),
+                    segment("end", "y sum total own_sum", "z"),
+                )
+            },
             ("out",),
             {"x": own, "y": own, "sum": one, "z": own},
-        )  # fmt: skip
-    options: dict[str, Any] = {"warmup_steps": warmup_steps, "cfg": cfg}
-    return Plan(
+        )
+    options = PlanOptions(warmup_steps=warmup_steps, cfg=cfg)
+    return ExecutionPlan(
         ranks=ranks,
         inputs=(
             InputSpec("sample", "sample", TensorSpec((batch, rows), f32), 1),
@@ -117,15 +128,15 @@ def make_plan(ranks: int = 2, rows: int = 7, batch: int = 2, warmup_steps: int =
         signature=("sample", "timestep", "scale", "return_dict"),
         output=describe_output({"sample": torch.zeros(1)}),
         collectives=collectives,
-        phases={"warmup": warmup, "steady": steady},
+        phases={"exact": exact, "displaced": displaced},
         weights={"first.weight": TensorSpec((1, 1), f32)},
         bounds={str(rows): tuple(b)},
         options=options,
     )
 
 
-def function_of(plan: Plan, engine: str) -> Function:
-    """What the engine called ``segment-rank`` computes."""
+def function_of(plan: ExecutionPlan, engine: str) -> Function:
+    """Return the function of the engine called ``segment-rank``."""
     name, _, number = engine.rpartition("-")
     (b,) = plan.bounds.values()
     rows, r = b[-1], int(number)
@@ -155,7 +166,7 @@ def function_of(plan: Plan, engine: str) -> Function:
 
 
 class ToyEngine(Engine):
-    """Runs a function, always into the same output memory."""
+    """An engine that runs a function, always into the same output memory."""
 
     def __init__(self, function: Function) -> None:
         self.function = function
@@ -177,21 +188,28 @@ class ToyEngine(Engine):
         return self.outputs[name]
 
 
-class ToyBackend:
-    """Loads engines whose file holds their name."""
+class ToyBackend(Backend):
+    """A backend whose engine files hold the names of their functions."""
 
     name = "toy"
     suffix = ".toy"
+    version = "1"
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ExecutionPlan) -> None:
         self.plan = plan
+
+    def unsupported_ops(self, segment: SegmentGraph) -> list[str]:
+        return []
+
+    def build(self, segment: SegmentGraph, weights: Any, path: Path) -> None:
+        path.write_text(segment.name)
 
     def load(self, path: Path, segment: tuple[str, ...], weights: Any, device: torch.device) -> Engine:
         assert path.suffix == self.suffix
         return ToyEngine(function_of(self.plan, path.read_text()))
 
 
-def make_engines(plan: Plan, rank: int) -> dict[str, dict[str, Engine]]:
+def make_engines(plan: ExecutionPlan, rank: int) -> dict[str, dict[str, Engine]]:
     return {
         phase: {name: ToyEngine(function_of(plan, s.engines[rank])) for name, s in p.segments.items()}
         for phase, p in plan.phases.items()
@@ -199,9 +217,9 @@ def make_engines(plan: Plan, rank: int) -> dict[str, dict[str, Engine]]:
 
 
 class Reference:
-    """What all ranks together compute, on whole tensors."""
+    """The computation of all ranks together, on global tensors."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ExecutionPlan) -> None:
         (self.bounds,) = plan.bounds.values()
         self.last_x = torch.empty(0)
         self.last_sums: list[torch.Tensor] = []
@@ -209,13 +227,13 @@ class Reference:
     def __call__(self, sample: torch.Tensor, timestep: float, phase: str) -> torch.Tensor:
         rows = sample.shape[1]
         x = torch.nn.functional.pad(sample * 2, (1, 1))
-        near = x if phase == "warmup" else self.last_x
+        near = x if phase == "exact" else self.last_x
         parts = []
         for lo, hi in itertools.pairwise(self.bounds):
             wide = torch.cat([near[:, lo : lo + 1], x[:, lo + 1 : hi + 1], near[:, hi + 1 : hi + 2]], 1)
             parts.append(wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:] + timestep)
         sums = [y.sum(1, keepdim=True) for y in parts]
-        stale = sums if phase == "warmup" else self.last_sums
+        stale = sums if phase == "exact" else self.last_sums
         outputs = []
         for r, y in enumerate(parts):
             total = sum(sums[q] if q == r else stale[q] for q in range(len(parts)))

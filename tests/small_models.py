@@ -16,8 +16,8 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 
 import districompile as dc
-from districompile.capture import Captured
-from districompile.models.sources import VaeDecoder
+from districompile.ir.captured import CapturedModule
+from districompile.models.autoencoder import VaeDecoder
 
 Call = tuple[nn.Module, dict[str, Any]]
 
@@ -43,7 +43,7 @@ _SD = {
 
 
 def _condition(batch: int, h: int, w: int, **config: Any) -> Call:
-    module = randomise(UNet2DConditionModel(**{**_SD, **config}))
+    module: Any = randomise(UNet2DConditionModel(**{**_SD, **config}))
     cross = int(module.config["cross_attention_dim"])
     return module, {
         "sample": _randn(batch, int(module.config["in_channels"]), h, w),
@@ -136,7 +136,7 @@ def reference(name: str, batch: int, h: int, w: int) -> tuple[nn.Module, dict[st
 
 
 @functools.lru_cache(maxsize=2)
-def captured(name: str, batch: int, h: int, w: int) -> Captured:
+def captured(name: str, batch: int, h: int, w: int) -> CapturedModule:
     """The graph of that model, which takes longer than to cut it: conversions leave it as it is."""
     module, kwargs, _ = reference(name, batch, h, w)
     return dc.capture(module, kwargs=kwargs)

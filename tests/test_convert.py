@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import districompile as dc
+from districompile.ir.unit import CompilationUnit, Options, Stage
 from districompile.passes import pipelines
-from districompile.passmanager import PassManager, format_pipeline, parse_pipeline
-from districompile.unit import Options, Stage, Unit
+from districompile.passes.manager import PassManager, pass_text
+from districompile.passes.text import parse_passes
 
 
 class Net(nn.Module):
@@ -55,7 +56,7 @@ def test_nested_inputs_and_outputs_keep_their_structure() -> None:
         ({"ranks": 2, "rows": {"image": 2}}, "rows names 'image', but the tensor inputs are: sample, timestep"),
         ({"ranks": 2, "rows": {"sample": 5}}, "there is no dim 5"),
         ({"ranks": 2, "stop_after": "nothing"}, "no pass named 'nothing'"),
-        ({"ranks": 2, "skip": ["localise"]}, "localise cannot be skipped"),
+        ({"ranks": 2, "skip": ["partition"]}, "partition cannot be skipped"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
@@ -155,26 +156,28 @@ def test_promotions_become_casts() -> None:
 
 def test_passes_are_recorded_dumped_and_stopped(tmp_path: Path) -> None:
     module = Net().eval()
-    program = dc.convert(module, (sample(), 1.0), ranks=2, dump=tmp_path, stop_after="annotate")
-    names = [p.name for p in sorted(tmp_path.iterdir())]
-    assert names == ["01-drop-noops.txt", "02-explicit-casts.txt", "03-annotate.txt"]
+    program = dc.convert(module, (sample(), 1.0), ranks=2, dump=tmp_path, stop_after="propagate-shardings")
+    names = [p.name for p in sorted(tmp_path.glob("*.txt"))]
+    assert names == ["00-captured.txt", "01-drop-noops.txt", "02-explicit-casts.txt", "03-propagate-shardings.txt"]
+    assert [p.stem for p in sorted(tmp_path.glob("*.diff"))] == [n.removesuffix(".txt") for n in names[1:]]
     assert "aten.conv2d(%sample, @conv.weight" in program.graph_text()
     with pytest.raises(dc.ConvertError, match="stops after a pass"):
         program.simulate(sample(), 1.0)
     whole = dc.convert(module, (sample(), 1.0), ranks=2, skip=["drop-noops"])
-    assert next(p["name"] for p in whole.plan.report["passes"]) == "explicit-casts"
+    assert whole.plan.report.passes[0].name == "explicit-casts"
 
 
 def test_pipelines_have_a_text_form() -> None:
     options = Options(2, displace=("conv",))
-    passes = [*pipelines.cut(options), *pipelines.lower(options), *pipelines.steady(options)]
-    text = format_pipeline(passes)
-    assert "choose-displaced{kinds=conv}" in text
-    assert parse_pipeline(text, pipelines.PASSES) == passes
+    passes = [*pipelines.cut(options), *pipelines.lower(options), *pipelines.displaced(options)]
+    texts = [pass_text(p) for p in passes]
+    assert "choose-displaced{purposes=conv}" in texts
+    kept = [p for p in passes if p.needs == p.gives]
+    assert parse_passes(",".join(pass_text(p) for p in kept), pipelines.PASSES) == kept
     with pytest.raises(dc.ConvertError, match="unknown pass 'fly'"):
-        parse_pipeline("drop-noops,fly", pipelines.PASSES)
-    with pytest.raises(dc.ConvertError, match="has no option 'speed'"):
-        parse_pipeline("group-norm-mode{speed=2}", pipelines.PASSES)
+        parse_passes("drop-noops,fly", pipelines.PASSES)
+    with pytest.raises(dc.ConvertError, match="has no option 'speed=2'"):
+        parse_passes("group-norm-mode{speed=2}", pipelines.PASSES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,10 +186,10 @@ class Breaks:
 
     name: ClassVar[str] = "breaks"
     exact: ClassVar[bool] = True
-    needs: ClassVar[Stage] = "local"
-    gives: ClassVar[Stage] = "local"
+    needs: ClassVar[Stage] = "spmd"
+    gives: ClassVar[Stage] = "spmd"
 
-    def run(self, unit: Unit) -> None:
+    def run(self, unit: CompilationUnit) -> None:
         node = next(n for n in unit.graph.nodes if n.op == "call_function")
         node.meta["local"] = node.meta["local"][:1]
 
@@ -198,6 +201,6 @@ def test_verifier_names_the_pass_and_the_node() -> None:
 
 def test_pass_out_of_place_is_named() -> None:
     captured = dc.capture(Net().eval(), (sample(), 1.0))
-    unit = Unit(captured.copy_graph(), "whole", captured, Options(2), {"sample": 2})
-    with pytest.raises(dc.ConvertError, match="breaks needs the local stage, the graph is whole"):
+    unit = CompilationUnit(captured.copy_graph(), "global", captured, Options(2), {"sample": 2})
+    with pytest.raises(dc.ConvertError, match="breaks needs the spmd stage, the graph is global"):
         PassManager().run(unit, [Breaks()])

@@ -338,8 +338,8 @@ def networks(draw: st.DrawFn) -> tuple[Net, Tensor, list[float]]:
 @pytest.mark.parametrize(
     "chunk", [pytest.param(chunk, marks=[] if chunk < ALWAYS else pytest.mark.slow) for chunk in range(CHUNKS)]
 )
-def test_random_networks(chunk: int, request: pytest.FixtureRequest) -> None:
-    @seed(chunk)
+def test_random_networks(chunk: int, request: pytest.FixtureRequest, fresh_seed: int | None) -> None:
+    @seed(chunk if fresh_seed is None else fresh_seed + chunk)
     @settings(
         max_examples=math.ceil(request.config.getoption("--networks") / CHUNKS),
         deadline=None,
@@ -349,9 +349,9 @@ def test_random_networks(chunk: int, request: pytest.FixtureRequest) -> None:
     )
     @given(networks())
     def check(drawn: tuple[Net, Tensor, list[float]]) -> None:
-        net, x, fractions = drawn
-        error, found = Cutting(net, {"x": x}, {"x": 2}).at(fractions)
-        described = f"{x.shape} {fractions} {net.levels} {net.middle}"
+        net, x, cut_points = drawn
+        error, found = Cutting(net, {"x": x}, {"x": 2}).at(cut_points)
+        described = f"{x.shape} {cut_points} {net.levels} {net.middle}"
         assert error <= 1e-5, described
         assert not [f for f in found.fallbacks if "the rule failed" in f.reason], (found.fallbacks, described)
 

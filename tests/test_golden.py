@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import districompile as dc
-from districompile.report import phase_text
+from districompile.plan.steps_text import phase_text
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 class Block(nn.Module):
-    """A residual block with attention: every kind of site once."""
+    """A residual block with attention: every purpose of a transfer once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,10 +34,10 @@ class Block(nn.Module):
 def texts() -> dict[str, str]:
     program = dc.convert(Block().eval(), (torch.zeros(1, 4, 12, 5),), ranks=3)
     return {
-        "block-warmup": program.graph_text("warmup"),
-        "block-steady": program.graph_text("steady"),
-        "block-warmup-steps": phase_text(program.plan, "warmup"),
-        "block-steady-steps": phase_text(program.plan, "steady"),
+        "block-exact": program.graph_text("exact"),
+        "block-displaced": program.graph_text("displaced"),
+        "block-exact-steps": phase_text(program.plan, "exact"),
+        "block-displaced-steps": phase_text(program.plan, "displaced"),
     }
 
 
@@ -46,7 +46,7 @@ def found() -> dict[str, str]:
     return texts()
 
 
-@pytest.mark.parametrize("name", ["block-warmup", "block-steady", "block-warmup-steps", "block-steady-steps"])
+@pytest.mark.parametrize("name", ["block-exact", "block-displaced", "block-exact-steps", "block-displaced-steps"])
 def test_golden(name: str, found: dict[str, str]) -> None:
     assert found[name] + "\n" == (GOLDEN / f"{name}.txt").read_text()
 

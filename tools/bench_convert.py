@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time, peak memory and size of converting full-size networks with random weights; no GPU needed.
 
     python tools/bench_convert.py [--cases sdxl-1024,sdxl-832x1216,sd15-512x768] [--backend onnxruntime] [--keep FOLDER]
@@ -71,8 +72,8 @@ def example(module: torch.nn.Module, height: int, width: int) -> dict[str, Any]:
 
 def measure(case: str, options: argparse.Namespace, target: Path) -> dict[str, Any]:
     import districompile as dc
-    from districompile.backends.base import get_backend
-    from districompile.bundle import Bundle
+    from districompile.backends.registry import get_backend
+    from districompile.bundle.bundle import Bundle
 
     chosen = {"target": options.target, "weights": options.engine_weights}
     backend = get_backend(options.backend, **{k: v for k, v in chosen.items() if v is not None})
@@ -102,7 +103,7 @@ def measure(case: str, options: argparse.Namespace, target: Path) -> dict[str, A
         "engines": len(engines), "engines_gb": round(sum(f.stat().st_size for f in engines) / 1e9, 3),
         "cut_share": report.cut_share(),
         "segments": {p: len(q.segments) for p, q in Bundle.open(target, verify=False).plan.phases.items()},
-        "sent_mb_per_step": round(max(report.sent("steady")) / 1e6, 1),
+        "sent_mb_per_step": round(max(report.sent(program.phases[-1])) / 1e6, 1),
     }  # fmt: skip
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank of distrifuser's patch parallelism, for ``bench_gpu.py``: SDXL's UNet with random weights.
 
     torchrun --nproc-per-node N tools/bench_distrifuser.py CHECKOUT LATENT none|batch|split
@@ -29,7 +30,9 @@ def main() -> None:
         huggingface_hub.cached_download = None
     from distrifuser.models.distri_sdxl_unet_pp import DistriUNetPP  # type: ignore[import-not-found]
     from distrifuser.utils import DistriConfig, PatchParallelismCommManager  # type: ignore[import-not-found]
-    from gpu_parts import example, median_ms, network, peak_gib
+    from gpu_parts import example, network, peak_gib
+
+    from districompile.cost.timing import median_ms
 
     config = DistriConfig(
         height=latent * 8, width=latent * 8, mode="corrected_async_gn",

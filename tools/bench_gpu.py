@@ -1,23 +1,24 @@
-"""Times on GPUs, one JSON line a figure: one GPU, the reference implementation, districompile. Random weights, fp16.
+# SPDX-License-Identifier: Apache-2.0
+"""Time one GPU, the reference implementation and districompile, with random fp16 weights: one JSON line for a figure.
 
     python tools/bench_gpu.py --out FILE [--only single,free,...] [--latents 128,256,480] [--ranks 2]
 
-Parts, each in processes of its own:
+Each part runs in processes of its own:
 
   single      one GPU: eager, and torch.compile (default and max-autotune), as CUDA graphs
-  free        one rank's engines of both phases, transfers free (upper bound), checked against the eager oracle
+  free        the engines of one rank without transfers, in both phases (upper bound), compared with eager PyTorch
   passes      the displaced step of free with no optimisation, with each alone, and with all
-  predict     as free for ``--predict-ranks`` (4 and 8): a rank's compute at a quarter and an eighth of the rows, and
-              the transfers at ``--bandwidth``
-  convert     the bundle of ours, compared with the eager oracle and not timed: to time it later, nothing beside
+  predict     free for ``--predict-ranks`` (4 and 8): the compute of a rank with a quarter and an eighth of the rows,
+              and the time of the transfers at ``--bandwidth``
+  convert     make the bundle and compare it with eager PyTorch, without timing
   ours        the bundle on ``--ranks`` GPUs: exact and displaced step (``districompile bench``)
-  steps       as ours, and ``--steps`` calls, the first ``--warmup-steps`` exact
+  steps       ours, and a run of ``--steps`` calls, of which the first ``--warmup-steps`` are exact
   distrifuser the reference implementation on ``--ranks`` GPUs; needs --distrifuser CHECKOUT, and diffusers 0.27.2 in
               the folder --distrifuser-site
 
-A part that is in FILE already is not run again, and none is started after ``--budget`` seconds: call again to go on.
-With ``--together`` the parts of one size compile at the same time; figures are still taken one at a time.
-Latents are squares (128) or HEIGHTxWIDTH (104x152). All figures of one file belong to one machine.
+A part whose figures are in FILE is not run again. No part starts after ``--budget`` seconds: call again to continue.
+With ``--together`` the parts of one size compile at the same time; they are still timed one at a time.
+Latents are squares (128) or HEIGHTxWIDTH (104x152). All figures of one file must come from one machine.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from typing import Any
 
 TOOLS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOOLS.parent))  # where it is not installed
+
+from districompile.plan.defaults import OPTIMISE, SEGMENTS  # noqa: E402
+
 ONE_GPU = ("single", "free", "predict", "passes")
 PARTS = (*ONE_GPU, "convert", "ours", "steps", "distrifuser")
 
@@ -54,21 +58,23 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--predict-ranks", default="4,8")
     parser.add_argument("--bandwidth", type=float, default=379.0, help="GB/s from one GPU to another, for predict")
-    parser.add_argument("--phases", default="steady,warmup")
+    parser.add_argument("--phases", default="displaced,exact")
     parser.add_argument("--modes", default="eager,default,max-autotune-no-cudagraphs", help="of single")
     parser.add_argument("--max-autotune", action="store_true", help="for our engines")
     parser.add_argument("--attention", default="auto", help="of our engines: auto, torch or flash3")
     parser.add_argument(
-        "--timed", default="products,convolutions,kernels", help="what our engines decide by timing, or none"
+        "--autotune", default="linear,conv,custom-kernels", help="what our engines choose by timing, or none"
     )
     parser.add_argument("--inductor", default="{}", help="further Inductor options for our engines, as JSON")
-    parser.add_argument("--optimise", default="all", help="exact passes for speed, or all, or none")
-    parser.add_argument("--segments", type=int, default=4)
+    parser.add_argument("--optimise", default=OPTIMISE, help="exact passes for speed, or all, or none")
+    parser.add_argument("--segments", type=int, default=SEGMENTS)
     parser.add_argument("--workers", type=int, help="processes that compile our engines")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--warmup-steps", type=int, default=4)
     parser.add_argument("--groupnorm", default="forecast", help="of our displaced phase")
     parser.add_argument("--drift-limit", type=float, help="of ours; 0 measures no drift (else the default)")
+    parser.add_argument("--reuse", default="none", help="of ours, as deep=2")
+    parser.add_argument("--transfer-bits", type=int, help="of ours: 8 sends differences")
     parser.add_argument("--work", type=Path, default=Path("bench-work"), help="bundles and packages, kept")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one part")
@@ -89,8 +95,8 @@ def main() -> None:
 
 
 def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What is to be run, in order: by model and size, so that figures to be compared are taken close together."""
-    from districompile.unit import OPTIMISATIONS
+    """List the jobs in order: by model and size, so that figures to be compared are measured close together."""
+    from districompile.ir.unit import OPTIMISATIONS
 
     found: list[dict[str, Any]] = []
     models = [args.models] if args.models.startswith("{") else args.models.split(",")
@@ -99,8 +105,10 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
             for part in args.only.split(","):
                 base = {"part": part, "model": model, "latent": latent, "optimise": args.optimise,
                         "inductor": args.inductor, "max_autotune": args.max_autotune,
-                        "attention": args.attention, "timed": args.timed, "guidance": args.guidance,
+                        "attention": args.attention, "autotune": args.autotune, "guidance": args.guidance,
                         "groupnorm": args.groupnorm, "drift_limit": args.drift_limit}  # fmt: skip
+                if args.reuse != "none" or args.transfer_bits is not None:  # else jobs are those of earlier files
+                    base |= {"reuse": args.reuse, "transfer_bits": args.transfer_bits}
                 if part == "passes":
                     found += [{**base, "ranks": args.ranks, "optimise": o} for o in ("none", *OPTIMISATIONS, "all")]
                 elif part == "predict":
@@ -151,14 +159,14 @@ def start(job: dict[str, Any]) -> subprocess.Popen[bytes]:
     command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(job)]
     if job["part"] not in ONE_GPU:
         return subprocess.Popen(command, start_new_session=True)
-    # On the last GPU, as others compile on the first
+    # On the last GPU, as other parts compile on the first
     shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus())))
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": shown.rpartition(",")[2]}
     return subprocess.Popen(command, env=env, start_new_session=True)
 
 
 def end(process: subprocess.Popen[bytes]) -> int:
-    """With what it started: that would go on, and have others wait for their turn."""
+    """Kill the process and its children, which would otherwise go on and hold the lock of other parts."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return process.wait()
@@ -171,7 +179,7 @@ def gpus() -> int:
 
 
 def record(out: Path, job: dict[str, Any], figure: dict[str, Any]) -> None:
-    """One line to the file and to standard output."""
+    """Write one line to the file and to standard output."""
     line = json.dumps({**figure, "job": job})
     with out.open("a") as file:
         file.write(line + "\n")
@@ -207,14 +215,14 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
         if "sent_mb" in figure and "ms" in figure:
             transfer = figure["sent_mb"] / args.bandwidth
             figure["transfer_ms"] = round(transfer, 3)
-            exact = figure["figure"].startswith("warmup")
+            exact = figure["figure"].startswith("exact")
             figure["predicted_ms"] = figure["ms"] + transfer if exact else max(figure["ms"], transfer)
         say(**figure)
 
     predict = job["part"] == "predict"
     gpu_parts.free(
         predicting if predict else say, turn, job["model"], height, width, job["ranks"], job["ranks"] // 2,
-        ("steady",) if job["part"] == "passes" else tuple(args.phases.split(",")),
+        ("displaced",) if job["part"] == "passes" else tuple(args.phases.split(",")),
         _backend_options(args),
         args.work / f"free-{os.getpid()}", job["part"] == "free" and not args.no_check, args.profile,
         _optimise(job), args.segments, images(job), job["groupnorm"],
@@ -222,13 +230,13 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
 
 
 def images(job: dict[str, Any]) -> int:
-    """The batch of a call: guidance takes two, whether or not each half has ranks of its own."""
+    """Return the batch of a call: two with guidance, whether or not each half has ranks of its own."""
     return 1 if job["guidance"] == "none" else 2
 
 
 def _backend_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"max_autotune": args.max_autotune, "attention": args.attention,
-            "timed": args.timed, "options": json.loads(args.inductor),
+            "autotune": tuple(args.autotune.split(",")), "inductor_config": json.loads(args.inductor),
             "workers": args.workers}  # fmt: skip
 
 
@@ -237,21 +245,23 @@ def _optimise(job: dict[str, Any]) -> str:
 
 
 def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: int) -> None:
-    """Convert, if the bundle is not there, and let ``districompile bench`` time it on all ranks."""
+    """Convert unless the bundle exists, and time it on all ranks by ``districompile bench``."""
     import gpu_check
     import gpu_parts
     import torch
 
     import districompile as dc
-    from districompile.backends.inductor import InductorBackend
-    from districompile.unit import DRIFT_LIMIT
+    from districompile.backends.inductor.backend import InductorBackend
+    from districompile.ir.unit import DRIFT_LIMIT
 
     turn = gpu_parts.Turn(args.work / "turn")
     name = f"{job['model'] if len(job['model']) < 9 else 'custom'}-{height}x{width}-{job['ranks']}-{args.warmup_steps}"
     name += "" if job["guidance"] == "none" else f"-{job['guidance']}"
     name += f"-{job['groupnorm']}" + ("" if job["drift_limit"] is None else f"-{job['drift_limit']:g}")
+    reuse, bits = job.get("reuse", "none"), job.get("transfer_bits")
+    name += ("" if reuse == "none" else f"-{reuse.replace(':', '-')}") + ("" if bits is None else f"-{bits}bit")
     folder = args.work / (
-        name + ("-autotuned" if args.max_autotune else "") + f"-{args.attention}-{args.timed.replace(',', '+')}"
+        name + ("-autotuned" if args.max_autotune else "") + f"-{args.attention}-{args.autotune.replace(',', '+')}"
     )
     if not (folder / "manifest.json").exists():
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -262,10 +272,10 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
             cfg="split" if job["guidance"] == "split" else "none",
             groupnorm=job["groupnorm"], warmup_steps=args.warmup_steps,
             drift_limit=DRIFT_LIMIT if job["drift_limit"] is None else job["drift_limit"],
-            optimise=_optimise(job), segments=args.segments,
+            optimise=_optimise(job), segments=args.segments, reuse=reuse, transfer_bits=bits,
         )  # fmt: skip
         converted = time.perf_counter()
-        program.save(folder, backend=InductorBackend(device.type, **_backend_options(args)))
+        program.save(folder, backend=InductorBackend(**_backend_options(args)))
         figure = {"figure": "convert", "cut_s": round(converted - began, 1),
                   "build_s": round(time.perf_counter() - converted, 1),
                   "packages": len(list((folder / "engines").glob("*.pt2")))}  # fmt: skip
@@ -282,15 +292,15 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
         torch.cuda.empty_cache() if device.type == "cuda" else None
     if job["part"] == "convert":
         return
-    command = [sys.executable, "-m", "districompile", "bench", str(folder)]
+    command = [sys.executable, "-m", "districompile", "bench", str(folder), "--json"]
     if job["part"] == "steps":
         command += ["--steps", str(args.steps)]
     if args.profile is not None:
         command += ["--kernels", f"{args.profile}-{folder.name}.txt", "--trace", f"{args.profile}-{folder.name}.json"]
     with turn.alone():
-        timed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    for line in timed.stdout.splitlines():
-        record(args.out, job, json.loads(line))
+        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    for figure in json.loads(finished.stdout)["figures"]:
+        record(args.out, job, figure)
 
 
 def reference(job: dict[str, Any], args: argparse.Namespace, latent: int) -> None:
@@ -300,8 +310,8 @@ def reference(job: dict[str, Any], args: argparse.Namespace, latent: int) -> Non
     script = TOOLS / "bench_distrifuser.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job["ranks"]),
                str(script), str(args.distrifuser), str(latent), job["guidance"]]  # fmt: skip
-    site = [str(args.distrifuser_site)] if args.distrifuser_site else []
-    path = os.pathsep.join([*site, *filter(None, [os.environ.get("PYTHONPATH")])])
+    module_path = [str(args.distrifuser_site)] if args.distrifuser_site else []
+    path = os.pathsep.join([*module_path, *filter(None, [os.environ.get("PYTHONPATH")])])
     import gpu_parts
 
     with gpu_parts.Turn(args.work / "turn").alone():

@@ -1,17 +1,21 @@
-"""Kernels of our own beside what they stand for: microseconds on the first GPU, one JSON line a size.
+# SPDX-License-Identifier: Apache-2.0
+"""Time the custom kernels against those of PyTorch's libraries on the first GPU.
 
-    python tools/bench_kernels.py [--only attention,queries,gated,apart,convolutions] [--dtype float16]
+Prints one JSON line for each size, with microseconds by configuration; "baseline" is PyTorch's.
 
-  attention  by PyTorch's choice, by FlashAttention-3 with the keys in 1, 2 and 3 parts where it is installed, and by
-             ours in blocks: two ranks' share of SDXL's layers at the latents 480, 256 and 128, four and eight ranks' of
-             those of 20 heads at 128, Stable Diffusion 1.5's at 64 (8 heads, here of 64 elements), and attention to a
-             text at 128, 256 and 480
-  queries    a product and attention to a text, and both in one
-  gated      a product and what multiplies one half with the GELU of the other, and both in one
-  apart      a product and a copy of two thirds of it, two products, and one that writes to two places
-  convolutions  3 x 3, by cuDNN, as a product (with the time to write what it reads), and in tiles of ours
+    python tools/bench_kernels.py [--only attention,projection,gated,split,convolutions] [--dtype float16]
 
-The last three are of the rows of two ranks at the latents 128, 256 and 480. What one size has is timed in turns.
+  attention     PyTorch's choice, FlashAttention-3 with the keys in 1, 2 and 3 parts where it is installed, and the
+                custom kernel by sizes of blocks. Sizes: two ranks' share of the layers of SDXL at the latents 480, 256
+                and 128; four and eight ranks' share of those of 20 heads at 128; Stable Diffusion 1.5 at 64 (8 heads,
+                here of 64 elements); and attention to a text at 128, 256 and 480
+  projection    the projection of queries and attention to a text, as two kernels and as one
+  gated         a gated linear layer, as a linear layer and a pointwise kernel, and as one kernel
+  split         a linear layer and a copy of two thirds of its result, two linear layers, and one with two results
+  convolutions  3 x 3, by cuDNN, by im2col (with the time to write the matrix), and by tiles of the custom kernel
+
+The last three have the rows of two ranks at the latents 128, 256 and 480. All configurations of a size are timed in
+turns.
 """
 
 from __future__ import annotations
@@ -22,15 +26,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
-from districompile.backends import attention, flash_attention, inductor_direct, inductor_unfold, timing
-from districompile.backends.gpu import gated, hopper
-from districompile.backends.gpu.launch import unusable
+from districompile.backends.inductor import attention, autotune, convolution, flash_attention, gated, split_linear
+from districompile.backends.inductor.kernels import hopper
+from districompile.backends.inductor.kernels.launch import unavailable_reason
 
 TEXT = 77
 ATTENTION = (
@@ -38,10 +41,11 @@ ATTENTION = (
     (256, 1024, 20), (128, 1024, 20), (2048, 4096, 8), (512, TEXT, 20), (2048, TEXT, 10), (2048, TEXT, 20),
     (8192, TEXT, 10), (7200, TEXT, 20), (28800, TEXT, 10),
 )  # fmt: skip
+PARTS = ("attention", "projection", "gated", "split", "convolutions")
 ROWS = ((512, 1280), (2048, 640), (2048, 1280), (8192, 640), (7200, 1280), (28800, 640))
 
 
-# Channels, and the pixels of two ranks
+# Input and output channels, and the pixels of one of two ranks
 CONVOLUTIONS = (
     (320, 320, 64, 128), (960, 320, 64, 128), (640, 640, 32, 64), (1280, 1280, 16, 32), (320, 320, 128, 256),
     (640, 640, 64, 128), (1280, 1280, 32, 64), (320, 320, 240, 480), (640, 640, 120, 240), (1280, 1280, 60, 120),
@@ -50,64 +54,75 @@ CONVOLUTIONS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="attention,queries,gated,apart,convolutions")
-    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas (default: all)")
+    parser.add_argument(
+        "--dtype", default="float16", choices=("float16", "bfloat16"), help="dtype of all tensors (default: float16)"
+    )
     args = parser.parse_args()
-    if (reason := unusable()) is not None:
-        raise SystemExit(f"kernels of our own cannot be used here: {reason}")
+    if (reason := unavailable_reason()) is not None:
+        raise SystemExit(f"the custom kernels cannot be used here: {reason}")
     dtype = getattr(torch, args.dtype)
-    parts: dict[str, Callable[[torch.dtype], None]] = {
-        "attention": attend, "queries": ask, "gated": gate, "apart": apart,
-        "convolutions": convolve,
-    }  # fmt: skip
+    parts: dict[str, Callable[[torch.dtype], None]] = dict(
+        zip(PARTS, (attend, project, gate, split, convolve), strict=True)
+    )
     for name in args.only.split(","):
         if name not in parts:
             raise SystemExit(f"no part named {name!r}; there are: {', '.join(parts)}")
-        if name in ("gated", "convolutions") and (reason := hopper.unusable()) is not None:
+        if name in ("gated", "convolutions") and (reason := hopper.unavailable_reason()) is not None:
             raise SystemExit(f"{name} cannot be measured here: {reason}")
         parts[name](dtype)
 
 
 def attend(dtype: torch.dtype) -> None:
     for queries, keys, heads in ATTENTION:
-        choose = partial(attention.choose, 1, heads, queries, 64, keys, dtype, flash_attention.unusable("cuda") is None)
-        row("attention", {"queries": queries, "keys": keys, "heads": heads}, partial(choose, True))
+        select = partial(
+            attention.best_attention,
+            1,
+            heads,
+            queries,
+            64,
+            keys,
+            dtype,
+            flash_attention.unavailable_reason("cuda") is None,
+        )
+        row("attention", {"queries": queries, "keys": keys, "heads": heads}, partial(select, True))
 
 
-def ask(dtype: torch.dtype) -> None:
+def project(dtype: torch.dtype) -> None:
     for queries, keys, heads in (size for size in ATTENTION if size[1] <= TEXT):
-        flash = flash_attention.unusable("cuda") is None
-        own = attention.choose(1, heads, queries, 64, keys, dtype, flash, True)
-        choose = partial(attention.product_pays, 1, heads, queries, 64, keys, 64 * heads, dtype, own)
-        row("queries", {"queries": queries, "keys": keys, "heads": heads}, choose)
+        flash = flash_attention.unavailable_reason("cuda") is None
+        separate = attention.best_attention(1, heads, queries, 64, keys, dtype, flash, True)
+        select = partial(attention.best_projection_config, 1, heads, queries, 64, keys, 64 * heads, dtype, separate)
+        row("projection", {"queries": queries, "keys": keys, "heads": heads}, select)
 
 
 def gate(dtype: torch.dtype) -> None:
     for rows, inner in ROWS:
-        row("gated", {"rows": rows, "inner": inner}, partial(gated.pays, rows, inner, 8 * inner, True, dtype))
+        row("gated", {"rows": rows, "inner": inner}, partial(gated.best_tile, rows, inner, 8 * inner, True, dtype))
 
 
-def apart(dtype: torch.dtype) -> None:
+def split(dtype: torch.dtype) -> None:
     for rows, inner in ROWS:
         size = rows, inner, 2 * inner, inner
-        row("apart", {"rows": rows, "inner": inner}, partial(inductor_direct.split_pays, *size, dtype, True))
+        row("split", {"rows": rows, "inner": inner}, partial(split_linear.best_split_config, *size, dtype, True))
 
 
 def convolve(dtype: torch.dtype) -> None:
-    """As a rank has them: a row of each neighbour's above and below."""
+    """Time convolutions of the rows of a rank, with one row of each neighbour above and below."""
     for inner, outer, height, width in CONVOLUTIONS:
         size = (1, inner, height + 2, width), (outer, inner, 3, 3), (1, 1), (0, 1)
-        choose = partial(inductor_unfold.choose, *size, dtype, True, True)
-        row("convolutions", {"in": inner, "out": outer, "height": height, "width": width}, choose)
+        select = partial(convolution.best_convolution, *size, dtype, True, True)
+        row("convolutions", {"in": inner, "out": outer, "height": height, "width": width}, select)
 
 
-def row(part: str, size: dict[str, int], choose: Callable[[], Any]) -> None:
-    """One line: what a conversion would choose, and all the times it chooses by."""
-    with timing.told() as times:
-        chosen = choose()
-    us = {"usual" if way is None else str(way): round(1e3 * ms, 2) for way, ms in times.items()}
+def row(part: str, size: dict[str, int], select: Callable[[], object]) -> None:
+    """Print one line: the configuration that a conversion would select, and all timings that it compares."""
+    with autotune.recorded_timings() as times:
+        selected = select()
+    us = {"baseline" if key is None else str(key): round(1e3 * ms, 2) for key, ms in times.items()}
     print(
-        json.dumps({"part": part, **size, "chosen": chosen, "us": us, "gpu": torch.cuda.get_device_name()}), flush=True
+        json.dumps({"part": part, **size, "selected": selected, "us": us, "gpu": torch.cuda.get_device_name()}),
+        flush=True,
     )
 
 

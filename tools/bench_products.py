@@ -1,11 +1,14 @@
-"""How fast a GPU multiplies at a rank's sizes, and what a bias costs: one JSON line a shape and form. float16.
+# SPDX-License-Identifier: Apache-2.0
+"""Time matrix products at the sizes of a rank, and the cost of a bias, in float16: one JSON line for a shape and form.
 
     python tools/bench_products.py [--rows 512,2048,7200] [--copies 16]
 
-Each figure is the time of one product within a CUDA graph of many, each with a weight and an input of its own, so that
-weights come from memory as in a UNet and launches are not counted. Forms: ``linear`` (bias in the product), ``product``
-(none), ``split`` (two halves of the inner dim as a batch, not yet added). Shapes: SDXL's (channels 640 from 2048 rows
-on, 1280 up to there and from 7200 on): attention's projections, the gated feed-forward and its second half.
+Each figure is the time of one product within a CUDA graph of many. Each product has a weight and an input of its own,
+so that weights come from memory as in a UNet, and launches are not counted.
+
+Forms: ``linear`` (with a bias), ``matmul`` (without), ``split`` (two halves of the inner dim as a batch, not yet
+added). Shapes are those of SDXL, with 640 channels from 2048 rows on, and 1280 below and from 7200 rows on: the
+projections of attention, the gated feed-forward and its second half.
 """
 
 from __future__ import annotations
@@ -22,16 +25,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is not installed
 
-import gpu_parts
+from districompile.cost.timing import captured, median_ms
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="512,2048,7200")
-    parser.add_argument("--copies", type=int, default=16)
+    parser.add_argument("--rows", default="512,2048,7200", help="numbers of rows (default: 512,2048,7200)")
+    parser.add_argument("--copies", type=int, default=16, help="products in one CUDA graph (default: 16)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here: products are timed on one")
+        raise SystemExit("there is no GPU here, and matrix products are timed on one")
     for rows in map(int, args.rows.split(",")):
         channels = 640 if 2048 <= rows < 7200 else 1280
         for out, inner in ((1, 1), (3, 1), (8, 1), (1, 4)):
@@ -40,7 +43,7 @@ def main() -> None:
 
 @torch.no_grad()
 def shape(m: int, n: int, k: int, copies: int) -> None:
-    """All forms of (m, k) by (k, n)."""
+    """Time all forms of (m, k) by (k, n)."""
 
     def normal(*size: int) -> list[torch.Tensor]:
         return [torch.randn(*size, device="cuda", dtype=torch.float16) for _ in range(copies)]
@@ -48,7 +51,7 @@ def shape(m: int, n: int, k: int, copies: int) -> None:
     xs, weights, biases = normal(m, k), normal(n, k), normal(n)
     forms: dict[str, list[Callable[[], Any]]] = {
         "linear": [partial(torch.nn.functional.linear, *a) for a in zip(xs, weights, biases, strict=True)],
-        "product": [partial(torch.mm, x, w.t()) for x, w in zip(xs, weights, strict=True)],
+        "matmul": [partial(torch.mm, x, w.t()) for x, w in zip(xs, weights, strict=True)],
         "split": [
             partial(torch.bmm, x.view(m, 2, k // 2).transpose(0, 1), w.view(n, 2, k // 2).permute(1, 2, 0))
             for x, w in zip(xs, weights, strict=True)
@@ -60,7 +63,7 @@ def shape(m: int, n: int, k: int, copies: int) -> None:
             for product in products:
                 product()
 
-        us = gpu_parts.median_ms(gpu_parts.captured(once)) / copies * 1e3
+        us = median_ms(captured(once)) / copies * 1e3
         print(json.dumps({
             "rows": m, "out": n, "in": k, "form": form, "us": round(us, 2), "tflops": round(2e-6 * m * n * k / us),
             "device": torch.cuda.get_device_name(), "torch": torch.__version__,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the exchanges of a converted model cost by themselves: its steps with engines that compute nothing.
 
     python tools/bench_transport.py BUNDLE_OR_PLAN_JSON [--transport peer nccl gloo] [--calls 20]
@@ -21,12 +22,12 @@ import torch
 
 from districompile.backends.base import Engine
 from districompile.errors import Error
-from districompile.ir.plan import Plan
-from districompile.runtime.agreement import Proposal
-from districompile.runtime.gloo import start_gloo
-from districompile.runtime.launcher import launch
-from districompile.runtime.runner import ProcessRunner, world_size
-from districompile.runtime.streams import Decision
+from districompile.plan.plan import ExecutionPlan
+from districompile.runtime.calls.agreement import Proposal
+from districompile.runtime.calls.call_tracker import Decision
+from districompile.runtime.processes.launcher import launch
+from districompile.runtime.runner import ProcessRunner
+from districompile.runtime.transports.gloo import start_gloo
 
 
 class Idle(Engine):
@@ -51,7 +52,7 @@ class Idle(Engine):
 
 
 def worker(path: str, transport: str, cuda_graph: bool, calls: int) -> list[dict[str, Any]]:
-    plan = Plan.from_json(Path(path).read_text())
+    plan = ExecutionPlan.from_json(Path(path).read_text())
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -61,11 +62,11 @@ def worker(path: str, transport: str, cuda_graph: bool, calls: int) -> list[dict
     runner = ProcessRunner(plan, engines, device, 60.0, transport, cuda_graph)
     inputs = {i.path: torch.zeros(i.spec.shape, dtype=i.spec.dtype, device=device) for i in plan.inputs}
     values = {i.value: inputs[i.path] for i in plan.inputs}
-    for phase in ("warmup", "warmup", "warmup", "steady", "steady", "steady", "steady"):
+    for phase in ("exact", "exact", "exact", "displaced", "displaced", "displaced", "displaced"):
         runner.call(Proposal(Decision(phase, 0, False), inputs, fresh=False))
     rows = []
-    state = runner._states[0]
-    for phase in ("warmup", "steady"):
+    state = runner._states[0][0]
+    for phase in ("exact", "displaced"):
         for _ in range(4):
             runner.executor.run(phase, values, state)
         times = []
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=20)
     args = parser.parse_args()
     path = args.plan / "plan.json" if args.plan.is_dir() else args.plan
-    ranks = world_size(Plan.from_json(path.read_text()))
+    ranks = ExecutionPlan.from_json(path.read_text()).world_size
     for transport in args.transport:
         for cuda_graph in (False, True):
             try:

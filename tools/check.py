@@ -1,29 +1,35 @@
-"""The one entry for checks, for people and for CI.
+# SPDX-License-Identifier: Apache-2.0
+"""Run the project's checks: lint, types, docs and tests. People and CI use this one entry.
 
-    python tools/check.py            every check; of the slow tests a third, by the date
+    python tools/check.py            every check; a third of the slow tests, by the date
     python tools/check.py lint       formatting and lint
-    python tools/check.py types      mypy --strict; brings TensorRT's type stubs into build/typings the first time
+    python tools/check.py types      mypy --strict; the first time, TensorRT's type stubs are put into build/typings
+    python tools/check.py docs       mkdocs build --strict, into build/site; left out where mkdocs is not installed
     python tools/check.py test       pytest; further arguments go to it: tools/check.py test -k cli
     python tools/check.py --all      every check and every test
-    python tools/check.py --fast     every check; none of the slow tests
+    python tools/check.py --fast     every check and no slow test
+    python tools/check.py --nightly  rule properties and random networks, from a fresh seed, which is printed
     python tools/check.py --fix      reformat and repair what ruff can repair, then check
 
-Runs every check even if one fails; the exit code is 1 if any did.
+Every check runs even if one fails. The exit code is 1 if one failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKS = ("lint", "types", "test")
-# Their packages ask for TensorRT itself, whose libraries need no place here: what is looked at are stubs and bindings.
+CHECKS = ("lint", "types", "docs", "test")
+PROPERTIES = ("tests/passes", "tests/test_fuzz.py")  # tests that take --fresh-seed
+# Installed without dependencies: only the stubs and bindings are read, TensorRT's libraries are not needed.
 REFERENCES = {
     "build/typings": "tensorrt-stubs==10.13.0.35.1",
+    "build/bindings-8": "tensorrt-bindings==8.6.1",  # the last for Python 3.10
     "build/bindings-10": "tensorrt_cu12_bindings==10.16.1.11",
     "build/bindings-11": "tensorrt_cu13_bindings==11.4.0.106",
 }
@@ -38,7 +44,7 @@ STUB_ERRORS = {
 
 
 def commands(check: str, slow: str, fix: bool, extra: list[str]) -> list[list[str]]:
-    """What a check runs, one command line each. ``slow``: which slow tests, "all", "some" of them, or "none"."""
+    """Return the command lines of a check. ``slow`` selects tests: "all", "some", "none", or "nightly"."""
     python = sys.executable
     if check == "lint":
         ruff = [python, "-m", "ruff"]
@@ -49,17 +55,28 @@ def commands(check: str, slow: str, fix: bool, extra: list[str]) -> list[list[st
     if check == "types":
         fetch()
         return [[python, "-m", "mypy", "--strict"]]
-    chosen = {"all": ["--all"], "some": [], "none": ["-m", "not slow"]}[slow]
+    if check == "docs":
+        if importlib.util.find_spec("mkdocs") is None:
+            print('docs: left out, as mkdocs is not installed: pip install -e ".[docs]"', flush=True)
+            return []
+        return [[python, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site"]]
+    chosen = {
+        "all": ["--all"],
+        "some": [],
+        "none": ["-m", "not slow"],
+        "nightly": ["--fresh-seed", "random", "--networks", "1200", *PROPERTIES],
+    }[slow]
     return [[python, "-m", "pytest", "-q", *chosen, *extra]]
 
 
 def fetch() -> None:
-    """Bring what TensorRT code is checked against into build/, where it is not there yet. Without a network the checks
-    go on without it."""
+    """Install TensorRT's stubs and bindings into build/ if they are missing. Without a network, go on without them."""
     for folder, package in REFERENCES.items():
         if (ROOT / folder).is_dir():
             continue
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, package]
+        if folder == "build/bindings-8":
+            command += ["--python-version", "3.10", "--only-binary", ":all:"]
         if subprocess.run(command, cwd=ROOT).returncode:
             print(f"{package} cannot be installed into {folder}: TensorRT code is not checked against it", flush=True)
             continue
@@ -71,30 +88,40 @@ def fetch() -> None:
 
 
 def main() -> int:
-    """Run the checks asked for, in order."""
+    """Run the selected checks in order; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checks", nargs="*", metavar="lint|types|test", help="which checks; all without")
+    parser.add_argument("checks", nargs="*", metavar="|".join(CHECKS), help="which checks [default: all]")
     slow = parser.add_mutually_exclusive_group()
-    slow.add_argument("--all", dest="slow", action="store_const", const="all", help="run every test marked slow")
-    slow.add_argument("--fast", dest="slow", action="store_const", const="none", help="leave out tests marked slow")
+    slow.add_argument("--all", dest="slow", action="store_const", const="all", help="run every slow test")
+    slow.add_argument("--fast", dest="slow", action="store_const", const="none", help="run no slow test")
+    slow.add_argument(
+        "--nightly", dest="slow", action="store_const", const="nightly", help="run property tests alone, with new seeds"
+    )
     parser.add_argument("--fix", action="store_true", help="let ruff change files")
+    parser.set_defaults(slow="some")
     options, extra = parser.parse_known_args()
     unknown = [c for c in options.checks if c not in CHECKS]
     if unknown and options.checks[0] != "test":
         parser.error(f"no check named {unknown[0]!r}; there are: {', '.join(CHECKS)}")
     chosen = [c for c in CHECKS if c in options.checks] or list(CHECKS)
-    failed = []
-    for check in chosen:
-        for command in commands(check, options.slow or "some", options.fix, unknown + extra):
-            print(f"$ {' '.join(command[1:])}", flush=True)
-            started = time.perf_counter()
-            code = subprocess.run(command, cwd=ROOT).returncode
-            print(f"{check}: {'ok' if code == 0 else 'FAILED'} in {time.perf_counter() - started:.0f} s", flush=True)
-            if code:
-                failed.append(check)
+    if options.slow == "nightly" and not options.checks:
+        chosen = ["test"]
+    failed = [check for check in chosen if not run(check, commands(check, options.slow, options.fix, unknown + extra))]
     if failed:
-        print(f"failed: {', '.join(dict.fromkeys(failed))}")
+        print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
+
+
+def run(check: str, lines: list[list[str]]) -> bool:
+    """Run the command lines of a check and print how long each took. Return whether all succeeded."""
+    succeeded = True
+    for command in lines:
+        print(f"$ {' '.join(command[1:])}", flush=True)
+        started = time.perf_counter()
+        code = subprocess.run(command, cwd=ROOT).returncode
+        print(f"{check}: {'ok' if code == 0 else 'FAILED'} in {time.perf_counter() - started:.0f} s", flush=True)
+        succeeded &= code == 0
+    return succeeded
 
 
 if __name__ == "__main__":

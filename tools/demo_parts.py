@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the demo model is made of: its sizes, tokenizer and modules, and the pictures it is trained on and draws."""
 
 from __future__ import annotations

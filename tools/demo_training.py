@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the trainings of the demo's autoencoder and UNet share: a log, a clock, and an optimizer with averages."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What ``bench_gpu.py`` compares: a bundle's answers on its GPUs with those of the same program run by PyTorch."""
+# SPDX-License-Identifier: Apache-2.0
+"""Compare the outputs of a bundle on its GPUs with those of the same program run by PyTorch, for ``bench_gpu.py``."""
 
 from __future__ import annotations
 
@@ -10,18 +11,20 @@ from typing import Any
 import torch
 
 import districompile as dc
-from districompile.commands.bench import Calls
-from districompile.compare import relative_error
-from districompile.ir.plan import Phase
-from districompile.runtime.launcher import launch
+from districompile.cli.calls import Calls
+from districompile.ir.spec import Phase
+from districompile.runtime.processes.launcher import launch
+from districompile.sharding.compare import relative_error
 
 
 def compare(bundle: Path, eager: Path, ranks: int, module: torch.nn.Module, scratch: Path) -> dict[str, Any]:
-    """Relative errors (2-norms) of ``bundle``'s exact and displaced calls against those of ``eager``, which is the same
-    program, and against ``module`` on one GPU; and whether ``bundle`` gave the same bits twice."""
+    """Return the relative errors (2-norms) of ``bundle``, and whether two runs of it gave the same bits.
+
+    The references are ``eager``, a bundle of the same program for PyTorch, and ``module`` on one GPU.
+    """
     files = {name: scratch / f"{name}.pt" for name in ("first", "second", "eager")}
     folders = {"first": bundle, "second": bundle, "eager": eager}
-    with ProcessPoolExecutor(len(files), get_context("spawn")) as pool:  # loading takes the time: all at once
+    with ProcessPoolExecutor(len(files), get_context("spawn")) as pool:  # in parallel, as loading takes long
         list(pool.map(run, folders.values(), files.values(), [ranks] * len(files)))
     first, second, oracle = (torch.load(f, weights_only=True) for f in files.values())
     whole = first["kwargs"]
@@ -42,18 +45,19 @@ def compare(bundle: Path, eager: Path, ranks: int, module: torch.nn.Module, scra
 
 
 def run(bundle: Path, file: Path, ranks: int) -> None:
+    """Run :func:`answers` on all ranks of ``bundle``."""
     launch(answers, (str(bundle), str(file)), ranks)
 
 
 def answers(bundle: str, file: str) -> None:
-    """One rank: the outputs of one exact and some displaced calls; rank 0 writes them, with the arguments."""
+    """Compute one exact and three displaced calls on one rank. Rank 0 writes outputs and arguments to ``file``."""
     import torch.distributed as dist
 
     unet = dc.load(bundle, verify="quick", device="cuda" if torch.cuda.is_available() else "cpu")
     calls = Calls(unet)
     outputs: list[torch.Tensor] = []
     first: dict[str, Any] = {}
-    phases: list[Phase] = ["warmup", "steady", "steady", "steady"]
+    phases: list[Phase] = ["exact", "displaced", "displaced", "displaced"]
     for phase in phases:
         unet.phase = phase
         outputs.append(calls.call()[0].cpu().clone())

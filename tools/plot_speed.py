@@ -1,4 +1,5 @@
-"""A picture of what ``bench_gpu.py`` measured: the time of a step by the number of GPUs, and what would be ideal.
+# SPDX-License-Identifier: Apache-2.0
+"""Plot the figures of ``bench_gpu.py``: the time of a step by the number of GPUs, and ideal scaling.
 
     python tools/plot_speed.py docs/measurements/four-h100.jsonl --out docs/images/speed.svg
 
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 def read(found: list[dict[str, Any]]) -> dict[str, dict[str, Points]]:
-    """For each latent and each of LINES the least time by number of GPUs."""
+    """Return the least time by number of GPUs, for each latent and each of LINES."""
     panels: dict[str, dict[str, Points]] = {}
     for line in found:
         job = line["job"]

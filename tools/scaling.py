@@ -1,12 +1,16 @@
-"""What a cut over more GPUs asks of each of them, without one: rows, work, bytes sent, memory. One JSON line a case.
+# SPDX-License-Identifier: Apache-2.0
+"""Compute what each rank of a partition needs, without a GPU: rows, work, bytes sent, memory. One JSON line a case.
 
     python tools/scaling.py [--models sdxl,sd15] [--latents 128,256,480] [--ranks 2,4,8] [--cfg none,split]
 
-``work`` is the operations of the busiest rank in the displaced step, times the ranks, over those of one rank that does
-all: 1.00 divides evenly. ``sent_mb``: by the busiest rank, a step, and ``transfer_ms`` at ``--bandwidth`` (one GPU's
-outgoing copies together). ``receive_mb``: memory that others write into; ``arena_mb``: values between engines;
-``weights_mb``: on every rank. ``exchanges``: those that the exact step waits for, one after another. What engines
-allocate for themselves is not in it. Computed from the plan: for times of engines see ``bench_gpu.py --only predict``.
+- ``work``: operations of the busiest rank in the displaced step, times the ranks, over those of a single rank. 1.00 is
+  an even division.
+- ``sent_mb``: bytes that the busiest rank sends a step. ``transfer_ms``: their time at ``--bandwidth``.
+- ``receive_mb``: receive buffers. ``arena_mb``: values between engines. ``weights_mb``: weights, on every rank.
+- ``exchanges``: collectives that the exact step waits for, one after another.
+
+Memory that engines allocate themselves is not counted. All figures come from the plan. ``bench_gpu.py --only predict``
+measures the times of engines.
 """
 
 from __future__ import annotations
@@ -27,9 +31,10 @@ import bench_convert
 import gpu_parts
 
 import districompile as dc
-from districompile.backends.inductor_graph import rooms
-from districompile.ir.plan import Phase, Plan
-from districompile.runtime.memory import plan_memory
+from districompile.backends.inductor.package import aliased_outputs
+from districompile.ir.spec import Phase
+from districompile.plan.plan import ExecutionPlan
+from districompile.runtime.executor.memory import plan_memory
 
 MB = 1e6
 
@@ -62,7 +67,10 @@ def main() -> None:
 def case(
     module: torch.nn.Module, latent: str, ranks: int, cfg: str, args: argparse.Namespace
 ) -> tuple[dict[str, Any], float]:
-    """The figures, and the operations of the busiest rank. One image; with guidance split, two halves of a batch."""
+    """Return the figures of a case and the operations of the busiest rank.
+
+    The case is one image; with guidance split, the two halves of a batch.
+    """
     height, _, width = latent.partition("x")
     kwargs = gpu_parts.example(module, torch.device("cpu"), int(height), int(width or height))
     if cfg == "split" and ranks > 1:
@@ -72,15 +80,15 @@ def case(
         module, kwargs=kwargs, ranks=ranks, rows={"sample": 2}, cfg=cfg if ranks > 1 else "none",
         segments=args.segments, optimise="" if args.optimise == "none" else args.optimise,
     )  # fmt: skip
-    plan: Plan = program.plan
+    plan: ExecutionPlan = program.plan
     elsewhere = {
-        phase: {name for _, segment in program.segments(cast(Phase, phase)) for name in rooms(segment)}
+        phase: {name for _, segment in program.segments(cast(Phase, phase)) for name in aliased_outputs(segment)}
         for phase in plan.phases
     }
     memories = [plan_memory(plan, r, elsewhere) for r in range(plan.ranks)]
-    work = max(program.work("steady"))
+    work = max(program.work("displaced"))
     report = program.report()
-    sent = max(report.sent("steady"))
+    sent = max(report.sent("displaced"))
     return {
         "tflop": round(work / 1e12, 3),
         "rows": {size: [b - a for a, b in itertools.pairwise(bounds)] for size, bounds in plan.bounds.items()},
@@ -89,7 +97,7 @@ def case(
         "arena_mb": round(max(m.arena_bytes for m in memories) / MB, 1),
         "kept_mb": round(max(2 * m.kept_stride for m in memories) / MB, 1),
         "weights_mb": round(sum(s.nbytes for s in plan.weights.values()) / MB, 1),
-        "exchanges": report.waits("warmup"), "waits_displaced": report.waits("steady"),
+        "exchanges": report.waits("exact"), "waits_displaced": report.waits("displaced"),
         "convert_s": round(time.perf_counter() - began, 1),
     }, work  # fmt: skip
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the demo model: a text-conditioned UNet of 7.5 M parameters that draws scenes.
 
 ::

@@ -1,44 +1,26 @@
-"""The protocol every backend implements: what it cannot do, building a segment, loading an engine, running it.
+# SPDX-License-Identifier: Apache-2.0
+"""The base classes of backends, which build and load segments, and of engines, which run them.
 
-A backend never sees ranks, layouts or collectives: it is given one plain ``torch.fx.GraphModule`` for one rank, whose
-placeholders are the segment's inputs followed by its weights, all with static shapes, and whose nodes are aten
-operators and the composites of :mod:`districompile.ir.ops` (each of which decomposes into aten operators).
+A backend has nothing to do with ranks, layouts or collectives. It takes one plain ``torch.fx.GraphModule`` for one
+rank. The placeholders are the segment's inputs followed by its weights, all with static shapes. The nodes are aten
+operators and the composites of :mod:`districompile.ir.ops`, each of which decomposes into aten operators.
 """
 
 from __future__ import annotations
 
 import abc
-import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx
 
-from districompile.errors import BackendError, InputError
-from districompile.ir.plan import TensorSpec, dtype_name
-from districompile.weights import WeightFile
-
-
-@dataclasses.dataclass(frozen=True)
-class BuildSegment:
-    """What a backend builds. Nothing may change it afterwards.
-
-    ``graph``'s placeholders are ``inputs`` then ``weights``, in order; its output is a flat tuple, one tensor for each
-    of ``outputs``; every node has ``meta["val"]``. Weights are known by their names in the weight file, inputs and
-    outputs by the names of their values. ``gathers`` are pairs of an output and an input: what all ranks give as the
-    first, one after another, is the second (the backends that can compute such a segment say so in
-    ``collectives_inside``); an engine has neither at its border.
-    """
-
-    name: str
-    graph: fx.GraphModule
-    inputs: tuple[tuple[str, TensorSpec], ...]
-    weights: tuple[tuple[str, TensorSpec], ...]
-    outputs: tuple[tuple[str, TensorSpec], ...]
-    gathers: tuple[tuple[str, str], ...] = ()
+from districompile.bundle.weights import WeightFile
+from districompile.errors import InputError
+from districompile.ir.segment import SegmentGraph
+from districompile.ir.spec import TensorSpec, dtype_name
 
 
 class Engine(abc.ABC):
@@ -47,61 +29,75 @@ class Engine(abc.ABC):
     The contract with the runtime, in the order in which it calls:
 
     1. ``use_scratch`` once, before the first ``enqueue``, where ``scratch_bytes`` is not 0.
-    2. ``bind`` for every input and, where ``binds_outputs``, for any of the outputs but ``rooms``. What the runtime
-       binds is dense in row-major order, lies at an address that 256 divides, and stays valid and in place until the
-       work is done: the same addresses come back with every call of the same kind, so that a captured call may be
-       replayed. An output's memory overlaps neither an input's, nor another output's, nor the scratch memory.
-    3. ``enqueue``. On a GPU: all work goes to ``torch.cuda.current_stream()`` of the engine's device (looked up at each
-       call), the host waits for nothing, and, unless ``capturable`` is False, the call may happen while that stream is
-       being captured into a CUDA graph. The first ``enqueue`` after loading is never captured: an engine sets up there
-       what cannot be.
+    2. ``bind`` for every input and, where ``binds_outputs``, for any of the outputs but ``aliased_outputs``. A bound
+       tensor is dense in row-major order, and lies at an address that 256 divides. It stays valid and in place until
+       the work is done. Every call of the same kind has the same addresses, so that a captured call may be replayed.
+       An output's memory overlaps neither an input's, nor another output's, nor the scratch memory.
+    3. ``enqueue``. On a GPU, all work goes to ``torch.cuda.current_stream()`` of the engine's device, which is looked
+       up at each call, and the host waits for nothing. Unless ``capturable`` is False, the call may happen while that
+       stream is captured into a CUDA graph. The first ``enqueue`` after loading is never captured: an engine does
+       there the set-up that cannot be captured.
     4. ``output`` for the outputs that were not bound, then ``release``.
 
     One engine may serve several segments and both phases: bindings hold for one ``enqueue`` only. Engines of a rank are
     never enqueued at once, nor on two streams that are not ordered.
     """
 
-    binds_outputs: bool = False  #: whether ``bind`` takes outputs, too, and ``enqueue`` then writes straight into them
-    capturable: bool = True  #: whether ``enqueue`` may be captured into a CUDA graph; means nothing on the CPU
-    rooms: Collection[str] = ()  #: outputs that ``enqueue`` writes into an input, where they are read
-    input_specs: Mapping[str, TensorSpec] | None = None  #: what has to be bound; None: not known
-    output_specs: Mapping[str, TensorSpec] | None = None  #: what ``enqueue`` gives; None: not known
-    scratch_bytes: int = 0  #: memory that ``enqueue`` needs and whose contents it neither expects nor leaves
+    binds_outputs: bool = False  #: whether ``bind`` takes outputs, too, into which ``enqueue`` then writes directly
+    capturable: bool = True  #: whether ``enqueue`` may be captured into a CUDA graph; without meaning on the CPU
+    aliased_outputs: Collection[str] = ()  #: outputs that ``enqueue`` writes into a slice of an input buffer
+    input_specs: Mapping[str, TensorSpec] | None = None  #: the inputs that must be bound; None: unknown
+    output_specs: Mapping[str, TensorSpec] | None = None  #: the outputs of ``enqueue``; None: unknown
+    scratch_bytes: int = 0  #: size of the scratch memory, whose contents matter only during an ``enqueue``
+
+    @property
+    def strides(self) -> Mapping[str, tuple[int, ...]]:
+        """The strides in which ``enqueue`` writes outputs without a copy; row-major for outputs that are not named."""
+        return {}
 
     @abc.abstractmethod
     def bind(self, name: str, tensor: torch.Tensor) -> None:
-        """Give an input (or, where ``binds_outputs``, an output) its memory for the next ``enqueue``.
+        """Bind an input (or, where ``binds_outputs``, an output) to its memory for the next ``enqueue``.
 
-        A bound output is written there by ``enqueue``; ``output`` then gives that very tensor. An output that is not
-        bound gets memory of the engine's. Raises :class:`~districompile.errors.InputError` for an unknown name,
+        ``enqueue`` writes a bound output there, and ``output`` then returns that very tensor. The engine has memory of
+        its own for an output that is not bound. Raise :class:`~districompile.errors.InputError` for an unknown name,
         another shape or another dtype (for an output: at the latest in ``enqueue``).
         """
 
     @abc.abstractmethod
     def enqueue(self) -> None:
-        """Compute all outputs; asynchronous on a device with streams. Bindings do not outlive it: every input is bound
-        anew, so that an engine does not keep activations alive."""
+        """Compute all outputs, asynchronously on a device with streams.
+
+        Bindings end with it. Every input is bound anew for the next call, so that an engine keeps no activations alive.
+        """
 
     @abc.abstractmethod
     def output(self, name: str) -> torch.Tensor:
-        """An output of the last ``enqueue``. One that was not bound may be overwritten by the next ``enqueue``, unless
-        the backend says that it gives fresh memory each time (``eager`` and ``onnxruntime`` do)."""
+        """Return an output of the last ``enqueue``.
+
+        The next ``enqueue`` may overwrite an output that was not bound, unless the backend promises fresh memory for
+        each call, as ``eager`` and ``onnxruntime`` do.
+        """
 
     def use_scratch(self, tensor: torch.Tensor) -> None:
-        """Work in ``tensor`` (uint8, at least ``scratch_bytes`` long, on the engine's device) from now on. All engines
-        of a rank are given the same memory."""
+        """Use ``tensor`` as the scratch memory from now on. All engines of a rank share it.
+
+        It is uint8, at least ``scratch_bytes`` long, and on the engine's device.
+        """
         raise NotImplementedError(f"{type(self).__name__} asked for scratch memory and does not take it")
 
     def use_communicator(self, pointer: int) -> None:
-        """Use the NCCL communicator at ``pointer`` for the collectives inside. It outlives the engine; all ranks call
-        this together, once, before the first ``enqueue``."""
+        """Use the NCCL communicator at ``pointer`` for the engine's own collectives. It outlives the engine.
+
+        All ranks call this together, once, before the first ``enqueue``.
+        """
         raise NotImplementedError(f"{type(self).__name__} holds no collectives")
 
-    def release(self) -> None:  # noqa: B027  (an engine with memory of its own has nothing to let go)
-        """Forget the outputs of the last ``enqueue``: the caller has read those it wants."""
+    def release(self) -> None:  # noqa: B027  (an engine with memory of its own has nothing to release)
+        """Release the outputs of the last ``enqueue``, after the caller has read them."""
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Bind, enqueue and read, for callers without buffers of their own."""
+        """Run the engine once, for callers without buffers of their own, and return ``outputs`` by name."""
         for name, tensor in inputs.items():
             self.bind(name, tensor)
         self.enqueue()
@@ -110,44 +106,84 @@ class Engine(abc.ABC):
         return results
 
 
-class Backend(Protocol):
-    """A way of compiling segments. ``suffix`` is the ending of its engine files in ``engines/``; ``version`` changes
-    whenever the same segment would give another file.
+class Backend(abc.ABC):
+    """The base class of all backends: a compiler of segments.
 
-    Optional: ``native_code = False`` says that loading an engine runs no code of the bundle (:func:`runs_native_code`);
-    ``content_name(path)`` gives the name without suffix that an engine file must have by its content.
+    A subclass needs ``name``, ``suffix``, ``version``, ``unsupported_ops``, ``build`` and ``load``. The other methods
+    have defaults.
+
+    A backend is registered by an entry point of the group ``districompile.backends``. The entry point has the backend's
+    name, and its value is a class (or function) that constructs one from options. An object may stand for a name.
     """
 
-    @property
-    def name(self) -> str: ...
+    native_code: bool = True  #: whether loading an engine runs machine code of the bundle
+    calls_operators: bool = True  #: whether engines call operators of other packages by name when they run
+    reads_weights: bool = False  #: whether engines read tensors of the weight file at each call, and hold no copies
 
     @property
-    def suffix(self) -> str: ...
+    @abc.abstractmethod
+    def name(self) -> str:
+        """The backend's name on the command line, in the manifest and for ``get_backend``. A class attribute serves."""
 
     @property
-    def version(self) -> str: ...
+    @abc.abstractmethod
+    def suffix(self) -> str:
+        """The suffix of its engine files in ``engines/`` (``".graph.json"``). A class attribute serves."""
 
-    def unavailable(self) -> str | None:
-        """Why this backend cannot be used here (a missing package, and how to install it), or None."""
+    @property
+    @abc.abstractmethod
+    def version(self) -> str:
+        """A text that changes whenever the same segment would be built to another file. A class attribute serves."""
 
-    def prepare(self, segments: Sequence[BuildSegment]) -> None:
-        """Told all distinct segments of a conversion before the first ``refuses`` or ``build``, so that what they have
-        in common is translated once. Both work without it, but slowly. Never raises for an operator."""
+    @property
+    def device(self) -> str:
+        """The device that engines are for, as in a manifest: ``"cpu"``, ``"cuda"`` or ``"cuda: NAME"``."""
+        return "cpu"
 
-    def refuses(self, segment: BuildSegment) -> list[str]:
-        """What in ``segment`` this backend cannot build: one reason an operator; empty if it can."""
+    @property
+    def collectives_inside(self) -> str | None:
+        """The reason why an engine cannot hold collectives, or None if it can: see ``SegmentGraph.collectives``."""
+        return f"the {self.name} backend cuts at every collective"
 
-    def build(self, segment: BuildSegment, weights: WeightFile, path: Path) -> None:
-        """Write the engine to ``path``. Weights are referred to in the shared file, never copied."""
+    @property
+    def all_to_all_inside(self) -> bool:
+        """Whether such collectives may be an ``all_to_all``, too. Without, each is an ``all_gather``."""
+        return False
 
+    def unavailable_reason(self) -> str | None:
+        """Return why this backend cannot be used here (a missing package, and how to install it), or None."""
+        return None
+
+    def describe(self) -> Mapping[str, Any] | None:
+        """Return data for the manifest on what built the engines and for which devices, or None."""
+        return None
+
+    def prepare(self, segments: Sequence[SegmentGraph]) -> None:  # noqa: B027  (most have nothing to prepare)
+        """Prepare for all distinct segments of a conversion, before the first ``unsupported_ops`` or ``build``.
+
+        Whatever they have in common is then translated once. Both methods work without it, but slowly. This never
+        raises an error for an operator.
+        """
+
+    @abc.abstractmethod
+    def unsupported_ops(self, segment: SegmentGraph) -> list[str]:
+        """Return one reason for each operator of ``segment`` that this backend cannot build."""
+
+    @abc.abstractmethod
+    def build(self, segment: SegmentGraph, weights: WeightFile, path: Path) -> None:
+        """Write the engine to ``path``. It refers to weights in the shared file, and never copies them."""
+
+    @abc.abstractmethod
     def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
-        """Load an engine. ``segment`` names its outputs, in order. Raises :class:`BackendError` for a file that is no
-        engine of this backend, or another segment's, or for a device that the backend does not run on."""
+        """Load an engine. ``segment`` names its outputs, in order.
 
+        Raise :class:`BackendError` for a file that is no engine of this backend, or another segment's, and for a device
+        that the backend does not run on.
+        """
 
-def runs_native_code(backend: Backend) -> bool:
-    """Whether engines of ``backend`` are machine code. A backend that does not say so is taken for one."""
-    return bool(getattr(backend, "native_code", True))
+    def content_name(self, path: Path) -> str | None:
+        """Return the name without suffix that the content of the engine file at ``path`` requires; None if unknown."""
+        return None
 
 
 def check_input(name: str, tensor: torch.Tensor, specs: Mapping[str, TensorSpec]) -> None:
@@ -162,25 +198,6 @@ def check_input(name: str, tensor: torch.Tensor, specs: Mapping[str, TensorSpec]
 
 
 def source_line(node: fx.Node) -> str:
-    """`` at file.py:12`` of the user's code that a node comes from, or nothing if the graph does not say."""
+    """Return the line of the user's code that a node comes from, as `` at file.py:12``, or ``""`` if it is unknown."""
     found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return f" at {found[-1][0]}:{found[-1][1]}" if found else ""
-
-
-def get_backend(name: str, **options: Any) -> Backend:
-    """The backend called ``name``, made with ``options``; raises :class:`BackendError` naming what there is, or what to
-    install."""
-    from districompile.backends.eager import EagerBackend
-    from districompile.backends.inductor import InductorBackend
-    from districompile.backends.onnxruntime import OnnxRuntimeBackend
-    from districompile.backends.tensorrt import TensorRTBackend
-
-    kinds = (EagerBackend, InductorBackend, OnnxRuntimeBackend, TensorRTBackend)
-    known: dict[str, Callable[..., Backend]] = {b.name: b for b in kinds}
-    if name not in known:
-        raise BackendError(f"no backend named {name!r}; there are: {', '.join(sorted(known))}")
-    backend = known[name](**options)
-    reason = backend.unavailable()
-    if reason is not None:
-        raise BackendError(reason)
-    return backend

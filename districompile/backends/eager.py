@@ -1,4 +1,5 @@
-"""The oracle: a segment's graph itself, stored as JSON and run operator by operator by PyTorch."""
+# SPDX-License-Identifier: Apache-2.0
+"""The reference backend: it stores a segment's graph as JSON, which PyTorch runs operator by operator."""
 
 from __future__ import annotations
 
@@ -9,27 +10,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from districompile.backends.base import BuildSegment, Engine, check_input, source_line
+from districompile.backends.base import Backend, Engine, check_input, source_line
+from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError
 from districompile.ir.check_graph import output_specs
-from districompile.ir.plan import TensorSpec
-from districompile.ir.serialize import (
-    canonical,
-    content_hash,
-    graph_from_json,
-    graph_to_json,
-    needed,
-    op_name,
-    spec_of,
-)
-from districompile.weights import WeightFile
+from districompile.ir.segment import SegmentGraph
+from districompile.ir.serialize import canonical, content_hash, graph_from_json, graph_to_json, needed, op_name, spec_of
+from districompile.ir.spec import TensorSpec
 
 _FORMAT = "districompile segment 1"
 
 
 class EagerEngine(Engine):
-    """A graph module and its weights. Outputs not bound are fresh memory at each call, or views of inputs where
-    the graph gives those; the others are copied to where they are wanted."""
+    """A graph module with its weights.
+
+    An output that is not bound is fresh memory at each call, or a view of an input where the graph returns one. A bound
+    output is copied into its memory.
+    """
 
     binds_outputs = True
 
@@ -37,7 +34,7 @@ class EagerEngine(Engine):
         self, module: fx.GraphModule, inputs: dict[str, TensorSpec], weights: list[Tensor], outputs: tuple[str, ...],
         path: Path | None = None,
     ) -> None:  # fmt: skip
-        """``path``: the file that the graph was read from, whose mistakes are errors of the bundle."""
+        """Create an engine. A failure of a graph from the file ``path`` is an error of the bundle."""
         self.module = module
         self._path = path
         self._inputs = self.input_specs = inputs
@@ -47,13 +44,13 @@ class EagerEngine(Engine):
         self._results: dict[str, Tensor] = {}
 
     def bind(self, name: str, tensor: Tensor) -> None:
-        if name not in self._outputs:  # of outputs the file holds no sizes: they are checked when there are results
+        if name not in self._outputs:  # the file has no sizes of outputs: they are checked against results
             check_input(name, tensor, self._inputs)
         self._bound[name] = tensor
 
     @torch.no_grad()
     def enqueue(self) -> None:
-        # not inference mode: its tensors cannot be written in place by the caller's own code afterwards
+        # not inference mode, whose tensors the caller's own code could not write in place afterwards
         self._results = {}
         inputs = [self._bound.pop(name) for name in self._inputs]
         self._results = dict(zip(self._outputs, self._compute(inputs), strict=True))
@@ -80,21 +77,16 @@ class EagerEngine(Engine):
         self._results = {}
 
 
-class EagerBackend:
-    """Runs on any device PyTorch has; compiles nothing."""
+class EagerBackend(Backend):
+    """A backend that compiles nothing, and runs on any device of PyTorch."""
 
     name = "eager"
     suffix = ".graph.json"
     version = "1"
     native_code = False
+    reads_weights = True
 
-    def unavailable(self) -> str | None:
-        return None
-
-    def prepare(self, segments: Sequence[BuildSegment]) -> None:
-        pass
-
-    def refuses(self, segment: BuildSegment) -> list[str]:
+    def unsupported_ops(self, segment: SegmentGraph) -> list[str]:
         reasons: dict[str, str] = {}
         for node in needed(segment.graph.graph):
             try:
@@ -103,7 +95,7 @@ class EagerBackend:
                 reasons.setdefault(str(node.target), f"{node.name}{source_line(node)}: {e}")
         return list(reasons.values())
 
-    def build(self, segment: BuildSegment, weights: WeightFile, path: Path) -> None:
+    def build(self, segment: SegmentGraph, weights: WeightFile, path: Path) -> None:
         data = {
             "format": _FORMAT,
             "inputs": [name for name, _ in segment.inputs],
@@ -143,7 +135,7 @@ class EagerBackend:
         return engine
 
     def content_name(self, path: Path) -> str:
-        """The name that :func:`districompile.backends.build.segment_hash` gives to what ``path`` holds."""
+        """Return the name that :func:`districompile.backends.build.segment_hash` has for the content of ``path``."""
         try:
             data = json.loads(path.read_text())
             names = [data["inputs"], data["weights"], data["outputs"]]

@@ -1,7 +1,9 @@
-"""ONNX Runtime on the CPU: the backend that is there everywhere.
+# SPDX-License-Identifier: Apache-2.0
+"""The ONNX Runtime backend, for the CPU.
 
-Engine files hold no weights; a session maps them from the bundle's weight file, so that sessions and processes share
-their pages. (What a session makes of a weight is its own: float16 weights become float32 for lack of float16 kernels.)
+Engine files hold no weights. A session maps them from the bundle's weight file, so that sessions and processes share
+their pages. A converted weight belongs to one session, however: float16 weights become float32 for lack of float16
+kernels.
 """
 
 from __future__ import annotations
@@ -14,24 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from districompile.backends.base import BuildSegment, Engine, check_input, source_line
-from districompile.backends.onnx_export import Translator, kind_of
-from districompile.backends.onnx_proto import OPSET, WEIGHT, Kind, Template, element_type, probe_model
+from districompile.backends.base import Backend, Engine, check_input, source_line
+from districompile.backends.onnx.export import Translator, kind_of
+from districompile.backends.onnx.proto import OPSET, WEIGHT, Kind, Template, element_type, probe_model
+from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError
-from districompile.ir.plan import TensorSpec, dtype_name
+from districompile.ir.segment import SegmentGraph
 from districompile.ir.serialize import needed
-from districompile.weights import WeightFile
+from districompile.ir.spec import TensorSpec, dtype_name
 
 _INSTALL = 'pip install "districompile[onnxruntime]"'
 _DTYPES = {
     "tensor(double)": torch.float64, "tensor(float)": torch.float32, "tensor(float16)": torch.float16,
     "tensor(bfloat16)": torch.bfloat16, "tensor(int64)": torch.int64, "tensor(int32)": torch.int32,
     "tensor(int16)": torch.int16, "tensor(int8)": torch.int8, "tensor(uint8)": torch.uint8, "tensor(bool)": torch.bool,
+    "tensor(float8e4m3fn)": torch.float8_e4m3fn,
 }  # fmt: skip
 
 
 class OnnxRuntimeEngine(Engine):
-    """A session. It reads inputs and writes outputs in PyTorch's own memory: what was bound, else fresh memory."""
+    """A session that reads inputs and writes outputs in PyTorch's memory: a bound tensor, else a fresh one."""
 
     binds_outputs = True
 
@@ -72,28 +76,29 @@ class OnnxRuntimeEngine(Engine):
         self._results = {}
 
 
-class OnnxRuntimeBackend:
-    """Segments as ONNX files, run by ONNX Runtime's CPU kernels. Translations are kept for the life of this object."""
+class OnnxRuntimeBackend(Backend):
+    """A backend of ONNX files and ONNX Runtime's CPU kernels. Translations live as long as this object."""
 
     name = "onnxruntime"
     suffix = ".onnx"
     native_code = False
+    calls_operators = False
     version = f"1, opset {OPSET}"
 
     def __init__(self) -> None:
         self.translator = Translator()
         self._probed: dict[Kind, str | None] = {}
 
-    def unavailable(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         missing = [m for m in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(m) is None]
         return f"the onnxruntime backend needs {', '.join(missing)}: {_INSTALL}" if missing else None
 
-    def prepare(self, segments: Sequence[BuildSegment]) -> None:
+    def prepare(self, segments: Sequence[SegmentGraph]) -> None:
         self.translator.prepare(segments)
         self._probe([kind_of(n) for s in segments for n in needed(s.graph.graph)])
 
-    def refuses(self, segment: BuildSegment) -> list[str]:
-        if reasons := self.translator.refuses(segment):
+    def unsupported_ops(self, segment: SegmentGraph) -> list[str]:
+        if reasons := self.translator.unsupported_ops(segment):
             return reasons
         nodes = {node: kind_of(node) for node in needed(segment.graph.graph)}
         self._probe(nodes.values())
@@ -103,7 +108,7 @@ class OnnxRuntimeBackend:
                 found.setdefault(f"{node.target} {reason}", f"{node.target} ({node.name}{source_line(node)}): {reason}")
         return list(found.values())
 
-    def build(self, segment: BuildSegment, weights: WeightFile, path: Path) -> None:
+    def build(self, segment: SegmentGraph, weights: WeightFile, path: Path) -> None:
         path.write_bytes(self.translator.model(segment, weights).SerializeToString())
 
     def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> Engine:
@@ -111,7 +116,7 @@ class OnnxRuntimeBackend:
             raise BackendError(
                 f"the onnxruntime backend runs on the CPU, not on {device}: convert with another backend"
             )
-        if (reason := self.unavailable()) is not None:
+        if (reason := self.unavailable_reason()) is not None:
             raise BackendError(reason)
         options = _options()
         # An ONNX file may not refer to its parent's folder: engines/x.onnx cannot name ../weights.safetensors itself.
@@ -128,7 +133,7 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeEngine(session, names, weights)
 
     def _probe(self, kinds: Any) -> None:
-        """Ask ONNX Runtime which kinds it has kernels for: all at once, one by one if that fails."""
+        """Find out which kinds ONNX Runtime has kernels for: all in one model, or one by one if that fails."""
         pending: list[tuple[Kind, Template]] = []
         for kind in dict.fromkeys(k for k in kinds if isinstance(k, Kind)):
             template = self.translator.template(kind)
@@ -147,15 +152,17 @@ def _options() -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    # Each of a hundred sessions has threads of its own: they must not spin while another session or rank computes.
+    # Each of a hundred sessions has threads of its own, which must not spin while another session or rank computes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return options
 
 
 def _check_locations(path: Path, data: bytes, weights: str) -> None:
-    """Raise :class:`BackendError` for a tensor whose data lies in another file than ``weights``: older versions of ONNX
-    Runtime read whatever file is named."""
+    """Raise :class:`BackendError` for a tensor whose data lies in another file than ``weights``.
+
+    Older versions of ONNX Runtime read whatever file is named.
+    """
     import onnx
 
     try:
@@ -184,7 +191,7 @@ def _session(model: bytes, options: Any, failure: str) -> Any:
 
 
 def _runs(templates: Sequence[tuple[Kind, Template]]) -> str | None:
-    """Why ONNX Runtime cannot run these, or None."""
+    """Return why ONNX Runtime cannot run these templates, or None."""
     import onnxruntime
 
     options = _options()

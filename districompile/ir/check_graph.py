@@ -1,4 +1,5 @@
-"""Check that a stored graph can be run, by its shapes alone: nothing is computed and no memory is taken."""
+# SPDX-License-Identifier: Apache-2.0
+"""Check by its shapes alone that a stored graph can be run. Nothing is computed, and no memory is allocated."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from districompile.errors import BackendError
-from districompile.ir.plan import TensorSpec
+from districompile.ir.spec import TensorSpec
 
 _MOST_EXPONENT = 64
 _MOST_PARTS = 1 << 16
@@ -21,12 +22,12 @@ _MOST_PARTS = 1 << 16
 
 @functools.cache
 def machine_bytes() -> int:
-    """The memory of this machine."""
+    """Return the bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def output_specs(module: fx.GraphModule, device: torch.device | None = None) -> tuple[TensorSpec, ...]:
-    """What a graph read by :func:`~districompile.ir.serialize.graph_from_json` gives on ``device`` (cpu).
+    """Return the output specs of a graph from :func:`~districompile.ir.serialize.graph_from_json`, on ``device`` (cpu).
 
     Raise :class:`BackendError` for an operator that writes to its arguments, for arguments that an operator does not
     take, and for a value that is larger than this machine's memory.
@@ -52,7 +53,7 @@ def output_specs(module: fx.GraphModule, device: torch.device | None = None) -> 
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph on fake tensors."""
+    """An interpreter that runs a graph on fake tensors, and checks each call."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -85,7 +86,7 @@ def _check_size(what: str, value: Tensor) -> None:
 
 
 def _check_parts(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """A list of so many tensors would itself be large, though each of them is small."""
+    """Raise :class:`BackendError` for an operator that returns too many tensors: their list alone would be large."""
     name = target._schema.name
     if name not in ("aten::unbind", "aten::split", "aten::unsafe_split"):
         return
@@ -97,7 +98,10 @@ def _check_parts(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dic
 
 
 def _check_numbers(name: str, args: Sequence[Any]) -> None:
-    """Python's own operators take numbers and tensors here: with strings and lists they would do other things."""
+    """Raise :class:`BackendError` for arguments of Python's operators other than numbers and tensors.
+
+    With strings and lists, these operators would do other things. Exponents are limited, too.
+    """
     for x in args:
         if not isinstance(x, numbers.Number | Tensor):
             raise BackendError(f"the graph gives {name} a {type(x).__name__}")

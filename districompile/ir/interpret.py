@@ -1,7 +1,8 @@
-"""Runs an SPMD graph on all ranks at once, in this process: the meaning of ``fetch`` and ``reduce``, as plain code.
+# SPDX-License-Identifier: Apache-2.0
+"""An interpreter of SPMD graphs for all ranks in one process: the semantics of ``fetch`` and ``reduce`` as plain code.
 
-It is what the lowering is tested against, what rules are tested with, and what compares every node with the original
-model when an error has to be found (``verify --nodes``).
+The tests of the lowering and of the rules compare with it. ``verify --nodes`` uses it to compare every node with the
+original model.
 """
 
 from __future__ import annotations
@@ -12,25 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from districompile.ir.collectives import FetchArgs, ReduceArgs, is_fetch, is_reduce
 from districompile.ir.layout import Layout, at_rank
-from districompile.ir.ops import ANY_STRIDES, ops
+from districompile.ir.ops import ANY_STRIDES
 from districompile.ir.rows import wanted_rows
 
 Ranked = list[Any]
 
 
 def join(parts: Sequence[Tensor], layout: Layout) -> Tensor:
-    """The whole tensor from every rank's part."""
-    cut = layout.cut
-    if cut is None:
+    """Assemble the global tensor from every rank's local one, laid out by ``layout``."""
+    axis = layout.sharded_axis
+    if axis is None:
         return parts[0]
-    flat, at = layout.flat()
-    pieces = []
-    for r, part in enumerate(parts):
-        piece = part.reshape([f.local(r) for f in flat])
-        start = 0 if r == 0 else cut.bounds[0]  # replicated parts of a mixed dim: the first and the last rank's
-        stop = piece.shape[at] - (0 if r == len(parts) - 1 else cut.size - cut.bounds[-1])
-        pieces.append(piece.narrow(at, start, stop - start))
+    factors, at = layout.all_factors()
+    last, pieces = len(parts) - 1, []
+    local = [t.reshape([f.local(r) for f in factors]) for r, t in enumerate(parts)]
+    offsets = [0] * len(parts)
+    for part in axis.factor.parts:
+        # Replicated parts are taken from the first and the last rank
+        owners = range(len(parts)) if part.bounds is not None else [0 if part.start < axis.bounds[0] else last]
+        pieces += [local[r].narrow(at, offsets[r], part.local(r)) for r in owners]
+        offsets = [offset + part.local(r) for r, offset in enumerate(offsets)]
     return torch.cat(pieces, at).reshape(layout.shape)
 
 
@@ -38,19 +42,19 @@ def fetch_all(
     parts: Sequence[Tensor], dim: int, bounds: Sequence[int], lo: Sequence[int], hi: Sequence[int], edge: str,
     order: str, fill: float,
 ) -> list[Tensor]:  # fmt: skip
-    """What ``districompile.fetch`` gives each rank, from what every rank holds."""
-    whole = torch.cat(list(parts), dim)
-    beyond = torch.full_like(whole.narrow(dim, 0, 1), fill)
-    whole = torch.cat([whole, beyond], dim)  # row -1
+    """Compute the result of ``fetch`` on each rank, from every rank's local tensor."""
+    rows_of_all = torch.cat(list(parts), dim)
+    beyond = torch.full_like(rows_of_all.narrow(dim, 0, 1), fill)
+    source = torch.cat([rows_of_all, beyond], dim)  # row -1
     out = []
     for rank in range(len(parts)):
         rows = wanted_rows(bounds, lo, hi, edge, order, rank)
-        out.append(whole.index_select(dim, torch.tensor([r % whole.shape[dim] for r in rows], device=whole.device)))
+        out.append(source.index_select(dim, torch.tensor([r % source.shape[dim] for r in rows], device=source.device)))
     return out
 
 
 def reduce_all(parts: Sequence[Tensor], op: str) -> list[Tensor]:
-    """What ``districompile.reduce`` gives each rank. Contributions are combined in rank order."""
+    """Compute the result of ``reduce`` on each rank. Contributions are combined in rank order."""
     total = parts[0]
     for part in parts[1:]:
         total = (
@@ -63,8 +67,11 @@ def interpret(
     graph: fx.Graph, inputs: Mapping[str, Tensor], weight: Callable[[str], Tensor], ranks: int,
     watch: Callable[[fx.Node, Ranked], None] | None = None,
 ) -> list[tuple[Any, ...]]:  # fmt: skip
-    """The outputs of every rank. ``inputs``: placeholders by name; ``weight``: tensors by name; ``watch`` sees every
-    node."""
+    """Run an SPMD graph and return every rank's outputs.
+
+    ``inputs`` are placeholders by name, ``weight`` returns a weight by name. ``watch`` is called with every node and
+    its results.
+    """
     env: dict[fx.Node, Ranked] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -81,11 +88,12 @@ def interpret(
 
 
 def _call(node: fx.Node, env: dict[fx.Node, Ranked], ranks: int) -> Ranked:
-    if node.target is ops.fetch.default:
-        x, dim, bounds, lo, hi, edge, order, fill, *_ = node.args
-        return fetch_all(env[x], dim, bounds, lo, hi, edge, order, fill)  # type: ignore[index, arg-type]
-    if node.target is ops.reduce.default:
-        return reduce_all(env[node.args[0]], node.args[1])  # type: ignore[index, arg-type]
+    if is_fetch(node):
+        f = FetchArgs.of(node)
+        return fetch_all(env[f.x], f.dim, f.bounds, f.lo, f.hi, f.edge, f.order, f.fill)
+    if is_reduce(node):
+        reduced = ReduceArgs.of(node)
+        return reduce_all(env[reduced.x], reduced.op)
     results: dict[Any, Any] = {}
     out = []
     operands = node.all_input_nodes

@@ -1,12 +1,16 @@
-"""Graphs as text, one line a node: ``%conv = aten.conv2d(%h, %w, %b, [1, 1]) : f32[1, 8, 16|8, 4] @ [1, 8, 24*, 4]``.
+# SPDX-License-Identifier: Apache-2.0
+"""Print graphs, one line a node: ``%conv = aten.conv2d(%h, @w, @b, [1, 1]) : f32[1, 8, 16|8, 4] @ [1, 8, 24*, 4]``.
 
-Behind the colon stands the local type (``|`` parts what differs by rank), behind the ``@`` the layout: the whole sizes,
-with the cut factor starred.
+``%`` marks values and ``@`` weights. After the colon stands the local type; ``|`` separates values that differ between
+ranks. After the ``@`` stands the layout: the global sizes, with a star at the sharded factor. A ``fetch`` names its
+arguments: ``fetch(%x, dim=2, want=[-1..9, 7..17], edge=zeros)`` gives rows -1 to 8 to rank 0 and rows 7 to 16 to rank
+1. ``# displaced`` marks a collective that uses the previous step's values in the displaced phase.
 """
 
 from __future__ import annotations
 
 import operator
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +25,22 @@ _SHORT = {
 }  # fmt: skip
 
 
+def fit_lines(text: str, width: int | None) -> str:
+    """Break lines at spaces so that they have at most ``width`` columns, with an indent; None changes nothing.
+
+    A word that is longer than ``width`` keeps its length.
+    """
+    if width is None:
+        return text
+    wrapped = (
+        textwrap.wrap(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False) or [""]
+        for line in text.splitlines()
+    )
+    return "\n".join(part for parts in wrapped for part in parts)
+
+
 def print_graph(graph: fx.Graph) -> str:
-    """The whole graph, one line a node, weights left out of the listing (they show where they are used)."""
+    """Return the graph, one line a node. Weights have no line; they are printed where they are used."""
     return "\n".join(_lines(graph))
 
 
@@ -33,17 +51,38 @@ def _lines(graph: fx.Graph) -> Iterator[str]:
         if node.op == "output":
             yield f"return {_arg(node.args[0])}"
             continue
-        yield f"%{node.name} = {op_name(node)}{_type(node)}{_layout(node)}"
+        yield f"%{node.name} = {op_name(node)}{_type(node)}{_layout(node)}{_displaced(node)}"
 
 
 def op_name(node: fx.Node) -> str:
-    """The operator with its arguments."""
+    """Return the operator with its arguments."""
     if node.op == "placeholder":
         return "input()"
     if node.target is operator.getitem:
         return f"{_arg(node.args[0])}[{node.args[1]}]"
+    if node.target is torch.ops.districompile.fetch.default:
+        return _fetch(node)
     args = [_arg(a) for a in node.args] + [f"{k}={_arg(v)}" for k, v in node.kwargs.items()]
     return f"{_target(node.target)}({', '.join(args)})"
+
+
+def _fetch(node: fx.Node) -> str:
+    """Return ``dc.fetch`` with its arguments by name, without those that have their usual values."""
+    schema = torch.ops.districompile.fetch.default._schema
+    named: dict[str, Any] = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    want = ", ".join(f"{a}..{b}" for a, b in zip(named["lo"], named["hi"], strict=True))
+    parts = [_arg(named["x"]), f"dim={named['dim']}", f"want=[{want}]", f"edge={named['edge']}"]
+    if named["order"] != "rows":
+        parts.append(f"order={named['order']}")
+    if named["fill"]:
+        parts.append(f"fill={named['fill']}")
+    return f"dc.fetch({', '.join(parts)})"
+
+
+def _displaced(node: fx.Node) -> str:
+    # Before lowering only: a lowered graph shows the displaced collectives by its nodes
+    chosen = node.meta.get("displaced") and "collective" not in node.meta
+    return "  # displaced" if chosen else ""
 
 
 def _target(target: Any) -> str:
@@ -76,4 +115,4 @@ def _type(node: fx.Node) -> str:
 
 def _layout(node: fx.Node) -> str:
     layout = node.meta.get("layout")
-    return f" @ {layout}" if layout is not None and layout.cut is not None else ""
+    return f" @ {layout}" if layout is not None and layout.sharded_axis is not None else ""

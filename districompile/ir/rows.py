@@ -1,4 +1,5 @@
-"""Which rows come from where: the arithmetic of ``fetch``, shared by the interpreter and the lowering."""
+# SPDX-License-Identifier: Apache-2.0
+"""Row arithmetic of ``fetch``, shared by the interpreter and the lowering."""
 
 from __future__ import annotations
 
@@ -11,8 +12,7 @@ EDGES = ("zeros", "circular", "reflect", "replicate")
 
 
 def source_row(row: int, n: int, edge: str) -> int:
-    """The row of an ``n``-row whole that stands at ``row`` when it is continued past its borders; -1: the fill
-    value."""
+    """Return which of ``n`` rows stands at position ``row``, inside or beyond the border; -1 for the fill value."""
     if 0 <= row < n:
         return row
     if edge == "zeros":
@@ -30,7 +30,7 @@ def source_row(row: int, n: int, edge: str) -> int:
 def wanted_rows(
     bounds: Sequence[int], lo: Sequence[int], hi: Sequence[int], edge: str, order: str, rank: int
 ) -> list[int]:
-    """The rows of the whole that make up ``rank``'s result, in order; -1 stands for the fill value."""
+    """Return the global rows that ``rank`` receives, in order; -1 stands for the fill value."""
     n = bounds[-1]
     rows = [source_row(i, n, edge) for i in range(lo[rank], hi[rank])]
     if order == "own_first":  # from its own rows on, cyclically
@@ -40,5 +40,5 @@ def wanted_rows(
 
 
 def owner(bounds: Sequence[int], row: int) -> int:
-    """The rank that owns ``row``."""
+    """Return the rank that owns ``row``."""
     return bisect.bisect_right(bounds, row) - 1

@@ -1,4 +1,5 @@
-"""fx graphs as JSON: canonical text, so that equal graphs have equal hashes, and no code when it is read back.
+# SPDX-License-Identifier: Apache-2.0
+"""Serialize fx graphs as JSON: the text is canonical, so that equal graphs have equal hashes, and holds no code.
 
 ::
 
@@ -7,8 +8,8 @@
      "outputs": ["%3"]}
 
 Values are numbered in order: inputs (placeholders) first, then nodes. Nodes that no output needs are left out.
-Arguments are JSON values; what JSON lacks is an object with one key: ``{"float": "inf"}``, ``{"str": "mean"}`` (a bare
-string is a reference), ``{"dtype": "float16"}``, ``{"device": "cpu"}``, ``{"layout": "strided"}``,
+Arguments are JSON values. A value that JSON lacks is an object with one key: ``{"float": "inf"}``, ``{"str": "mean"}``
+(a bare string is a reference), ``{"dtype": "float16"}``, ``{"device": "cpu"}``, ``{"layout": "strided"}``,
 ``{"memory_format": "contiguous_format"}``, ``{"slice": [0, 4, 1]}``, ``{"complex": [0.0, 1.0]}``. Tuples are written as
 lists, which every operator takes as well.
 """
@@ -28,9 +29,9 @@ from torch.fx.node import Argument
 
 import districompile.ir.ops  # noqa: F401  (registers torch.ops.districompile)
 from districompile.errors import BackendError
-from districompile.ir.plan import TensorSpec, dtype_name, dtype_of
+from districompile.ir.operators import NAMESPACES, find_operator, is_declared, is_foreign, name_of
+from districompile.ir.spec import TensorSpec, dtype_name, dtype_of
 
-_NAMESPACES = ("aten", "prims", "districompile")
 _REFUSED = ("aten.from_file",)  # opens files
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__.removeprefix('_')}.{name}": getattr(module, name)
@@ -49,34 +50,49 @@ _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 
 
 def op_name(target: object) -> str:
-    """``"aten.conv2d.default"``, ``"operator.getitem"``; raises :class:`BackendError` for what a file may not hold."""
+    """Return the name of an operator, such as ``"aten.conv2d.default"`` or ``"operator.getitem"``.
+
+    Raise :class:`BackendError` for an operator that a file may not hold.
+    """
     if isinstance(target, torch._ops.OpOverload):
         name = str(target)
-        if target.namespace in _NAMESPACES and not name.startswith(_REFUSED):
+        if target.namespace in NAMESPACES and not name.startswith(_REFUSED):
             return name
+        if is_foreign(target):
+            if is_declared(target):
+                return name_of(target)
+            raise BackendError(
+                f"the operator {name_of(target)} cannot be stored: no package declares it; give it a rule, or "
+                "districompile.extend.operator, in an extension (docs/extending/operator.md)"
+            )
     elif callable(target) and target in _FUNCTION_NAMES:
         return _FUNCTION_NAMES[target]
-    allowed = ", ".join(_NAMESPACES)
-    raise BackendError(f"the operator {target} cannot be stored: only those of {allowed} and plain arithmetic can")
+    allowed = ", ".join(NAMESPACES)
+    raise BackendError(
+        f"the operator {target} cannot be stored: only those of {allowed}, declared ones and plain arithmetic can"
+    )
 
 
 def op_of(name: str) -> Callable[..., Any]:
-    """The operator called ``name``; raises :class:`BackendError` if it is unknown or not allowed."""
+    """Return the operator called ``name``. Raise :class:`BackendError` if it is unknown or not allowed."""
     if not isinstance(name, str):
         raise BackendError(f"the graph uses {name!r} for an operator")
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
     parts = name.split(".")
-    if len(parts) == 3 and parts[0] in _NAMESPACES and not name.startswith(_REFUSED):
+    if len(parts) == 3 and parts[0] in NAMESPACES and not name.startswith(_REFUSED):
         packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
         if isinstance(packet, torch._ops.OpOverloadPacket) and parts[2] in packet.overloads():  # type: ignore[no-untyped-call]
             overload: Callable[..., Any] = getattr(packet, parts[2])
             return overload
+    found = find_operator(name)
+    if found is not None:
+        return found
     raise BackendError(f"the graph uses the operator {name!r}, which this version does not know or does not allow")
 
 
 def needed(graph: fx.Graph) -> list[fx.Node]:
-    """The call nodes that the output needs, in order."""
+    """Return the call nodes that the output needs, in order."""
     wanted: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or node in wanted:
@@ -85,7 +101,7 @@ def needed(graph: fx.Graph) -> list[fx.Node]:
 
 
 def output_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that the flat output tuple names; raises :class:`BackendError` for any other output."""
+    """Return the nodes in the flat output tuple. Raise :class:`BackendError` for any other output."""
     value = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
     values = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(v, fx.Node) for v in values):
@@ -94,7 +110,7 @@ def output_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def spec_of(node: fx.Node) -> TensorSpec:
-    """Shape and dtype from ``node.meta["val"]``; raises :class:`BackendError` if it is not a tensor of static shape."""
+    """Return shape and dtype of a node's result. Raise :class:`BackendError` unless it is a tensor of static shape."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         raise BackendError(f"{node.name} ({node.target}) is not known to be a tensor")
@@ -104,7 +120,7 @@ def spec_of(node: fx.Node) -> TensorSpec:
 
 
 def graph_to_json(gm: fx.GraphModule) -> str:
-    """Canonical text of a graph; raises :class:`BackendError` naming the node that cannot be written."""
+    """Return the canonical text of a graph. Raise :class:`BackendError` naming a node that cannot be written."""
     names: dict[fx.Node, str] = {}
     inputs = []
     for node in gm.graph.nodes:
@@ -128,9 +144,9 @@ def graph_to_json(gm: fx.GraphModule) -> str:
 
 
 def graph_from_json(text: str, device: torch.device | None = None) -> fx.GraphModule:
-    """The graph that :func:`graph_to_json` wrote, for ``device``. Only placeholders carry ``meta["val"]``.
+    """Read a graph that :func:`graph_to_json` wrote, for ``device``. Only placeholders carry ``meta["val"]``.
 
-    Raises :class:`BackendError` for text that is not such a graph, or uses an operator that is not allowed.
+    Raise :class:`BackendError` for text that is not such a graph, or uses an operator that is not allowed.
     """
     graph = fx.Graph()
     values: dict[str, fx.Node] = {}
@@ -151,29 +167,32 @@ def graph_from_json(text: str, device: torch.device | None = None) -> fx.GraphMo
         return fx.GraphModule(torch.nn.Module(), graph)
     except BackendError:
         raise
-    except Exception as e:  # of JSON, of lookups in it, and of torch.fx for arguments that make no call
+    except Exception as e:  # of JSON, of lookups in it, and of torch.fx for arguments that are no call's
         raise BackendError(f"not a graph of this version: {type(e).__name__} {str(e).partition(chr(10))[0]}") from e
 
 
 def _check_keywords(function: Callable[..., Any], kwargs: Any) -> None:
-    """Names of arguments become Python source in :class:`torch.fx.GraphModule`: only those of the operator may."""
+    """Raise ``ValueError`` for a keyword that the operator does not have.
+
+    Keywords become Python source in :class:`torch.fx.GraphModule`, so no other text may be one.
+    """
     known = {a.name for a in function._schema.arguments} if isinstance(function, torch._ops.OpOverload) else set()
     if odd := set(kwargs) - known:
         raise ValueError(f"{function} has no argument {min(odd)!r}")
 
 
 def content_hash(text: str) -> str:
-    """20 hex digits of sha256."""
+    """Return the first 20 hex digits of the sha256 of ``text``."""
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def canonical(value: Any) -> str:
-    """JSON in the one form whose hash is taken."""
+    """Return JSON in the canonical form, which is hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def encode(x: object, names: dict[fx.Node, str]) -> Any:
-    """An argument as a JSON value; nodes become ``names``. Raises ``TypeError`` for what cannot be stored."""
+    """Encode an argument as a JSON value; nodes become ``names``. Raise ``TypeError`` for a value of another type."""
     if isinstance(x, fx.Node):
         return names[x]
     if x is None or isinstance(x, bool | int):
@@ -199,7 +218,7 @@ def encode(x: object, names: dict[fx.Node, str]) -> Any:
 
 
 def decode(x: Any, values: dict[str, fx.Node], device: torch.device | None = None) -> Argument:
-    """The argument that :func:`encode` wrote; names become the nodes of ``values``, any device ``device`` (cpu)."""
+    """Decode an argument that :func:`encode` wrote; names become nodes of ``values``, devices ``device`` (cpu)."""
     if isinstance(x, str):
         return values[x]
     if isinstance(x, list):

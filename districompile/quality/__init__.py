@@ -1,8 +1,9 @@
-"""How good the pictures of N ranks are, measured against those of one device from the same prompts and seeds.
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the quality of pictures of N ranks against those of one device from the same prompts and seeds.
 
-:mod:`cases` says what is drawn, :mod:`draw` draws it with a diffusers pipeline, :mod:`metrics` compares,
-:mod:`measure` does this for several ways of computing in one run, :mod:`page` shows the result, and :mod:`floor` looks
-for the fastest setting that is good enough.
+:mod:`cases` chooses the pictures, :mod:`draw` draws them with a diffusers pipeline, and :mod:`metrics` compares two
+pictures. :mod:`measure` does this for several ways of computing. :mod:`page` writes a page, and :mod:`floor` searches
+for the cheapest conversion options that are good enough.
 """
 
 from __future__ import annotations

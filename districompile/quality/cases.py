@@ -1,4 +1,5 @@
-"""What is drawn: prompts times seeds."""
+# SPDX-License-Identifier: Apache-2.0
+"""Choose the pictures to draw: prompts times seeds."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ GENERAL = (
 
 
 class QualityError(Error):
-    """What is to be measured cannot be: a prompts file, a mode or a model that does not fit."""
+    """A picture cannot be drawn or compared: a prompts file, a mode or a model does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Case:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line; empty lines and lines that begin with ``#`` do not count.
+    """Read the prompts of a UTF-8 text file, one a line. Empty lines and lines that begin with ``#`` are ignored.
 
-    Raises :class:`QualityError` where it cannot be read or holds none.
+    Raises :class:`QualityError` where the file cannot be read or holds no prompt.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -54,7 +55,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def demo_prompts(count: int) -> list[str]:
-    """Prompts of the demo model's own grammar, always the same; the first three are those of earlier reports."""
+    """Make ``count`` prompts of the demo model's grammar. A longer list begins with a shorter one."""
     from districompile.models import scenes
 
     generator = random.Random(0)
@@ -69,5 +70,5 @@ def demo_prompts(count: int) -> list[str]:
 
 
 def make_cases(prompts: Sequence[str | None], seeds: Sequence[int]) -> list[Case]:
-    """Every prompt with every seed, seed by seed."""
+    """Combine every prompt with every seed, seed by seed."""
     return [Case(p, s) for s in seeds for p in prompts]

@@ -1,4 +1,5 @@
-"""Several ways of computing one set of pictures, each against one device, in one run."""
+# SPDX-License-Identifier: Apache-2.0
+"""Compute one set of pictures in several ways, and compare each with one device."""
 
 from __future__ import annotations
 
@@ -15,25 +16,28 @@ import torch
 from districompile import api
 from districompile.backends.base import Backend
 from districompile.backends.eager import EagerBackend
-from districompile.ir.plan import Plan
+from districompile.errors import ConvertError
+from districompile.ir.unit import GROUPNORM_MODES, QUANTISATIONS, parse_reuse
+from districompile.plan.plan import ExecutionPlan
 from districompile.progress import Progress
 from districompile.quality import metrics
 from districompile.quality.cases import Case, QualityError
 from districompile.quality.draw import Drawn, Setting, draw
 from districompile.quality.reference import ReferenceBackend
-from districompile.runtime.module import DistributedModule, load
-from districompile.unit import GROUPNORM_MODES
+from districompile.runtime.load import load
+from districompile.runtime.module import DistributedModule
 
 REFERENCE = "reference"
-MODES = (*GROUPNORM_MODES, REFERENCE)
+EXACT = "exact"
+MODES = (*GROUPNORM_MODES, REFERENCE, EXACT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
     """One picture against the same of one device.
 
-    ``psnr`` in dB; ``drift``: relative error of the latents by step; ``exact``: how many of its steps were exact;
-    ``rate``: the largest drift of the others; ``finite``: whether it holds numbers alone, not NaN.
+    ``psnr``: in dB. ``drift``: the relative error of the latents by step. ``exact``: the number of exact steps.
+    ``rate``: the largest rate of a displaced step. ``finite``: whether all pixels are finite.
     """
 
     case: Case
@@ -49,7 +53,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """All pictures of one way of computing."""
+    """The scores of all pictures of one way of computing."""
 
     way: str
     ranks: int
@@ -58,21 +62,21 @@ class Result:
 
     @property
     def mean(self) -> float:
-        """PSNR in dB."""
+        """The mean PSNR in dB."""
         return statistics.fmean(s.psnr for s in self.scores)
 
     @property
     def worst(self) -> Score:
-        """The picture with the lowest PSNR; one that is not finite before all others."""
+        """The picture with the lowest PSNR. A picture that is not finite counts as worse than all others."""
         return min(self.scores, key=lambda s: (s.finite, s.psnr))
 
     @property
     def drift(self) -> float | None:
-        """The largest rate of change during a displaced step (:mod:`districompile.runtime.drift`)."""
+        """The largest rate of a displaced step (:mod:`districompile.runtime.calls.drift`)."""
         return max((s.rate for s in self.scores if s.rate is not None), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         exact = [s.exact for s in self.scores if s.exact is not None]
         means = {
             name: statistics.fmean(values) if values else None
@@ -97,8 +101,11 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way of computing: its name, its number of ranks, and how to get its module (closed on leaving) or, for ranks
-    in processes of their own, its pictures."""
+    """One way of computing.
+
+    Either ``module`` opens the module that draws, as a context manager, or ``pictures`` draws: for ranks that run in
+    processes of their own.
+    """
 
     name: str
     ranks: int
@@ -108,7 +115,7 @@ class Way:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """``expected`` of one device, and for each way its result and its pictures, in the order of the cases."""
+    """The pictures of one device (``expected``), and each way's result and pictures, in the order of the cases."""
 
     cases: tuple[Case, ...]
     expected: Drawn
@@ -120,8 +127,11 @@ def measure(
     pipe: Any, original: Any | Drawn, ways: Sequence[Way], cases: Sequence[Case], setting: Setting,
     borders: Sequence[float], progress: Progress,
 ) -> Measured:  # fmt: skip
-    """Draw all ``cases`` with ``original`` (or take what it has drawn already) and in all ``ways``, and compare.
-    ``borders`` of patches are shares of the height, between 0 and 1."""
+    """Draw all ``cases`` with ``original`` and in all ``ways``, and compare.
+
+    ``original`` may also be the pictures that it has drawn already. ``borders``: where patches meet, as shares of the
+    height between 0 and 1.
+    """
     total = len(cases) * setting.steps / setting.images
     if isinstance(original, Drawn):
         expected = original
@@ -145,9 +155,9 @@ def measure(
 
 
 def compare(cases: Sequence[Case], drawn: Drawn, expected: Drawn, borders: Sequence[float]) -> tuple[Score, ...]:
-    """Every picture against the same of one device."""
+    """Compare every picture with the same picture of one device."""
     finite = [bool(p.isfinite().all()) for p in drawn.pixels]
-    pixels = drawn.pixels.nan_to_num(0.0, 1.0, 0.0)  # black, as such a picture is written
+    pixels = drawn.pixels.nan_to_num(0.0, 1.0, 0.0)  # NaN is black, as in an image file
     rows = [round(b * pixels.shape[-2]) for b in borders]
     none: list[None] = [None] * len(cases)
     steps: list[list[float]] = [[] for _ in cases]
@@ -166,8 +176,8 @@ def compare(cases: Sequence[Case], drawn: Drawn, expected: Drawn, borders: Seque
     return tuple(Score(case, *values) for case, *values in zip(cases, *columns, strict=True))
 
 
-def borders_of(plan: Plan) -> list[float]:
-    """Where patches meet, as shares of the image's height."""
+def borders_of(plan: ExecutionPlan) -> list[float]:
+    """Return where patches meet, as shares of the image's height."""
     heights = [int(n) for n in plan.bounds]
     if not heights:
         return []
@@ -179,8 +189,11 @@ def borders_of(plan: Plan) -> list[float]:
 def converted(
     module: torch.nn.Module, example: Any, ranks: int, device: torch.device, **options: Any
 ) -> Iterator[DistributedModule]:
-    """``module`` converted for ``ranks`` ranks that run in this process, operator by operator. ``options`` are those of
-    :func:`districompile.convert`; ``groupnorm`` may be ``"reference"``, the formulas of the paper's code."""
+    """Convert ``module`` for ``ranks`` ranks that run in this process, operator by operator. A context manager.
+
+    ``options`` are those of :func:`districompile.convert`. ``groupnorm`` may also be ``"reference"``, the formulas of
+    the paper's code.
+    """
     backend: Backend = EagerBackend()
     if options.get("groupnorm") == REFERENCE:
         options, backend = {**options, "groupnorm": "corrected_async"}, ReferenceBackend()
@@ -194,16 +207,47 @@ def converted(
             loaded.close()
 
 
+BITS = "8bit"
+
+
+def options_of(mode: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return ``options`` of :func:`districompile.convert` with those that a mode names.
+
+    A mode is one of :data:`MODES` (``exact`` displaces nothing), ``deep=N`` or ``deep=N:L`` (reuse), ``8bit``
+    (differences), ``fp8``, ``fp8:DB`` or ``float`` (the bits of layers), or several of these joined by ``+``, such as
+    ``sync+deep=2``. Without bits, those of ``options`` hold. Raises :class:`QualityError` for anything else.
+    """
+    chosen = {**(options or {}), "groupnorm": GROUPNORM_MODES[0], "reuse": "none", "transfer_bits": None}
+    for part in mode.split("+"):
+        if part == EXACT:
+            chosen["displace"] = "none"
+        elif part in MODES:
+            chosen["groupnorm"] = part
+        elif part == BITS:
+            chosen["transfer_bits"] = 8
+        elif part.startswith("deep="):
+            chosen["reuse"] = part
+        elif part == "float" or (part != "none" and QUANTISATIONS.fullmatch(part)):
+            chosen["quantise"] = "none" if part == "float" else part
+        else:
+            known = f"{', '.join(MODES)}, deep=N, {BITS}, fp8, float"
+            raise QualityError(f"--modes: there is no mode {part!r}; there are: {known}")
+    try:
+        parse_reuse(chosen["reuse"])
+    except ConvertError as e:
+        raise QualityError(f"--modes: {e}") from None
+    return chosen
+
+
 def check_modes(modes: Sequence[str]) -> None:
-    """Raise :class:`QualityError` for a mode that there is not."""
-    unknown = [m for m in modes if m not in MODES]
-    if unknown:
-        raise QualityError(f"--modes: there is no mode {unknown[0]!r}; there are: {', '.join(MODES)}")
+    """Raise :class:`QualityError` for a mode that does not exist."""
+    for mode in modes:
+        options_of(mode)
 
 
 def way_of(
     mode: str, module: torch.nn.Module, example: Any, ranks: int, device: torch.device, options: Mapping[str, Any]
 ) -> Way:
-    """A group norm mode, converted with the other ``options``, on all ranks in this process."""
-    chosen = {**options, "groupnorm": mode}
+    """Make a way of computing from a mode (:func:`options_of`) and other ``options``. All ranks run in this process."""
+    chosen = options_of(mode, options)
     return Way(mode, ranks, lambda: converted(module, example, ranks, device, **chosen))

@@ -1,4 +1,5 @@
-"""Comparing pictures, (B, 3, H, W) in 0 to 1, one figure a picture."""
+# SPDX-License-Identifier: Apache-2.0
+"""Compare pictures, (B, 3, H, W) in 0 to 1. Every function gives one number a picture."""
 
 from __future__ import annotations
 
@@ -11,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IDENTICAL = 100.0  # dB: what equal pictures are said to have, so that means stay finite
+IDENTICAL = 100.0  # dB: the value of equal pictures, so that means stay finite
 
 
 def psnr(actual: Tensor, expected: Tensor, peak: float = 1.0) -> list[float]:
-    """Peak signal-to-noise ratio in dB, ``IDENTICAL`` at most; NaN where a picture holds NaN."""
+    """Compute the peak signal-to-noise ratio in dB, at most ``IDENTICAL``. It is NaN where a picture holds NaN."""
     error = (actual.double() - expected.double()).square().flatten(1).mean(1)
     found = [math.inf if e == 0 else 10 * math.log10(peak * peak / e) for e in error.tolist()]
     return [v if math.isnan(v) else min(IDENTICAL, v) for v in found]
 
 
 def ssim(actual: Tensor, expected: Tensor) -> list[float] | None:
-    """Structural similarity (Wang et al. 2004), 1 for equal pictures; None where torchmetrics is not installed."""
+    """Compute the structural similarity (Wang et al. 2004), 1 for equal pictures. None without torchmetrics."""
     try:
         image = importlib.import_module("torchmetrics.functional.image")
     except ImportError:
@@ -32,8 +33,10 @@ def ssim(actual: Tensor, expected: Tensor) -> list[float] | None:
 
 
 def lpips(actual: Tensor, expected: Tensor) -> list[float] | None:
-    """Learned perceptual distance (Zhang et al. 2018), 0 for equal pictures. None where the network or its weights
-    are not on this machine: nothing is downloaded."""
+    """Compute the learned perceptual distance (Zhang et al. 2018), 0 for equal pictures.
+
+    None where the network or its weights are not on this machine: nothing is downloaded.
+    """
     if not any(Path(torch.hub.get_dir(), "checkpoints").glob("alexnet-owt-*.pth")):
         return None
     try:
@@ -47,8 +50,11 @@ def lpips(actual: Tensor, expected: Tensor) -> list[float] | None:
 
 
 def seams(actual: Tensor, expected: Tensor, borders: Sequence[int]) -> list[float]:
-    """How much stronger than in ``expected`` the vertical gradient across the ``borders`` of patches (rows of pixels)
-    is, compared with that of all other rows: 1 where no seam shows."""
+    """Compute the seam score: 1 where no seam shows at the ``borders`` of patches (rows of pixels).
+
+    The vertical gradient across the borders is divided by that of all other rows. The score is this quotient of
+    ``actual``, divided by that of ``expected``.
+    """
     height = actual.shape[-2]
     across = sorted({b for b in borders if 0 < b < height})
     if not across:
@@ -64,7 +70,7 @@ def seams(actual: Tensor, expected: Tensor, borders: Sequence[int]) -> list[floa
 
 
 def drift(actual: Tensor, expected: Tensor) -> list[list[float]]:
-    """Relative error (root mean square) of the latents after each step, (steps, B, ...): a list a picture."""
+    """Compute the relative error (root mean square) of latents (steps, B, ...): for each picture a list by step."""
     error = (actual.double() - expected.double()).flatten(2).norm(dim=2)
     found: list[list[float]] = (error / expected.double().flatten(2).norm(dim=2).clamp(min=1e-20)).T.tolist()
     return found

@@ -1,4 +1,5 @@
-"""One HTML file that shows what was measured: a table, the drift by step, and the worst pictures side by side."""
+# SPDX-License-Identifier: Apache-2.0
+"""Write an HTML page of measured images: a table, the error by step, and the worst images side by side."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from districompile.outputs import write_file
+from districompile.common.outputs import write_file
 from districompile.quality.cases import Case
 from districompile.quality.measure import Measured, Result
 
@@ -27,7 +28,7 @@ _COLOURS = ("#1b6ca8", "#d1495b", "#3a8f5c", "#e08e0b", "#6a4c93", "#555555", "#
 
 
 def write_page(path: Path, title: str, about: Sequence[str], measured: Measured, shown: int = 6) -> None:
-    """Write the page to ``path``. ``about``: lines on what was measured. ``shown``: how many of the worst cases."""
+    """Write the page to ``path``. ``about`` are lines of introduction; ``shown`` is the number of worst cases."""
     parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"]
     parts.append(f"<h1>{html.escape(title)}</h1>" + "".join(f"<p>{html.escape(line)}</p>" for line in about))
     parts.append(_table(measured.results))
@@ -38,13 +39,13 @@ def write_page(path: Path, title: str, about: Sequence[str], measured: Measured,
 
 
 def worst_cases(measured: Measured, count: int) -> list[int]:
-    """Numbers of the cases with the lowest PSNR in any way, worst first."""
+    """Return the indices of the ``count`` cases with the lowest PSNR of any configuration, worst first."""
     lowest = [min((r.scores[i].finite, r.scores[i].psnr) for r in measured.results) for i in range(len(measured.cases))]
     return sorted(range(len(lowest)), key=lambda i: lowest[i])[:count]
 
 
 def figures(result: Result) -> list[str]:
-    """The cells of a result's row: PSNR, SSIM, LPIPS, seams, exact steps."""
+    """Return the cells of a result's row, in the order of :data:`COLUMNS`."""
     data = result.to_dict()
 
     def cell(value: float | None, digits: int) -> str:
@@ -74,7 +75,7 @@ def _table(results: Sequence[Result]) -> str:
 
 
 def _plot(results: Sequence[Result]) -> str:
-    """Relative error of the latents by step, mean of all pictures, on a logarithmic scale."""
+    """Plot the relative error of the latents by step, averaged over all images, on a logarithmic scale."""
     lines = [(r.way, r.ranks, r.to_dict()["drift_by_step"]) for r in results]
     lines = [line for line in lines if len(line[2]) > 1]
     if not lines:
@@ -118,7 +119,7 @@ def _figure(text: str, pixels: Tensor, low: bool = False) -> str:
 
 
 def png(pixels: Tensor) -> bytes:
-    """One picture (3, H, W) in 0 to 1 as the bytes of a PNG file."""
+    """Encode an image (3, H, W) with values in 0 to 1 as PNG."""
     from PIL import Image
 
     array: Any = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()

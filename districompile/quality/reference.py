@@ -1,10 +1,12 @@
-"""The group norm of the paper's own code, as a baseline to measure against. Never what a bundle for users computes.
+# SPDX-License-Identifier: Apache-2.0
+"""Compute group norm as the paper's code does, as a baseline. No bundle for users computes this.
 
-It sends the mean of ``x`` and of ``x`` squared in the network's own type, takes the variance as their difference, and
-multiplies it by n / (n - 1) with the n of one patch (mit-han-lab/distrifuser, modules/pp/groupnorm.py). In half
-precision the difference cancels where a mean is large beside its spread, and a picture may turn black.
+That code sends the mean of ``x`` and of ``x`` squared in the network's own type. It takes the variance as their
+difference, and multiplies it by n / (n - 1) with the n of one patch (mit-han-lab/distrifuser,
+modules/pp/groupnorm.py). In half precision the difference cancels where a mean is large beside its spread, and a
+picture may turn black.
 
-The graph is that of ``corrected_async``; this backend puts other arithmetic in the places of its four operators.
+The graph is that of ``corrected_async``. The backend of this module replaces the arithmetic of four operators.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import torch
 from torch import Tensor
 
 from districompile.backends.eager import EagerBackend, EagerEngine
+from districompile.bundle.weights import WeightFile
 from districompile.ir.ops import ops
-from districompile.weights import WeightFile
 
 _LIB: Any = torch.library.Library("districompile_reference", "DEF")  # type: ignore[no-untyped-call]
 _LIB.define("moments(Tensor x, int groups) -> Tensor")
@@ -28,19 +30,19 @@ _LIB.define("normalize(Tensor x, Tensor stats, int groups, Tensor? weight, Tenso
 
 
 def moments(x: Tensor, groups: int) -> Tensor:
-    """E[x] and E[x^2] of this patch, computed in the type of ``x``; (1, 2, B, G), stored as the plan wants them."""
+    """Compute E[x] and E[x^2] of this patch in the type of ``x``, (1, 2, B, G), in float32 or wider."""
     y = x.reshape(x.shape[0], groups, -1)
     both = torch.stack([y.mean(-1), (y**2).mean(-1)]).unsqueeze(0)
     return both.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def merge_moments(parts: Tensor, counts: list[float]) -> Tensor:
-    """The average over the ranks, whatever their heights."""
+    """Average over the ranks; their heights are ignored."""
     return parts.mean(0)
 
 
 def correct_moments(merged: Tensor, stale: Tensor, fresh: Tensor) -> Tensor:
-    """The stale average plus this rank's whole change; where the variance is negative, this rank's own."""
+    """Add this rank's whole change to the stale average. A negative variance is replaced by this rank's own."""
     full = merged + (fresh - stale)[0]
     own = fresh[0, 1] - fresh[0, 0] ** 2
     square = torch.where(full[1] - full[0] ** 2 < 0, own + full[0] ** 2, full[1])
@@ -48,8 +50,7 @@ def correct_moments(merged: Tensor, stale: Tensor, fresh: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, stats: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """As the code does: the variance of the averages, with the correction for one patch's count, in the type of
-    ``x``."""
+    """Normalize by the averages, in the type of ``x``. The variance is corrected for the count of one patch."""
     y = x.reshape(x.shape[0], groups, -1)
     mean, square = stats[0].to(x.dtype).unsqueeze(-1), stats[1].to(x.dtype).unsqueeze(-1)
     count = math.prod(y.shape[2:])
@@ -73,8 +74,10 @@ _INSTEAD: dict[Any, Any] = {
 
 
 class ReferenceBackend(EagerBackend):
-    """As ``eager``; engines compute with the formulas of this module when they are loaded. Converts programs of
-    ``groupnorm="corrected_async"``."""
+    """Run engines operator by operator, with the formulas of this module.
+
+    Programs must be converted with ``groupnorm="corrected_async"``. The formulas are replaced when an engine is loaded.
+    """
 
     def load(self, path: Path, segment: tuple[str, ...], weights: WeightFile, device: torch.device) -> EagerEngine:
         engine = super().load(path, segment, weights, device)

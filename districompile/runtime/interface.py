@@ -1,4 +1,5 @@
-"""Check that weights and engines are what the plan says, when they are loaded: before any memory is taken for them."""
+# SPDX-License-Identifier: Apache-2.0
+"""Check weights and engines against the plan when they are loaded, before any memory is allocated for them."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from districompile.backends.base import Backend, Engine
+from districompile.bundle.weights import WeightFile
 from districompile.errors import BundleError
-from districompile.ir.plan import Plan, SegmentPlan, TensorSpec, dtype_name
-from districompile.weights import WeightFile
+from districompile.ir.spec import TensorSpec, dtype_name
+from districompile.plan.plan import ExecutionPlan, SegmentInterface
 
 
-def check_weights(plan: Plan, weights: WeightFile) -> None:
-    """Raise :class:`BundleError` for a weight of the plan that the file lacks or has in another shape or dtype."""
+def check_weights(plan: ExecutionPlan, weights: WeightFile) -> None:
+    """Check that the file has every weight of the plan, in its shape and dtype. Raises :class:`BundleError`."""
     for name, spec in plan.weights.items():
         if name not in weights:
             raise BundleError(f"{weights.path} lacks the weight {name} of the plan: convert again")
@@ -23,9 +25,11 @@ def check_weights(plan: Plan, weights: WeightFile) -> None:
             )
 
 
-def check_engine(path: Path, segment: SegmentPlan, specs: Mapping[str, TensorSpec], engine: Engine) -> None:
-    """Raise :class:`BundleError` unless ``engine`` takes and gives what ``segment`` reads and makes on its rank, whose
-    values are ``specs``."""
+def check_engine(path: Path, segment: SegmentInterface, specs: Mapping[str, TensorSpec], engine: Engine) -> None:
+    """Check that the inputs and outputs of ``engine`` are those of ``segment`` on its rank, whose values are ``specs``.
+
+    Raises :class:`BundleError`.
+    """
     taken, given = engine.input_specs, engine.output_specs
     if taken is not None and taken.keys() != set(segment.inputs):
         odd = min(taken.keys() ^ set(segment.inputs))
@@ -38,9 +42,12 @@ def check_engine(path: Path, segment: SegmentPlan, specs: Mapping[str, TensorSpe
 
 
 def check_content(path: Path, backend: Backend) -> None:
-    """Raise :class:`BundleError` for an engine whose name is not that of its content, where the backend knows it."""
-    content_name = getattr(backend, "content_name", None)
-    if content_name is not None and path.name != f"{content_name(path)}{backend.suffix}":
+    """Check that the name of an engine is that of its content, if the backend can compute it.
+
+    Raises :class:`BundleError`.
+    """
+    name = backend.content_name(path)
+    if name is not None and path.name != f"{name}{backend.suffix}":
         raise BundleError(f"{path} holds another segment than its name says: copy the bundle again, or convert again")
 
 

@@ -1,86 +1,94 @@
-"""A bundle as a ``torch.nn.Module`` that is called like the one it was made from."""
+# SPDX-License-Identifier: Apache-2.0
+"""A bundle as a ``torch.nn.Module``, called like the module that it was converted from."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal
+import dataclasses
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from districompile.backends.base import Backend, Engine, get_backend, runs_native_code
-from districompile.bundle import Bundle
-from districompile.errors import BundleError, InputError, LaunchError
-from districompile.ir.plan import PHASES, Phase, Plan
-from districompile.ir.validate import value_specs
-from districompile.runtime.agreement import Proposal, kinds_of
-from districompile.runtime.choose import check_transport
-from districompile.runtime.conditioning import Conditioning
-from districompile.runtime.drift import DriftMonitor
-from districompile.runtime.face import ModuleFace
-from districompile.runtime.gloo import start_gloo
-from districompile.runtime.guard import CallGuard, guarded
-from districompile.runtime.images import ImageTracker
-from districompile.runtime.inputs import Call, InputChecker
-from districompile.runtime.interface import check_content, check_engine, check_weights
-from districompile.runtime.liveness import TIMEOUT, Liveness, check_timeout
-from districompile.runtime.placeholders import Config as Config
-from districompile.runtime.runner import LockstepRunner, ProcessRunner, Runner, world_size
-from districompile.runtime.same_bundle import compare
-from districompile.runtime.streams import Decision
+from districompile.bundle.bundle import Bundle
+from districompile.bundle.weights import WeightFile
+from districompile.errors import InputError
+from districompile.frontend.call_tree import rebuild_output
+from districompile.ir.spec import BOTH_PHASES, PHASES, InputSpec, Phase
+from districompile.plan.plan import ExecutionPlan
+from districompile.runtime.calls.agreement import Proposal, kinds_of
+from districompile.runtime.calls.call_tracker import Decision
+from districompile.runtime.calls.conditioning import Conditioning
+from districompile.runtime.calls.drift import DriftMonitor
+from districompile.runtime.calls.images import ImageTracker
+from districompile.runtime.calls.inputs import Call
+from districompile.runtime.calls.reuse import ReuseCounter
+from districompile.runtime.calls.shapes import ShapeSelector, key_of
+from districompile.runtime.calls.timesteps import steps_left
+from districompile.runtime.face.face import ModuleFace
+from districompile.runtime.face.guard import CallGuard, guarded
+from districompile.runtime.face.placeholders import Config as Config
+from districompile.runtime.growth import Growth
+from districompile.runtime.runner import ProcessRunner, Runner
 from districompile.runtime.trace import Trace
-from districompile.structure import check_classes, rebuild_output
-from districompile.weights import WeightFile
 
-_MOST_DRIFT = 1e6  # a sample that stays or jumps; JSON knows no infinity
+# Calls of a phase until all is there: on a GPU the first runs step by step, and the next are captured, once for each
+# state of the double buffers.
+_WARM = {"cuda": 4, "cpu": 1}
+_MOST_DRIFT = 1e6  # bound for a sample that stays or jumps: JSON has no infinity
 
 
 class DistributedModule(ModuleFace):
-    """One rank's part of a converted module (or all ranks, in lockstep): called like the original, by all ranks alike.
+    """One rank's part of a converted module, or all ranks simulated in one process.
 
-    Rank 0's inputs, and its decision which phase a call belongs to, hold for all (:mod:`~.agreement`). Which image a
-    call belongs to is told from its inputs (:mod:`districompile.runtime.images`), or stated by :meth:`image`; ``phase``
-    overrides the choice of the phase where it is set.
+    It is called like the original module, by all ranks alike. Rank 0's inputs hold for all ranks, and so does its
+    choice of the phase of a call (:mod:`~.agreement`). The image that a call belongs to follows from its inputs
+    (:mod:`districompile.runtime.calls.images`), unless :meth:`image` states it. ``phase``, if set, overrides the
+    choice.
     """
 
     def __init__(
-        self, plan: Plan, runner: Runner, device: torch.device, config: Mapping[str, Any] | None = None,
-        trusted_packages: Collection[str] = (),
+        self, plans: Mapping[str, ExecutionPlan], runner: Runner, device: torch.device,
+        config: Mapping[str, Any] | None = None, trusted_packages: Collection[str] = (), bundle: str = "BUNDLE",
+        growth: tuple[Growth, Callable[[Bundle, ExecutionPlan], Any]] | None = None,
+        weight_file: WeightFile | None = None,
     ) -> None:  # fmt: skip
+        plan = next(iter(plans.values()))
         super().__init__(plan, device, config or {})
         self._trusted = tuple(trusted_packages)
         self._runner = runner
-        self._inputs = InputChecker(plan, device)
+        self._weight_file = weight_file
+        self._shapes = ShapeSelector(plans, device, bundle, growth is not None)
+        self._growth = growth
+        self._shape = 0  # the number of the last call's shape
+        self._inputs = self._shapes.checkers[0]
         small = [i.path for i in kinds_of(plan.inputs, self._inputs.timestep_path)[1]]
-        self._images = ImageTracker(int(plan.options.get("warmup_steps", 4)), small)
-        # Without a timestep every call is exact
-        limit = 0.0 if self._inputs.timestep_path is None else float(plan.options.get("drift_limit", 0.0))
+        self._images = ImageTracker(plan.options.warmup_steps, small)
+        # Without a timestep every call is exact.
+        limit = 0.0 if self._inputs.timestep_path is None else plan.options.drift_limit
         self._drift = DriftMonitor(limit)
         self._image = next(i.path for i in plan.inputs if i.rows is not None)
-        self._conditioning = Conditioning(plan.options.get("conditioning", ()))
+        self._conditioning = Conditioning(plan.options.conditioning)
+        self._reuse = ReuseCounter(plan.options.reuse)
         self._calls_guard = CallGuard()
         self._chosen_phase: Phase | None = None
-        self._calls = {"exact": 0, "displaced": 0}
+        self._warned = False
+        self._calls = self._no_calls()
         self._phases: list[Phase] = []  # of the first stream of calls of an image
 
     @guarded
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original module's output for the original module's arguments; the same on every rank.
+        """Return the original module's output for its arguments. It is the same on every rank.
 
-        Raises :class:`InputError` for a call that does not fit what was converted, :class:`LaunchError` where another
-        rank is gone.
+        Raises :class:`InputError` for a call that does not fit the conversion, and :class:`LaunchError` if another rank
+        is gone.
         """
-        # What is kept between calls must not depend on the mode of one of them.
+        # State that is kept between calls must not depend on the autograd mode of one of them.
         with torch.inference_mode(False), torch.no_grad():
+            shape, call = self._bind(args, kwargs)
             try:
-                call = self._inputs(args, kwargs)
-            except InputError:
-                self._runner.refuse()
-                raise
-            try:
+                self._switch(shape)
                 decision, leaves = self._runner.call(self._propose(call))
                 if self._runner.leads and self._inputs.timestep_path is not None:
                     sample, output = call.tensors[self._image].clone(), leaves[0].clone()  # callers may write to theirs
@@ -89,34 +97,96 @@ class DistributedModule(ModuleFace):
                 self._count(decision)
             except BaseException:
                 self._drift.reset()
-                self._images.reset()  # what a failed call left is not to be built on
+                self._images.reset()  # no later call may build on the state of a failed one
                 self._conditioning.reset()
+                self._reuse.reset()
                 raise
         return_dict = call.return_dict
         named = return_dict if isinstance(return_dict, bool) else None
         return rebuild_output(self.plan.output, leaves, named, self._trusted)
 
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, Call]:
+        """Return the number of a call's shape, and the call. A shape that is not there is added if that is allowed."""
+        while True:
+            try:
+                found = self._shapes.bind(args, kwargs)
+                sizes = self._shapes.wanted(args, kwargs) if found is None else {}
+            except InputError:
+                self._runner.refuse()
+                raise
+            if found is not None:
+                return found
+            assert self._growth is not None
+            growth, load = self._growth
+            with self._runner.unknown(key_of(sizes)):
+                name, plan, engines = growth.add(sizes, args, kwargs, load)
+                self._runner.add(plan, engines)
+            self._shapes.add(name, plan)
+
+    def _switch(self, shape: int) -> None:
+        """Begin a new image where a call has another shape than the last one: no state of that one fits it."""
+        if shape != self._shape:
+            self._shape = shape
+            self._images.reset()
+            self._drift.reset()
+            plan = list(self._shapes.plans.values())[shape]
+            self._conditioning = Conditioning(plan.options.conditioning)
+
     def _propose(self, call: Call) -> Proposal:
-        """The call as this rank sees it. On rank 0 with what its inputs show of the image."""
+        """Describe the call as this rank sees it; on rank 0, with the evidence of its inputs about the image."""
         if not self._runner.leads:
-            return Proposal(Decision("warmup", 0, False), call.tensors, call.timestep)
+            return Proposal(Decision("exact", 0, False), call.tensors, call.timestep, shape=self._shape)
         decision, fresh = self._images.next(
             call.timestep, call.given_timestep, call.given, call.tensors[self._image], self._phase is not None
         )
+        if decision.reset and self._phase is None:
+            self._warn_of_few_steps(call)
         if self._phase is None:
             decision = self._drift.check(decision)
         else:
             decision = Decision(self._phase, decision.stream, decision.reset)
             if decision.reset:
                 self._drift.reset()
-        return Proposal(self._conditioning.check(decision, call.given), call.tensors, call.timestep, fresh)
+        decision = self._conditioning.check(decision, call.given)
+        if self._phase is None and "reused" in self.plan.phases:
+            decision = self._reuse.check(decision, self._drift.must_be_full)
+        if decision.phase not in self.plan.phases:
+            decision = dataclasses.replace(decision, phase="exact")
+        return Proposal(decision, call.tensors, call.timestep, fresh, self._shape)
+
+    def _warn_of_few_steps(self, call: Call) -> None:
+        """Warn once that an image has no more steps than those that are exact in any case."""
+        steps, exact = steps_left(call.given_timestep), self.plan.options.warmup_steps
+        if self._warned or call.timestep is None or steps is None or not 1 < steps <= exact:
+            return
+        self._warned = True
+        warnings.warn(
+            f"all {steps} steps of this image are exact, because the first {exact} steps of each image are: convert "
+            "with fewer warmup_steps (--warmup-steps 1) for displaced ones, which change the image a little",
+            stacklevel=2,
+        )
 
     def _count(self, decision: Decision) -> None:
         if decision.reset:
-            self._calls, self._phases = {"exact": 0, "displaced": 0}, []
+            self._calls, self._phases = self._no_calls(), []
         if decision.stream == 0:
             self._phases.append(decision.phase)
-        self._calls["exact" if decision.phase == "warmup" else "displaced"] += 1
+        self._calls[decision.phase] += 1
+        self._reuse.count(decision)
+
+    def _no_calls(self) -> dict[str, int]:
+        """Return the counts of an image without calls, by phase."""
+        return {p: 0 for p in PHASES if p != "reused" or p in self.plan.phases}
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """The names of the shapes that calls may have (:mod:`districompile.plan.shapes`)."""
+        return tuple(self._shapes.plans)
+
+    @property
+    def plans(self) -> dict[str, ExecutionPlan]:
+        """The plan of each of :attr:`shapes`. ``plan`` is the first one."""
+        return dict(self._shapes.plans)
 
     @property
     def leads(self) -> bool:
@@ -125,24 +195,30 @@ class DistributedModule(ModuleFace):
 
     @property
     def image_calls(self) -> dict[str, int]:
-        """How many calls of the image at hand were ``"exact"`` and ``"displaced"``, as rank 0 decided (on the other
-        ranks: as they would have)."""
+        """How many calls of the current image were ``"exact"``, ``"displaced"`` and, where compiled, ``"reused"``.
+
+        On rank 0, as it decided. On the other ranks, as they would have decided.
+        """
         return dict(self._calls)
 
     @property
     def drift_rates(self) -> list[float]:
-        """How fast each call of the image at hand still changed it (:mod:`districompile.runtime.drift`).
+        """How fast each call of the current image still changed it (:mod:`districompile.runtime.calls.drift`).
 
-        From its second call on, for the first stream of calls; on rank 0. Waits for the device."""
+        Starts at the image's second call, and covers the first stream of calls. On rank 0 only. Waits for the device.
+        """
         return list(self._drift.rates(0))
 
     @property
     def image_drift(self) -> float | None:
-        """The largest of :attr:`drift_rates` of the displaced calls of the image at hand, but for the last two: what a
-        last step changes, no other builds on. None where there are none, or no limit."""
+        """The largest of :attr:`drift_rates` over the calls of the current image that are not exact.
+
+        None without such calls, or without a limit. The last two are left out, because no later step builds on what the
+        last step changes.
+        """
         rates = self.drift_rates
         pairs = list(zip(self._phases[1:], rates, strict=False)) if rates else []
-        found = [rate for phase, rate in pairs[:-2] if phase == "steady"]
+        found = [rate for phase, rate in pairs[:-2] if phase != "exact"]
         return min(max(found), _MOST_DRIFT) if found else None
 
     @property
@@ -154,16 +230,20 @@ class DistributedModule(ModuleFace):
     def phase(self, phase: Phase | None) -> None:
         if phase is not None and phase not in PHASES:
             raise InputError(f"there is no phase {phase!r}: use one of {', '.join(map(repr, PHASES))}, or None")
+        if phase is not None and phase not in self.plan.phases:
+            compiled = ", ".join(self.plan.phases)
+            way = "convert again with --reuse, in Python with reuse=" if phase == "reused" else BOTH_PHASES
+            raise InputError(f"the module was converted for the {compiled} phase only: {way}")
         self._chosen_phase = phase
 
     @property
     def _phase(self) -> Phase | None:
-        """The phase of this thread's calls, where it does not follow the timesteps."""
-        return "warmup" if self._calls_guard.exact else self._chosen_phase
+        """The phase of this thread's calls; None if it follows the timesteps."""
+        return "exact" if self._calls_guard.exact else self._chosen_phase
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
-        """Calls of this thread inside compute what one device computes: ``with unet.exact(): ...``."""
+        """Make this thread's calls inside compute what one device computes: ``with unet.exact(): ...``."""
         earlier, self._calls_guard.exact = self._calls_guard.exact, True
         try:
             yield
@@ -171,33 +251,45 @@ class DistributedModule(ModuleFace):
             self._calls_guard.exact = earlier
 
     @property
+    def weight_file(self) -> WeightFile | None:
+        """The weights that the engines read at each call; None if engines hold weights of their own."""
+        return self._weight_file
+
+    @property
     def transport(self) -> str:
-        """What moves bytes between the ranks: "peer", "nccl", "gloo", or "lockstep"."""
+        """The transport between the ranks: "peer", "nccl", "gloo", or "lockstep" for simulated ranks."""
         return str(getattr(self._runner, "transport", "lockstep"))
 
     @property
     def peak_bytes(self) -> int:
-        """Most memory that this process had on its GPU so far, CUDA's own not counted; 0 on the CPU. What other ranks
-        write into directly is memory that PyTorch's own statistics do not see."""
+        """The peak GPU memory of this process so far, without CUDA's own; 0 on the CPU.
+
+        Includes symmetric memory, which PyTorch's statistics leave out.
+        """
         if self._device.type != "cuda":
             return 0
         return int(torch.cuda.max_memory_allocated(self._device)) + int(getattr(self._runner, "symmetric_bytes", 0))
 
     @contextlib.contextmanager
     def trace(self) -> Iterator[Trace]:
-        """Record what this rank's calls inside spend their time on: ``with unet.trace() as trace: ...``, on all ranks
-        alike. Raises :class:`InputError` in lockstep."""
+        """Record how this rank's calls inside spend their time: ``with unet.trace() as trace: ...``.
+
+        Use it on all ranks alike. Raises :class:`InputError` for simulated ranks.
+        """
         if not isinstance(self._runner, ProcessRunner):
-            raise InputError("ranks in lockstep take turns: there is nothing to trace; start one process a rank")
+            raise InputError("this process is not one rank, so there is nothing to trace: start one process a rank")
         with self._runner.executor.trace() as trace:
             yield trace
 
     @contextlib.contextmanager
     def transfers_free(self) -> Iterator[None]:
-        """Calls inside exchange nothing: their numbers are meaningless, their time is a bound on what hiding transfers
-        can gain. On all ranks alike. Raises :class:`InputError` in lockstep."""
+        """Make the calls inside exchange nothing, to time them as if transfers were free.
+
+        Use it on all ranks alike. Their outputs are meaningless. Their time is a bound on what hiding transfers can
+        gain. Raises :class:`InputError` for simulated ranks.
+        """
         if not isinstance(self._runner, ProcessRunner):
-            raise InputError("ranks in lockstep exchange nothing between GPUs: start one process a rank")
+            raise InputError("this process is not one rank, so no transfers can be left out: start one process a rank")
         self._images.reset()
         try:
             with self._runner.transfers_free():
@@ -205,196 +297,71 @@ class DistributedModule(ModuleFace):
         finally:
             self._images.reset()
 
+    def warm_up(self) -> None:
+        """Make a few calls of each shape and drop their results, so that the first image takes no longer than others.
+
+        They load kernels and libraries, and capture CUDA graphs. All ranks call it alike, before an image. The next
+        call starts a new image.
+        """
+        with self._calls_guard.call(self.reset), torch.inference_mode(False), torch.no_grad():
+            for number, plan in enumerate(self._shapes.plans.values()):
+                inputs = {i.path: _zeros(plan, i, self._device) for i in plan.inputs}
+                timestep = None if plan.timestep_path is None else float(inputs[plan.timestep_path].reshape(-1)[0])
+                for phase in PHASES:
+                    for n in range(_WARM[self._device.type] if phase in plan.phases else 0):
+                        first = n == 0 and phase == "exact"
+                        decision = Decision(phase, 0, first)
+                        self._runner.call(Proposal(decision, inputs, timestep, first, number))
+            self.reset()
+
     def reset(self) -> None:
-        """Start a new image with the next call, whatever its timestep (rank 0's word counts)."""
+        """Start a new image with the next call, whatever its timestep. Only rank 0's reset counts."""
         self._images.reset()
 
     @contextlib.contextmanager
     def image(self) -> Iterator[None]:
-        """Calls inside are steps of one image (rank 0's word counts): ``with unet.image(): ...``.
+        """Treat the calls inside as steps of one image: ``with unet.image(): ...``.
 
-        For callers whose calls do not show it: a stochastic sampler with timesteps of its own, or a conditioning that
-        changes from step to step. Nothing is measured then.
+        Only rank 0's statement counts. It serves callers whose inputs do not show the image: a stochastic sampler with
+        its own timesteps, or conditioning that changes from step to step. Nothing is measured inside.
         """
         with self._images.stated():
             yield
 
+    def stop(self) -> None:
+        """End the current image on all ranks. Call it on rank 0, in place of the image's next call.
+
+        That call then raises :class:`RanksDifferError` on the other ranks. The next call starts a new image everywhere.
+        """
+        self._drift.reset()
+        self._images.reset()
+        self._conditioning.reset()
+        self._reuse.reset()
+        self._runner.refuse()
+
     def close(self) -> None:
-        """Leave together with the other ranks; calls after it are refused."""
+        """Close the module together with the other ranks. Later calls are refused."""
         with self._calls_guard.closing():
             self._runner.close()
 
     def extra_repr(self) -> str:
-        return f"ranks={world_size(self.plan)}, device={self._device}"
+        return f"ranks={self.plan.world_size}, device={self._device}"
+
+
+def _zeros(plan: ExecutionPlan, spec: InputSpec, device: torch.device) -> torch.Tensor:
+    """Return zeros in place of an input; for the timestep, the one that the module was converted with."""
+    wanted = plan.called_spec(spec)
+    value = 0.0 if spec.path != plan.timestep_path else float(plan.options.example_timestep or 0.0)
+    return torch.full(wanted.shape, value, dtype=wanted.dtype, device=device)
 
 
 @contextlib.contextmanager
 def image(module: torch.nn.Module) -> Iterator[None]:
-    """Take the calls of ``module`` inside for steps of one image: :meth:`DistributedModule.image`.
+    """Treat the calls of ``module`` inside as steps of one image: :meth:`DistributedModule.image`.
 
+    ``module`` may also be a network of a pipeline that :func:`districompile.enable` was called for.
     Does nothing for any other module, so that a script runs on the original as well.
     """
-    with module.image() if isinstance(module, DistributedModule) else contextlib.nullcontext():
+    stated = module.image if isinstance(module, DistributedModule) else getattr(module.forward, "image", None)
+    with contextlib.nullcontext() if stated is None else stated():
         yield
-
-
-@torch.inference_mode(False)
-def load(
-    bundle: str | os.PathLike[str],
-    *,
-    rank: int | None = None,
-    ranks: int | None = None,
-    lockstep: bool = False,
-    device: str | torch.device | None = None,
-    verify: bool | Literal["quick"] = True,
-    backend: Backend | None = None,
-    start_timeout: float = 60.0,
-    timeout: float = TIMEOUT,
-    transport: str = "auto",
-    cuda_graph: bool = True,
-    trusted_packages: Collection[str] = (),
-    native_code: bool = True,
-) -> DistributedModule:
-    """Load a bundle in each rank's process, and call it like the module it was made from.
-
-    Rank and number of processes are torch.distributed's where that is initialised (over whichever backend), else
-    ``rank`` and ``ranks``, else those of the launcher (RANK, WORLD_SIZE). ``lockstep`` loads all ranks into this
-    process instead. ``device`` is by default the bundle's kind of device, number LOCAL_RANK. Hashes are checked by one
-    process of a machine (``verify="quick"``: sizes alone), and the ranks compare what they have loaded.
-    ``start_timeout`` bounds the meeting of the ranks, in seconds. ``timeout`` bounds, in seconds, how long a rank is
-    waited for that gives no sign of life, and each transfer within a call; ten times that in the first calls, and for a
-    rank to come to a call. Rank 0 may take any time between two calls. ``transport``: "peer" (copy engines between GPUs
-    that reach each other's memory), "nccl" (one GPU a rank), "gloo" (anything, through host memory), or "auto", the
-    first of these that works here. ``cuda_graph``: on a GPU, replay each call as one CUDA graph.
-
-    A bundle is data, but for engines that are machine code (``inductor``, ``tensorrt``): ``native_code=False`` refuses
-    those. The class of an output is imported only where it is one of
-    :data:`~districompile.structure.OUTPUT_CLASSES`, or of one of the ``trusted_packages``; another output has the same
-    fields, and the class :class:`~districompile.structure.OutputNamespace`.
-
-    Raises :class:`BundleError`, :class:`LaunchError` for another number of processes than the bundle was made for, and
-    :class:`BackendError` where the backend is not installed.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    opened = Bundle.open(Path(bundle), verify="quick" if verify is True and local_rank else verify)
-    plan = opened.plan
-    check_transport(transport)
-    check_timeout(timeout)
-    where = _device(opened, device, local_rank)
-    chosen = backend or get_backend(str(opened.manifest["backend"]))
-    check_native_code(opened, native_code, chosen)
-    check_classes(plan.output, trusted_packages)
-    loader = _Loader(opened, chosen, where)
-    config = opened.manifest.get("config")
-    needed = world_size(plan)
-    if lockstep and plan.options.get("collectives") == "inside":
-        raise LaunchError(
-            f"{bundle} has the collectives of its exact phase inside of engines: they need one process for each GPU"
-        )
-    if lockstep or (needed == 1 and _running(ranks) == 1):
-        runner: Runner = LockstepRunner(plan, [loader.engines(r) for r in range(plan.ranks)], where, static=True)
-        return DistributedModule(plan, runner, where, config, trusted_packages)
-    if _running(ranks) != needed:
-        raise LaunchError(
-            f"{bundle} was converted for {needed} processes, but this is one of {_running(ranks)}: start it with "
-            f"`torchrun --nproc-per-node {needed} SCRIPT`, draw with `districompile run {bundle}`, "
-            "or load it with lockstep=True"
-        )
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    start_gloo(rank, ranks, start_timeout)
-    liveness = Liveness.of_default_group(timeout, start_timeout)
-    try:
-        hashed = None if verify is not True else not local_rank
-        compare(liveness, opened, loader.backend.name, transport, hashed)
-        engines = loader.engines(dist.get_rank() % plan.ranks)
-        liveness.exchange("loaded", {})  # some take longer than others; from here on ranks wait for each other
-        runner = ProcessRunner(plan, engines, where, timeout, transport, cuda_graph, liveness)
-    except BaseException as e:
-        liveness.fail(e)
-        liveness.close()
-        raise
-    return DistributedModule(plan, runner, where, config, trusted_packages)
-
-
-def check_native_code(bundle: Bundle, allowed: bool, backend: Backend | None = None) -> None:
-    """Raise :class:`BundleError` where native code is not ``allowed``, and the bundle's engines, or those that
-    ``backend`` would load of it, are native code."""
-    chosen = backend or get_backend(str(bundle.manifest["backend"]))
-    if not allowed and runs_native_code(chosen):
-        raise BundleError(
-            f"{bundle.path} holds machine code, made by the {chosen.name} backend, and native code is not allowed: "
-            "allow it if you trust whoever made the bundle, or convert with --backend onnxruntime or eager"
-        )
-
-
-class _Loader:
-    """Loads the engines of a bundle over one mapping of its weights."""
-
-    def __init__(self, bundle: Bundle, backend: Backend, device: torch.device) -> None:
-        self._bundle, self.backend, self._device = bundle, backend, device
-        self._weights: WeightFile = WeightFile.open(bundle.weights_path)
-        check_weights(bundle.plan, self._weights)
-        self._specs = {phase: value_specs(bundle.plan, phase) for phase in bundle.plan.phases}
-
-    def engines(self, rank: int) -> dict[str, dict[str, Engine]]:
-        """Engines of one rank by phase and segment; equal ones are loaded once, as segments of a rank run in turn."""
-        loaded: dict[tuple[str, tuple[str, ...]], Engine] = {}
-        engines: dict[str, dict[str, Engine]] = {}
-        checked: set[Path] = set()
-        for phase, plan in self._bundle.plan.phases.items():
-            engines[phase] = {}
-            specs = {v: by_rank[rank] for v, by_rank in self._specs[phase].items()}
-            for name, segment in plan.segments.items():
-                key = (segment.engines[rank], segment.outputs)
-                path = self._bundle.engine_path(key[0], self.backend.suffix)
-                if key not in loaded:
-                    if path not in checked:
-                        check_content(path, self.backend)
-                    checked.add(path)
-                    loaded[key] = self.backend.load(path, segment.outputs, self._weights, self._device)
-                check_engine(path, segment, specs, loaded[key])
-                engines[phase][name] = loaded[key]
-        return engines
-
-
-def _running(ranks: int | None) -> int:
-    """How many processes there are."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return ranks if ranks is not None else int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def check_device(bundle: Bundle, device: str | None = None) -> str:
-    """The kind of device that ``bundle`` runs on ("cuda", "cpu"): ``device`` if that is given and its engines can.
-
-    Raises :class:`BundleError` where they cannot, or there is no such device here."""
-    kind = str(bundle.manifest.get("device") or "cpu").partition(":")[0]
-    if device not in (None, kind):
-        if bundle.manifest["backend"] != "eager":
-            made = "a GPU" if kind == "cuda" else "the CPU"
-            raise BundleError(f"{bundle.path} was made for {made}: only bundles of the eager backend run on {device}")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise BundleError(f"{bundle.path} cannot run on a GPU: there is none here")
-        return str(device)
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BundleError(f"{bundle.path} was made for a GPU, and there is none here: convert again for the CPU")
-    return kind
-
-
-def _device(bundle: Bundle, device: str | torch.device | None, local_rank: int) -> torch.device:
-    try:
-        where = torch.device(device if device is not None else check_device(bundle))
-    except (RuntimeError, TypeError):
-        raise InputError(f"there is no device {device!r}: use 'cpu', 'cuda', or a GPU by number as 'cuda:0'") from None
-    if where.type not in ("cpu", "cuda"):
-        raise InputError(f"bundles run on 'cpu' or 'cuda', not on {str(where)!r}")
-    if where.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not count:
-            raise BundleError(f"{bundle.path} cannot run on {where}: there is no GPU here")
-        if where == torch.device("cuda"):  # without a number
-            return torch.device("cuda", local_rank % count)
-        if where.index >= count:
-            raise InputError(f"there is no device {str(where)!r}: the GPUs here are cuda:0 to cuda:{count - 1}")
-    return where

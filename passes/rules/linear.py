@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrix products: linear, matmul, bmm, baddbmm and einsum, all as one contraction over named dims."""
 
 from __future__ import annotations
@@ -7,15 +8,15 @@ from typing import Any
 
 import torch
 
-from districompile.cutter import Cutter, Value
 from districompile.ir.layout import Dim, Factor, Layout, Refused
-from districompile.registry import Sample, rule
+from districompile.sharding.builder import ShardedValue, ShardingBuilder
+from districompile.sharding.registry import Sample, rule
 
 aten = torch.ops.aten
 
 
 @rule(
-    aten.linear.default, kind="pass-through", mixed=True,
+    aten.linear.default, partially_replicated=True,
     samples=lambda: [
         Sample((torch.randn(2, 9, 6), torch.randn(5, 6), torch.randn(5)), (1, None, None)),
         Sample((torch.randn(2, 9, 4, 6), torch.randn(5, 6)), (1, None)),
@@ -23,28 +24,30 @@ aten = torch.ops.aten
         Sample((torch.randn(2, 3, 9), torch.randn(1, 9), torch.randn(1)), (2, None, None)),
     ],
 )  # fmt: skip
-def linear(cut: Cutter, x: Value, weight: Value, bias: Value | None = None) -> Value:
-    if weight.is_cut or (bias is not None and bias.is_cut):
-        raise Refused("the weight is cut")
-    if x.cut_dim == x.ndim - 1:
-        return _mixing(cut, x, weight, bias)
-    layout = x.layout.with_dim(x.ndim - 1, Layout.whole(weight.shape).dims[0])
-    return cut.call(aten.linear.default, x, weight, bias, layout=layout)
+def linear(
+    builder: ShardingBuilder, x: ShardedValue, weight: ShardedValue, bias: ShardedValue | None = None
+) -> ShardedValue:
+    """Shard a linear: local, unless the rows are the features that it contracts."""
+    if weight.is_sharded or (bias is not None and bias.is_sharded):
+        raise Refused("the weight is sharded")
+    if x.sharded_dim == x.ndim - 1:
+        return _mixing(builder, x, weight, bias)
+    layout = x.layout.with_dim(x.ndim - 1, Layout.replicated(weight.shape).dims[0])
+    return builder.call(aten.linear.default, x, weight, bias, layout=layout)
 
 
-def _mixing(cut: Cutter, x: Value, weight: Value, bias: Value | None) -> Value:
-    """The rows themselves are contracted (an MLP over tokens): each rank computes some of the new features from all
-    rows."""
-    whole = cut.gather(x, kind="attention")
-    layout = Layout.whole(cut.out_shape)
+def _mixing(builder: ShardingBuilder, x: ShardedValue, weight: ShardedValue, bias: ShardedValue | None) -> ShardedValue:
+    """Shard a linear that contracts the rows (an MLP over tokens): each rank computes some features from all rows."""
+    gathered = builder.gather(x, purpose="attention")
+    layout = Layout.replicated(builder.out_shape)
     try:
-        bounds = cut.bounds(weight.shape[0])
+        bounds = builder.bounds(weight.shape[0])
     except Refused:
-        return cut.call(aten.linear.default, whole, weight, bias, layout=layout)
+        return builder.call(aten.linear.default, gathered, weight, bias, layout=layout)
     factor = (Factor(weight.shape[0], bounds),)
-    weight = cut.take(weight, Layout.whole(weight.shape).with_dim(0, factor))
-    bias = None if bias is None else cut.take(bias, Layout((factor,)))
-    return cut.call(aten.linear.default, whole, weight, bias, layout=layout.with_dim(x.ndim - 1, factor))
+    weight = builder.slice_local(weight, Layout.replicated(weight.shape).with_dim(0, factor))
+    bias = None if bias is None else builder.slice_local(bias, Layout((factor,)))
+    return builder.call(aten.linear.default, gathered, weight, bias, layout=layout.with_dim(x.ndim - 1, factor))
 
 
 def _matmul_samples() -> Iterable[Sample]:
@@ -59,31 +62,30 @@ def _matmul_samples() -> Iterable[Sample]:
     yield Sample((torch.randn(1, 9, 4, 6), torch.randn(5, 1, 6, 3)), (1, None))
 
 
-@rule(aten.matmul.default, kind="contraction", mixed=True, samples=_matmul_samples)
+@rule(aten.matmul.default, partially_replicated=True, samples=_matmul_samples)
 @rule(
-    aten.bmm.default, kind="contraction", mixed=True,
+    aten.bmm.default, partially_replicated=True,
     samples=lambda: [Sample((torch.randn(2, 9, 6), torch.randn(2, 6, 9)), (1, 2))],
 )  # fmt: skip
 @rule(
     aten.mm.default,
-    kind="contraction",
-    mixed=True,
+    partially_replicated=True,
     samples=lambda: [Sample((torch.randn(9, 6), torch.randn(6, 4)), (0, None))],
 )
-def matmul(cut: Cutter, a: Value, b: Value) -> Value:
+def matmul(builder: ShardingBuilder, a: ShardedValue, b: ShardedValue) -> ShardedValue:
+    """Shard ``matmul``, ``bmm`` and ``mm`` as contractions (see :func:`contract`)."""
     batch = max(a.ndim, b.ndim, 2) - 2
     names = "ABCDEFG"[:batch]
     left = "k" if a.ndim == 1 else names[batch - (a.ndim - 2) :] + "xk"
     right = "k" if b.ndim == 1 else names[batch - (b.ndim - 2) :] + "ky"
     out = names + ("x" if a.ndim > 1 else "") + ("y" if b.ndim > 1 else "")
-    op = cut.operator
-    return contract(cut, [left, right], out, [a, b], lambda vs: cut.emit(op, *vs))
+    op = builder.operator
+    return contract(builder, [left, right], out, [a, b], lambda vs: builder.emit(op, *vs))
 
 
 @rule(
     aten.baddbmm.default,
-    kind="contraction",
-    mixed=True,
+    partially_replicated=True,
     samples=lambda: [
         Sample(
             (torch.randn(2, 9, 9), torch.randn(2, 9, 6), torch.randn(2, 6, 9)), (None, 1, 2), {"beta": 0, "alpha": 0.3}
@@ -93,20 +95,24 @@ def matmul(cut: Cutter, a: Value, b: Value) -> Value:
         ),
     ],
 )
-def baddbmm(cut: Cutter, c: Value, a: Value, b: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
-    """With ``beta`` 0 the first operand is ignored, as torch does (diffusers passes it uninitialised)."""
-    if not (a.is_cut or b.is_cut):
-        raise Refused("the addend alone is cut")
-    product = contract(cut, ["Axk", "Aky"], "Axy", [a, b], lambda vs: cut.emit(aten.bmm.default, *vs))
-    node = product.node if alpha == 1 else cut.emit(aten.mul.Tensor, product, alpha)
+def baddbmm(
+    builder: ShardingBuilder, c: ShardedValue, a: ShardedValue, b: ShardedValue, *, beta: Any = 1, alpha: Any = 1
+) -> ShardedValue:
+    """Shard ``baddbmm``. With ``beta`` 0 the first operand is ignored, as in torch: diffusers passes it unset."""
+    if not (a.is_sharded or b.is_sharded):
+        raise Refused("the addend alone is sharded")
+    product = contract(builder, ["Axk", "Aky"], "Axy", [a, b], lambda vs: builder.emit(aten.bmm.default, *vs))
+    node = product.node if alpha == 1 else builder.emit(aten.mul.Tensor, product, alpha)
     if beta:
-        where = product.layout.cut
+        axis = product.layout.sharded_axis
         addend = (
-            c if where is None or c.shape[where.dim] == 1 else cut.align(c, where.dim, product.layout.dims[where.dim])
+            c
+            if axis is None or c.shape[axis.dim] == 1
+            else builder.redistribute(c, axis.dim, product.layout.dims[axis.dim])
         )
-        scaled = addend.node if beta == 1 else cut.emit(aten.mul.Tensor, addend, beta)
-        node = cut.emit(aten.add.Tensor, scaled, node)
-    return cut.value(node, product.layout)
+        scaled = addend.node if beta == 1 else builder.emit(aten.mul.Tensor, addend, beta)
+        node = builder.emit(aten.add.Tensor, scaled, node)
+    return builder.value(node, product.layout)
 
 
 def _einsum_samples() -> Iterable[Sample]:
@@ -120,17 +126,18 @@ def _einsum_samples() -> Iterable[Sample]:
     yield Sample(("bid,bjd,bj->bi", [q, k, torch.randn(2, 9)]), (1, 1, 1))
 
 
-@rule(aten.einsum.default, kind="contraction", mixed=True, samples=_einsum_samples)
-def einsum(cut: Cutter, equation: str, operands: Sequence[Value], **kwargs: Any) -> Value:
+@rule(aten.einsum.default, partially_replicated=True, samples=_einsum_samples)
+def einsum(builder: ShardingBuilder, equation: str, operands: Sequence[ShardedValue], **kwargs: Any) -> ShardedValue:
+    """Shard ``einsum`` (see :func:`contract`). Raise :class:`Refused` for a letter that one operand repeats."""
     terms, out = _expand_ellipsis(equation.replace(" ", ""), [v.ndim for v in operands])
     if any(len(set(t)) != len(t) for t in terms):
         raise Refused("an einsum with a repeated letter in one operand")
     text = ",".join(terms) + "->" + out
-    return contract(cut, terms, out, list(operands), lambda vs: cut.emit(aten.einsum.default, text, vs))
+    return contract(builder, terms, out, list(operands), lambda vs: builder.emit(aten.einsum.default, text, vs))
 
 
 def _expand_ellipsis(equation: str, ndims: Sequence[int]) -> tuple[list[str], str]:
-    """Terms and output with every ``...`` spelled out in letters of its own; an implicit output is made explicit."""
+    """Return terms and output of an equation, with letters for every ``...``, and with an explicit output."""
     left, arrow, out = equation.partition("->")
     terms = left.split(",")
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
@@ -145,43 +152,50 @@ def _expand_ellipsis(equation: str, ndims: Sequence[int]) -> tuple[list[str], st
     return terms, out.replace("...", letters)
 
 
-def contract(cut: Cutter, terms: Sequence[str], out: str, operands: Sequence[Value], local: Any) -> Value:
-    """A contraction. The cut letter that survives to the output stays cut, operands cut elsewhere are fetched whole;
-    where none survives, ranks contract their own rows and the partial results are summed."""
-    cut_letters = []
+def contract(
+    builder: ShardingBuilder, terms: Sequence[str], out: str, operands: Sequence[ShardedValue], local: Any
+) -> ShardedValue:
+    """Contract operands whose dims are named by letters, as einsum does.
+
+    A sharded letter of the output stays sharded, and operands that are sharded elsewhere are gathered. Where there is
+    no such letter, ranks contract their own rows, and the partial results are summed.
+    """
+    sharded_letters = []
     for term, v in zip(terms, operands, strict=True):
-        where = v.layout.cut
-        if where is not None:
-            cut_letters.append((term[where.dim], v.layout.dims[where.dim]))
-    kept = sorted((c for c in cut_letters if c[0] in out), key=lambda c: out.index(c[0]))
+        axis = v.layout.sharded_axis
+        if axis is not None:
+            sharded_letters.append((term[axis.dim], v.layout.dims[axis.dim]))
+    kept = sorted((c for c in sharded_letters if c[0] in out), key=lambda c: out.index(c[0]))
     if len(kept) > 1:
-        later = normalised_dims(cut.target)
+        later = normalised_dims(builder.target)
         kept.sort(key=lambda c: out.index(c[0]) in later)  # scores: rows of queries stay, keys are fetched
     if not kept:
-        operands = [cut.unmixed(v) for v in operands]
-        cut_letters = [(c, tuple(f.unmixed for f in factors)) for c, factors in cut_letters]
-    letter, factors = kept[0] if kept else cut_letters[0]
-    aligned = [_operand(cut, v, t, letter, factors) for t, v in zip(terms, operands, strict=True)]
+        operands = [builder.drop_replicas(v, any_order=True) for v in operands]
+        sharded_letters = [(c, tuple(f.drop_replicas for f in factors)) for c, factors in sharded_letters]
+    letter, factors = kept[0] if kept else sharded_letters[0]
+    aligned = [_operand(builder, v, t, letter, factors) for t, v in zip(terms, operands, strict=True)]
     node = local(aligned)
     if letter not in out:
-        # The partial sums travel in their own dtype, as the operator's own accumulation would end in it
-        return cut.reduce(node, "sum")
-    return cut.value(node, Layout.whole(cut.out_shape).with_dim(out.index(letter), factors))
+        # The partial sums are sent in the operator's result dtype, in which its own accumulation ends, too
+        return builder.reduce(node, "sum")
+    return builder.value(node, Layout.replicated(builder.out_shape).with_dim(out.index(letter), factors))
 
 
-def _operand(cut: Cutter, v: Value, term: str, letter: str, factors: Dim) -> Value:
-    where = v.layout.cut
-    if where is not None and term[where.dim] != letter:
-        v = cut.gather(v, kind="attention")
+def _operand(builder: ShardingBuilder, v: ShardedValue, term: str, letter: str, factors: Dim) -> ShardedValue:
+    axis = v.layout.sharded_axis
+    if axis is not None and term[axis.dim] != letter:
+        v = builder.gather(v, purpose="attention")
     if letter not in term or v.shape[term.index(letter)] == 1:
         return v
-    return cut.align(v, term.index(letter), factors, kind="attention")
+    return builder.redistribute(v, term.index(letter), factors, purpose="attention")
 
 
 def normalised_dims(node: torch.fx.Node | None, limit: int = 8) -> set[int]:
-    """The dims of a node's result over which a softmax (or a sum of exponentials) further down goes: those of the keys
-    in a matrix of scores, however it is written. Follows the first users through operators that keep or permute
-    dims."""
+    """Find the dims of a node's result that a later softmax (or a sum of exponentials) normalises.
+
+    In a matrix of scores these are the dims of the keys, however attention is written. The search follows the first
+    users through operators that keep or permute dims, up to ``limit`` operators deep.
+    """
     found: set[int] = set()
     if node is None:
         return found
@@ -206,7 +220,7 @@ _SUMS = {"aten::softmax", "aten::_softmax", "aten::amax", "aten::sum", "aten::lo
 
 
 def _follow(user: torch.fx.Node, at: torch.fx.Node, dims: list[int]) -> list[int] | int | None:
-    """What becomes of ``dims`` in ``user``: where they are then; the one that is normalised; or None: lost."""
+    """Return where ``dims`` are in ``user``, or the dim that is normalised, or None where that is unknown."""
     name = user.target._schema.name if isinstance(user.target, torch._ops.OpOverload) else ""
     value, args = user.meta.get("val"), list[Any](user.args)
     if name in _SUMS and len(user.args) > 1:
@@ -222,5 +236,5 @@ def _follow(user: torch.fx.Node, at: torch.fx.Node, dims: list[int]) -> list[int
             order = [int(i) % len(dims) for i in args[1]]
         return [order.index(d) for d in dims]
     if isinstance(value, torch.Tensor) and value.shape == at.meta["val"].shape:
-        return dims  # pointwise, or as good as
+        return dims  # pointwise, or an operator that keeps dims in the same way
     return None

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operators that move rows to other places: padding, roll and flip. All are fetches."""
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from typing import Any
 
 import torch
 
-from districompile.cutter import Cutter, Value, rows_of
 from districompile.ir.layout import Factor, Refused
 from districompile.passes.rules.common import positive
-from districompile.registry import Sample, rule
+from districompile.sharding.builder import ShardedValue, ShardingBuilder, rows_of
+from districompile.sharding.registry import Sample, rule
 
 aten = torch.ops.aten
 
@@ -27,10 +28,13 @@ def _pad_samples() -> Iterable[Sample]:
     yield Sample((torch.randn(9, 3, 5, 4), [1, 2, 2, 1], "circular"), (0,))
 
 
-@rule(aten.pad.default, kind="window", samples=_pad_samples)
-@rule(aten.constant_pad_nd.default, kind="window",
+@rule(aten.pad.default, samples=_pad_samples)
+@rule(aten.constant_pad_nd.default,
       samples=lambda: [Sample((torch.randn(2, 3, 12, 4), [2, 1, 3, 0], 0.5), (2,))])  # fmt: skip
-def pad(cut: Cutter, x: Value, pad: Sequence[int], mode: Any = "constant", value: float | None = None) -> Value:
+def pad(
+    builder: ShardingBuilder, x: ShardedValue, pad: Sequence[int], mode: Any = "constant", value: float | None = None
+) -> ShardedValue:
+    """Shard padding: other dims are padded locally, and the rows by a fetch beyond the border."""
     if not isinstance(mode, str):  # constant_pad_nd(x, pad, value)
         mode, value = "constant", float(mode)
     fill = 0.0 if value is None else float(value)
@@ -39,80 +43,83 @@ def pad(cut: Cutter, x: Value, pad: Sequence[int], mode: Any = "constant", value
     top, bottom = sides.pop(dim, (0, 0))
     node = x.node
     if any(a or b for a, b in sides.values()):
-        node = _pad_other_dims(cut, x, sides, len(pad) // 2, mode, fill)
+        node = _pad_other_dims(builder, x, sides, len(pad) // 2, mode, fill)
     layout = x.layout
     for d, (a, b) in sides.items():
         layout = layout.with_dim(d, (Factor(x.shape[d] + a + b),))
-    inner = cut.value(node, layout)
+    inner = builder.value(node, layout)
     if not (top or bottom):
         return inner
     rows = size + top + bottom
-    bounds = cut.bounds(rows)
+    bounds = builder.bounds(rows)
     want = [(a - top, b - top) for a, b in itertools.pairwise(bounds)]
     edge = "zeros" if mode == "constant" else mode
-    moved = cut.fetch(inner, want, edge=edge, fill=fill, kind="conv")
-    return cut.value(moved, layout.with_dim(dim, (Factor(rows, bounds),)))
+    moved = builder.fetch(inner, want, edge=edge, fill=fill, purpose="conv")
+    return builder.value(moved, layout.with_dim(dim, (Factor(rows, bounds),)))
 
 
 def _pad_other_dims(
-    cut: Cutter, x: Value, sides: dict[int, tuple[int, int]], count: int, mode: str, fill: float
+    builder: ShardingBuilder, x: ShardedValue, sides: dict[int, tuple[int, int]], count: int, mode: str, fill: float
 ) -> torch.fx.Node:
-    """Pad the whole dims locally; the rows get none here. As many dims as the original call names: torch takes the
-    trailing 1, 2 or 3 of them, depending on the rank."""
-    flat = [side for d in range(x.ndim - 1, x.ndim - 1 - count, -1) for side in sides.get(d, (0, 0))]
+    """Pad the replicated dims locally, and the rows by 0.
+
+    The call names as many dims as the original one: torch pads the trailing 1, 2 or 3, depending on the number of dims.
+    """
+    sides_inner_first = [side for d in range(x.ndim - 1, x.ndim - 1 - count, -1) for side in sides.get(d, (0, 0))]
     if mode == "constant":
-        return cut.emit(aten.constant_pad_nd.default, x, flat, fill)
-    return cut.emit(aten.pad.default, x, flat, mode)
+        return builder.emit(aten.constant_pad_nd.default, x, sides_inner_first, fill)
+    return builder.emit(aten.pad.default, x, sides_inner_first, mode)
 
 
 @rule(
-    aten.roll.default, kind="window",
+    aten.roll.default,
     samples=lambda: [
         Sample((torch.randn(2, 9, 4), [3, -1], [1, 2]), (1,)), Sample((torch.randn(2, 9, 4), [-4], [1]), (1,)),
     ],
 )  # fmt: skip
-def roll(cut: Cutter, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()) -> Value:
+def roll(builder: ShardingBuilder, x: ShardedValue, shifts: Sequence[int], dims: Sequence[int] = ()) -> ShardedValue:
+    """Shard ``roll``: along the rows it is a circular fetch."""
     if not dims:
         raise Refused("roll over the flattened tensor")
     for shift, d in zip(shifts, dims, strict=True):
         d = positive(d, x.ndim)
-        if d != x.cut_dim:
-            x = cut.call(aten.roll.default, x, [shift], [d], layout=x.layout)
+        if d != x.sharded_dim:
+            x = builder.call(aten.roll.default, x, [shift], [d], layout=x.layout)
             continue
         _, bounds, size = rows_of(x)
         shift %= size
         want = [(a - shift, b - shift) for a, b in itertools.pairwise(bounds)]
-        x = cut.value(cut.fetch(x, want, edge="circular"), x.layout)
+        x = builder.value(builder.fetch(x, want, edge="circular"), x.layout)
     return x
 
 
 @rule(
     aten.flip.default,
-    kind="window",
     samples=lambda: [Sample((torch.randn(2, 9, 4), [1, 2]), (1,)), Sample((torch.randn(2, 9, 4), [2]), (1,))],
 )
-def flip(cut: Cutter, x: Value, dims: Sequence[int]) -> Value:
+def flip(builder: ShardingBuilder, x: ShardedValue, dims: Sequence[int]) -> ShardedValue:
+    """Shard ``flip``: along the rows, each rank fetches the mirrored rows and flips them."""
     dims = [positive(d, x.ndim) for d in dims]
-    if x.cut_dim not in dims:
-        return cut.call(aten.flip.default, x, dims, layout=x.layout)
-    _, bounds, size = rows_of(x)  # a merged dim is flipped as a whole, which turns all its factors round
-    node = cut.fetch(x, [(size - b, size - a) for a, b in itertools.pairwise(bounds)])
-    return cut.value(cut.emit(aten.flip.default, node, dims), x.layout)
+    if x.sharded_dim not in dims:
+        return builder.call(aten.flip.default, x, dims, layout=x.layout)
+    _, bounds, size = rows_of(x)  # a flip of a merged dim reverses all its factors
+    node = builder.fetch(x, [(size - b, size - a) for a, b in itertools.pairwise(bounds)])
+    return builder.value(builder.emit(aten.flip.default, node, dims), x.layout)
 
 
 @rule(
-    aten.rot90.default, kind="window",
+    aten.rot90.default,
     samples=lambda: [Sample((torch.randn(2, 9, 4), k, [1, 2]), (1,)) for k in (1, 2, 3)],
 )  # fmt: skip
-def rot90(cut: Cutter, x: Value, times: int = 1, dims: Sequence[int] = (0, 1)) -> Value:
-    """Flips, and for a quarter turn the two dims exchanged."""
+def rot90(builder: ShardingBuilder, x: ShardedValue, times: int = 1, dims: Sequence[int] = (0, 1)) -> ShardedValue:
+    """Rotate by flips; for a quarter turn, the two dims are exchanged, too."""
     a, b = (positive(d, x.ndim) for d in dims)
     turns = times % 4
     turned = {0: [], 1: [b], 2: [a, b], 3: [a]}[turns]
     if turned:
-        x = flip(cut, x, turned)
+        x = flip(builder, x, turned)
     if turns % 2 == 0:
         return x
     order = list(range(x.ndim))
     order[a], order[b] = b, a
-    return cut.call(aten.permute.default, x, order, layout=x.layout.permuted(order))
+    return builder.call(aten.permute.default, x, order, layout=x.layout.permuted(order))

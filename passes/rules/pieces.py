@@ -1,7 +1,9 @@
-"""Taking tensors apart and putting them together: slices, splits, concatenation, and writes into a slice.
+# SPDX-License-Identifier: Apache-2.0
+"""Slices, splits, concatenation, and writes into a slice.
 
-Along other dims than the rows all is local. Along the rows, whole tensors beside a cut one make a *mixed* dim (text
-tokens beside an image's), and slicing them off again gives the parts back; nothing is sent. What is left is a fetch.
+All of them are local along other dims than the rows. Along the rows, the concatenation of replicated tensors with a
+sharded one has a *partially replicated* dim (text tokens beside an image's), and that of sharded tensors a *segmented*
+dim. A slice takes such a part off again. None of these sends anything. All other cases are fetches.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from typing import Any
 
 import torch
 
-from districompile.cutter import Cutter, Value, rows_of
-from districompile.ir.layout import Factor, Layout, PerRank, Refused, per_rank
-from districompile.passes.rules.common import along, positive
-from districompile.registry import Sample, rule
+from districompile.ir.layout import Factor, Layout, Refused, per_rank
+from districompile.passes.rules.common import keep_sharding, positive
+from districompile.sharding import parts as row_parts
+from districompile.sharding.builder import ShardedValue, ShardingBuilder, rows_of
+from districompile.sharding.registry import Sample, rule
 
 aten = torch.ops.aten
 
@@ -32,63 +35,78 @@ def _slice_samples() -> Iterable[Sample]:
     yield Sample((x, 2, -1, sys.maxsize), (2,))
 
 
-@rule(aten.slice.Tensor, kind="window", samples=_slice_samples, mixed=True, few=True)
+@rule(
+    aten.slice.Tensor,
+    samples=_slice_samples,
+    partially_replicated=True,
+    allow_fewer_rows_than_ranks=True,
+)
 def slice_(
-    cut: Cutter, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Value:
+    builder: ShardingBuilder,
+    x: ShardedValue,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> ShardedValue:
+    """Shard a slice: local along other dims than the rows, else :func:`rows_between`."""
     dim = positive(dim, x.ndim)
     first, last, step = slice(start, end, step).indices(x.shape[dim])
-    if x.cut_dim != dim:
-        return along(cut, x, aten.slice.Tensor, dim, first, last, step)
-    return rows_between(cut, x, first, last, step)
+    if x.sharded_dim != dim:
+        return keep_sharding(builder, x, aten.slice.Tensor, dim, first, last, step)
+    return rows_between(builder, x, first, last, step)
 
 
-def rows_between(cut: Cutter, x: Value, first: int, last: int, step: int = 1) -> Value:
-    """Rows first, first + step, ... below last of the cut dim."""
-    dim = x.cut_dim
+def rows_between(builder: ShardingBuilder, x: ShardedValue, first: int, last: int, step: int = 1) -> ShardedValue:
+    """Return rows first, first + step, ... below last of the sharded dim."""
+    dim = x.sharded_dim
     assert dim is not None
     size = len(range(first, last, step))
     if size == x.shape[dim]:
         return x
     if size == 0:
-        return cut.whole_value(cut.emit(aten.slice.Tensor, x, dim, 0, 0))
-    if x.layout.cut.mixed and step == 1:  # type: ignore[union-attr]
-        part = _part_of_mixed(cut, x, dim, first, last)
+        return builder.replicated_value(builder.emit(aten.slice.Tensor, x, dim, 0, 0))
+    if step == 1:
+        part = _parts(builder, x, dim, first, last)
         if part is not None:
             return part
-    x = cut.unmixed(x)
-    x.layout.coarse(dim)
+    x = builder.drop_replicas(x)
+    x.layout.merged_dim(dim)
     try:
-        bounds = cut.bounds(size)
-    except Refused:  # fewer rows than ranks: all of them on every rank, and no others
-        return cut.whole_value(_stepped(cut, cut.fetch(x, [(first, last)] * cut.ranks), dim, step))
+        bounds = builder.bounds(size)
+    except Refused:  # fewer rows than ranks: every rank fetches these rows, and no others
+        return builder.replicated_value(_stepped(builder, builder.fetch(x, [(first, last)] * builder.ranks), dim, step))
     want = [(first + a * step, first + (b - 1) * step + 1) for a, b in itertools.pairwise(bounds)]
-    node = _stepped(cut, cut.fetch(x, want), dim, step)
-    return cut.value(node, x.layout.with_dim(dim, (Factor(size, bounds),)))
+    node = _stepped(builder, builder.fetch(x, want), dim, step)
+    return builder.value(node, x.layout.with_dim(dim, (Factor(size, bounds),)))
 
 
-def _stepped(cut: Cutter, node: torch.fx.Node, dim: int, step: int) -> torch.fx.Node:
-    return node if step == 1 else cut.emit(aten.slice.Tensor, node, dim, 0, sys.maxsize, step)
+def _stepped(builder: ShardingBuilder, node: torch.fx.Node, dim: int, step: int) -> torch.fx.Node:
+    return node if step == 1 else builder.emit(aten.slice.Tensor, node, dim, 0, sys.maxsize, step)
 
 
-def _part_of_mixed(cut: Cutter, x: Value, dim: int, first: int, last: int) -> Value | None:
-    """A slice that keeps all cut rows, or none of them; None where it is another one."""
-    factor = x.layout.coarse(dim)
-    assert factor.bounds is not None
-    begin, end = factor.bounds[0], factor.bounds[-1]
-    if last <= begin:
-        return cut.whole_value(cut.emit(aten.slice.Tensor, x, dim, first, last))
-    missing: Any = per_rank(factor.rows - (b - a) for a, b in itertools.pairwise(factor.bounds))
-    if first >= end:
-        return cut.whole_value(cut.emit(aten.slice.Tensor, x, dim, _less(first, missing), _less(last, missing)))
-    if first > begin or last < end:
+def _parts(builder: ShardingBuilder, x: ShardedValue, dim: int, first: int, last: int) -> ShardedValue | None:
+    """Return a slice of several parts of the dim, which is local; None for one that divides a sharded part."""
+    axis = x.layout.sharded_axis
+    assert axis is not None
+    if not (axis.partially_replicated or axis.segments):
         return None
-    node = cut.emit(aten.slice.Tensor, x, dim, first, _less(last, missing))
-    return cut.value(node, x.layout.with_dim(dim, (Factor(last - first, tuple(b - first for b in factor.bounds)),)))
-
-
-def _less(x: int, by: int | PerRank[int]) -> int | PerRank[int]:
-    return per_rank(x - v for v in by.values) if isinstance(by, PerRank) else x - by
+    factor = x.layout.merged_dim(dim)
+    within = next((p for p in factor.parts if p.start <= first and last <= p.stop and p.bounds is not None), None)
+    found = [within] if within is not None else row_parts.parts_between(factor, first, last)
+    if found is None:
+        return None
+    joined = row_parts.joined_parts(found)
+    assert joined is not None  # neighbours in a factor
+    if joined.bounds is not None and not joined.segments and any(a == b for a, b in itertools.pairwise(joined.bounds)):
+        return None  # a segment of which some rank owns nothing
+    node = row_parts.slice_parts(builder, x.node, dim, factor, found)
+    if joined.bounds is None:
+        return builder.replicated_value(node)
+    piece = builder.value(node, x.layout.with_dim(dim, (joined,)))
+    if within is None or (first, last) == (within.start, within.stop):
+        return piece
+    return rows_between(builder, piece, first - within.start, last - within.start)
 
 
 def _select_samples() -> Iterable[Sample]:
@@ -96,69 +114,77 @@ def _select_samples() -> Iterable[Sample]:
     yield Sample((torch.randn(3, 7, 2), 1, -2), (1,))
 
 
-@rule(aten.select.int, kind="shape", samples=_select_samples, mixed=True, few=True)
-def select(cut: Cutter, x: Value, dim: int, index: int) -> Value:
+@rule(aten.select.int, samples=_select_samples, partially_replicated=True, allow_fewer_rows_than_ranks=True)
+def select(builder: ShardingBuilder, x: ShardedValue, dim: int, index: int) -> ShardedValue:
+    """Shard ``select``. One of the rows becomes a replicated value."""
     dim = positive(dim, x.ndim)
-    if x.cut_dim != dim:
-        return cut.call(aten.select.int, x, dim, index, layout=x.layout.without([dim]))
+    if x.sharded_dim != dim:
+        return builder.call(aten.select.int, x, dim, index, layout=x.layout.without([dim]))
     index = positive(index, x.shape[dim])
-    return _squeezed(cut, _row(cut, x, index), dim)
+    return _squeezed(builder, _row(builder, x, index), dim)
 
 
-def _row(cut: Cutter, x: Value, index: int) -> Value:
-    """One row, on every rank."""
-    row = rows_between(cut, x, index, index + 1)
-    return cut.gather(row) if cut.ranks > 1 else cut.whole_value(row.node)
+def _row(builder: ShardingBuilder, x: ShardedValue, index: int) -> ShardedValue:
+    """Return one row, on every rank."""
+    row = rows_between(builder, x, index, index + 1)
+    return builder.gather(row) if builder.ranks > 1 else builder.replicated_value(row.node)
 
 
-def _squeezed(cut: Cutter, x: Value, dim: int) -> Value:
-    return cut.whole_value(cut.emit(aten.select.int, x, dim, 0))
+def _squeezed(builder: ShardingBuilder, x: ShardedValue, dim: int) -> ShardedValue:
+    return builder.replicated_value(builder.emit(aten.select.int, x, dim, 0))
 
 
-def _pieces(cut: Cutter, x: Value, dim: int, sizes: Sequence[int]) -> tuple[Value, ...]:
+def _pieces(builder: ShardingBuilder, x: ShardedValue, dim: int, sizes: Sequence[int]) -> tuple[ShardedValue, ...]:
     out, start = [], 0
     for size in sizes:
-        if x.cut_dim == dim:
-            out.append(rows_between(cut, x, start, start + size))
+        if x.sharded_dim == dim:
+            out.append(rows_between(builder, x, start, start + size))
         else:
-            assert cut.target is not None
-            node = cut.emit(aten.slice.Tensor, x, dim, start, start + size, name=f"{cut.target.name}_part")
-            out.append(cut.value(node, x.layout.with_dim(dim, Layout.whole((size,)).dims[0])))
+            assert builder.target is not None
+            node = builder.emit(aten.slice.Tensor, x, dim, start, start + size, name=f"{builder.target.name}_part")
+            out.append(builder.value(node, x.layout.with_dim(dim, Layout.replicated((size,)).dims[0])))
         start += size
     return tuple(out)
 
 
 @rule(
-    aten.split_with_sizes.default, kind="shape", mixed=True, few=True,
+    aten.split_with_sizes.default, partially_replicated=True, allow_fewer_rows_than_ranks=True,
     samples=lambda: [
         Sample((torch.randn(2, 7, 9), [4, 5], -1), (1,)), Sample((torch.randn(2, 12, 3), [5, 1, 6], 1), (1,)),
     ],
 )  # fmt: skip
 @rule(
-    aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections, kind="shape", mixed=True, few=True,
+    aten.split.Tensor,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+    partially_replicated=True,
+    allow_fewer_rows_than_ranks=True,
     samples=lambda: [Sample((torch.randn(2, 7, 9), 4, -1), (1,)), Sample((torch.randn(2, 12, 3), 3, 1), (1,))],
-)  # fmt: skip
-def split(cut: Cutter, x: Value, how: Any, dim: int = 0) -> tuple[Value, ...]:
+)
+def split(builder: ShardingBuilder, x: ShardedValue, how: Any, dim: int = 0) -> tuple[ShardedValue, ...]:
+    """Shard ``split`` and ``chunk`` as slices."""
     dim = positive(dim, x.ndim)
-    results: Any = cut.out
-    return _pieces(cut, x, dim, [int(t.shape[dim]) for t in results])
+    results: Any = builder.out
+    return _pieces(builder, x, dim, [int(t.shape[dim]) for t in results])
 
 
 @rule(
-    aten.unbind.int, kind="shape", mixed=True, few=True,
+    aten.unbind.int, partially_replicated=True, allow_fewer_rows_than_ranks=True,
     samples=lambda: [Sample((torch.randn(3, 7, 2), 0), (1,)), Sample((torch.randn(3, 5, 2), 1), (1,))],
 )  # fmt: skip
-def unbind(cut: Cutter, x: Value, dim: int = 0) -> tuple[Value, ...]:
+def unbind(builder: ShardingBuilder, x: ShardedValue, dim: int = 0) -> tuple[ShardedValue, ...]:
+    """Shard ``unbind``. Rows are gathered first."""
     dim = positive(dim, x.ndim)
-    if x.cut_dim == dim:
-        whole = cut.gather(x)
-        nodes = [cut.emit(aten.select.int, whole, dim, i) for i in range(x.shape[dim])]
-        return tuple(cut.whole_value(n) for n in nodes)
+    if x.sharded_dim == dim:
+        gathered = builder.gather(x)
+        nodes = [builder.emit(aten.select.int, gathered, dim, i) for i in range(x.shape[dim])]
+        return tuple(builder.replicated_value(n) for n in nodes)
     layout = x.layout.without([dim])
-    assert cut.target is not None
-    name = cut.target.name
+    assert builder.target is not None
+    name = builder.target.name
     return tuple(
-        cut.value(cut.emit(aten.select.int, x, dim, i, name=f"{name}_part"), layout) for i in range(x.shape[dim])
+        builder.value(builder.emit(aten.select.int, x, dim, i, name=f"{name}_part"), layout)
+        for i in range(x.shape[dim])
     )
 
 
@@ -173,60 +199,54 @@ def _cat_samples() -> Iterable[Sample]:
     yield Sample(([x, torch.randn(2, 3, 5)], 2), (2, 1))
 
 
-@rule(aten.cat.default, aten.concat.default, kind="shape", samples=_cat_samples, mixed=True)
-def cat(cut: Cutter, tensors: Sequence[Value], dim: int = 0) -> Value:
+@rule(aten.cat.default, aten.concat.default, samples=_cat_samples, partially_replicated=True)
+def cat(builder: ShardingBuilder, tensors: Sequence[ShardedValue], dim: int = 0) -> ShardedValue:
+    """Shard a concatenation: local along other dims than the rows."""
     tensors = [t for t in tensors if t.shape != (0,)]
-    dim = positive(dim, len(cut.out_shape))
-    elsewhere = [t for t in tensors if t.is_cut and t.cut_dim != dim]
+    dim = positive(dim, len(builder.out_shape))
+    elsewhere = [t for t in tensors if t.is_sharded and t.sharded_dim != dim]
     if not elsewhere:
-        return _cat_rows(cut, [t for t in tensors if t.shape[dim]], dim)
+        return _cat_rows(builder, [t for t in tensors if t.shape[dim]], dim)
     leader = elsewhere[0]
-    where = leader.layout.cut
-    assert where is not None
-    factors = leader.layout.dims[where.dim]
-    parts = [cut.align(t, where.dim, factors) for t in tensors]
-    layout = Layout.whole(cut.out_shape).with_dim(where.dim, factors)
-    return cut.call(aten.cat.default, parts, dim, layout=layout)
+    axis = leader.layout.sharded_axis
+    assert axis is not None
+    factors = leader.layout.dims[axis.dim]
+    parts = [builder.redistribute(t, axis.dim, factors) for t in tensors]
+    layout = Layout.replicated(builder.out_shape).with_dim(axis.dim, factors)
+    return builder.call(aten.cat.default, parts, dim, layout=layout)
 
 
-def _cat_rows(cut: Cutter, tensors: Sequence[Value], dim: int) -> Value:
-    """Concatenation along the rows: one cut tensor with whole ones beside it becomes mixed, if the whole ones are not
-    more than it; otherwise each rank gathers its share of the result."""
-    shape, total = cut.out_shape, cut.out_shape[dim]
-    cuts = [i for i, t in enumerate(tensors) if t.is_cut]
-    factor = tensors[cuts[0]].layout.coarse(dim)
-    if len(cuts) == 1 and total - factor.rows <= factor.rows and factor.bounds is not None:
-        offset = sum(t.shape[dim] for t in tensors[: cuts[0]])
-        layout = Layout.whole(shape).with_dim(dim, (Factor(total, tuple(b + offset for b in factor.bounds)),))
-        joined = cut.emit(aten.cat.default, list(tensors), dim)
-        wholes = [t.whole if t.is_cut else t.node for t in tensors]
-        return cut.value(joined, layout, cut.emit(aten.cat.default, wholes, dim) if all(wholes) else None)
-    bounds = cut.bounds(total)
-    layout = Layout.cut_at(shape, dim, bounds)
-    node: torch.fx.Node | None = None
-    offset = 0
-    for t in tensors:
-        # What a rank has of the others is zero here, so that adding up puts all in their places
-        want = [(a - offset, b - offset) for a, b in itertools.pairwise(bounds)]
-        part = cut.fetch(t, want) if t.is_cut else cut.window(t, dim, want)
-        add = aten.logical_or.default if t.dtype == torch.bool else aten.add.Tensor
-        node = part if node is None else cut.emit(add, node, part)
-        offset += t.shape[dim]
-    assert node is not None
-    return cut.value(node, layout)
+def _cat_rows(builder: ShardingBuilder, tensors: Sequence[ShardedValue], dim: int) -> ShardedValue:
+    """Concatenate along the rows.
+
+    One sharded tensor beside replicated ones gives a partially replicated dim, if the replicated ones have together no
+    more rows than it. Several sharded tensors give a segmented dim. Otherwise each rank fetches its rows of the result.
+    """
+    shape, total = builder.out_shape, builder.out_shape[dim]
+    factors = [t.layout.merged_dim(dim) for t in tensors]
+    found = [p for f in factors for p in f.parts]
+    factor = Factor.of_parts([p.stop - p.start for p in found], [p.bounds for p in found])
+    if factor is not None and total - factor.rows <= factor.rows:
+        joined = builder.emit(aten.cat.default, list(tensors), dim)
+        copies = [t.replicated if t.is_sharded else t.node for t in tensors]
+        copy = builder.emit(aten.cat.default, copies, dim) if all(copies) else None
+        return builder.value(joined, Layout.replicated(shape).with_dim(dim, (factor,)), copy)
+    bounds = builder.bounds(total)
+    return builder.value(row_parts.join_rows(builder, tensors, dim, bounds), Layout.sharded_at(shape, dim, bounds))
 
 
-@rule(aten.stack.default, kind="shape", mixed=True,
+@rule(aten.stack.default, partially_replicated=True,
       samples=lambda: [Sample(([torch.randn(2, 7), torch.randn(2, 7)], 1), (1, 1))])  # fmt: skip
-def stack(cut: Cutter, tensors: Sequence[Value], dim: int = 0) -> Value:
-    leader = next(t for t in tensors if t.is_cut)
-    where = leader.layout.cut
-    assert where is not None
+def stack(builder: ShardingBuilder, tensors: Sequence[ShardedValue], dim: int = 0) -> ShardedValue:
+    """Shard ``stack``: all tensors take the layout of the first sharded one."""
+    leader = next(t for t in tensors if t.is_sharded)
+    axis = leader.layout.sharded_axis
+    assert axis is not None
     dim = positive(dim, leader.ndim + 1)
-    factors = leader.layout.dims[where.dim]
-    parts = [cut.align(t, where.dim, factors) for t in tensors]
-    layout = parts[0].layout.insert(dim, Layout.whole((len(parts),)).dims[0])
-    return cut.call(aten.stack.default, parts, dim, layout=layout)
+    factors = leader.layout.dims[axis.dim]
+    parts = [builder.redistribute(t, axis.dim, factors) for t in tensors]
+    layout = parts[0].layout.insert(dim, Layout.replicated((len(parts),)).dims[0])
+    return builder.call(aten.stack.default, parts, dim, layout=layout)
 
 
 def _scatter_samples() -> Iterable[Sample]:
@@ -241,67 +261,80 @@ def _scatter_samples() -> Iterable[Sample]:
     yield Sample((x, torch.randn(2, 3, 2, 4), 2, 4, 10, 5), (2, None))
 
 
-@rule(aten.slice_scatter.default, kind="window", samples=_scatter_samples)
+@rule(aten.slice_scatter.default, samples=_scatter_samples)
 def slice_scatter(
-    cut: Cutter, x: Value, source: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Value:
-    """A write into a slice. Into rows: each rank replaces those of its own that are written."""
+    builder: ShardingBuilder,
+    x: ShardedValue,
+    source: ShardedValue,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> ShardedValue:
+    """Shard a write into a slice. Along the rows, each rank replaces those of its own that are written."""
     dim = positive(dim, x.ndim)
     first, last, step = slice(start, end, step).indices(x.shape[dim])
-    leader = x if x.is_cut else source
-    where = leader.layout.cut
-    assert where is not None
-    if where.dim != dim:
-        factors = leader.layout.dims[where.dim]
-        parts = [cut.align(v, where.dim, factors) for v in (x, source)]
+    leader = x if x.is_sharded else source
+    axis = leader.layout.sharded_axis
+    assert axis is not None
+    if axis.dim != dim:
+        factors = leader.layout.dims[axis.dim]
+        parts = [builder.redistribute(v, axis.dim, factors) for v in (x, source)]
         layout = parts[0].layout
-        return cut.call(aten.slice_scatter.default, *parts, dim, first, last, step, layout=layout)
-    if not x.is_cut:
-        x = cut.take(x, Layout.cut_at(x.shape, dim, cut.bounds(x.shape[dim])))
+        return builder.call(aten.slice_scatter.default, *parts, dim, first, last, step, layout=layout)
+    if not x.is_sharded:
+        x = builder.slice_local(x, Layout.sharded_at(x.shape, dim, builder.bounds(x.shape[dim])))
     _, bounds, _ = rows_of(x)
     if step != 1:
-        return _every(cut, x, source, dim, first, step)
+        return _every(builder, x, source, dim, first, step)
     want = [(a - first, b - first) for a, b in itertools.pairwise(bounds)]
-    new = cut.fetch(source, want) if source.is_cut else cut.window(source, dim, want)
-    return _where_rows(cut, x, new, dim, first, last)
+    new = builder.fetch(source, want) if source.is_sharded else builder.window(source, dim, want)
+    return _where_rows(builder, x, new, dim, first, last)
 
 
-def _every(cut: Cutter, x: Value, source: Value, dim: int, first: int, step: int) -> Value:
-    """``source`` in rows first, first + step, ...: each rank writes those that fall into its own."""
+def _every(
+    builder: ShardingBuilder, x: ShardedValue, source: ShardedValue, dim: int, first: int, step: int
+) -> ShardedValue:
+    """Write ``source`` into rows first, first + step, ...: each rank writes those among its own."""
     _, bounds, _ = rows_of(x)
     count = source.shape[dim]
-    before = [min(count, max(0, -((first - b) // step))) for b in bounds]  # rows of source above each border
+    before = [min(count, max(0, -((first - b) // step))) for b in bounds]  # rows of source above each bound
     want = list(itertools.pairwise(before))
-    new = cut.fetch(source, want) if source.is_cut else cut.window(source, dim, want)
+    new = builder.fetch(source, want) if source.is_sharded else builder.window(source, dim, want)
     starts = [min(first + a * step - b, c - b) for (a, _), b, c in zip(want, bounds, bounds[1:], strict=False)]
     stops = [s + max(0, (b - a - 1) * step + 1) if b > a else s for s, (a, b) in zip(starts, want, strict=True)]
-    node = cut.emit(aten.slice_scatter.default, x, new, dim, per_rank(starts), per_rank(stops), step)
-    return cut.value(node, x.layout)
+    node = builder.emit(aten.slice_scatter.default, x, new, dim, per_rank(starts), per_rank(stops), step)
+    return builder.value(node, x.layout)
 
 
-def _where_rows(cut: Cutter, x: Value, new: torch.fx.Node, dim: int, first: int, last: int) -> Value:
-    """``new`` in rows [first, last) of the whole, ``x`` elsewhere."""
+def _where_rows(
+    builder: ShardingBuilder, x: ShardedValue, new: torch.fx.Node, dim: int, first: int, last: int
+) -> ShardedValue:
+    """Write ``new`` into rows [first, last) of the global tensor, ``x`` elsewhere."""
     _, bounds, _ = rows_of(x)
     device = x.node.meta["local"][0].device
-    rows = cut.emit(aten.arange.start, per_rank(bounds[:-1]), per_rank(bounds[1:]), device=device, pin_memory=False)
-    inside = cut.emit(
-        aten.logical_and.default, cut.emit(aten.ge.Scalar, rows, first), cut.emit(aten.lt.Scalar, rows, last)
+    rows = builder.emit(aten.arange.start, per_rank(bounds[:-1]), per_rank(bounds[1:]), device=device, pin_memory=False)
+    inside = builder.emit(
+        aten.logical_and.default, builder.emit(aten.ge.Scalar, rows, first), builder.emit(aten.lt.Scalar, rows, last)
     )
     heights = per_rank(b - a for a, b in itertools.pairwise(bounds))
-    mask = cut.emit(aten.reshape.default, inside, [heights if d == dim else 1 for d in range(x.ndim)])
-    return cut.value(cut.emit(aten.where.self, mask, new, x), x.layout)
+    mask = builder.emit(aten.reshape.default, inside, [heights if d == dim else 1 for d in range(x.ndim)])
+    return builder.value(builder.emit(aten.where.self, mask, new, x), x.layout)
 
 
 @rule(
-    aten.select_scatter.default, kind="window",
+    aten.select_scatter.default,
     samples=lambda: [
         Sample((torch.randn(2, 9, 4), torch.randn(9, 4), 0, 1), (1, 0)),
         Sample((torch.randn(2, 9, 4), torch.randn(2, 4), 1, 7), (1, None)),
     ],
 )  # fmt: skip
-def select_scatter(cut: Cutter, x: Value, source: Value, dim: int, index: int) -> Value:
+def select_scatter(
+    builder: ShardingBuilder, x: ShardedValue, source: ShardedValue, dim: int, index: int
+) -> ShardedValue:
+    """Shard ``select_scatter`` as a write into a slice of one."""
     dim = positive(dim, x.ndim)
     index = positive(index, x.shape[dim])
     thick = source.layout.insert(dim)
-    thicker = cut.call(aten.unsqueeze.default, source, dim, layout=thick)
-    return slice_scatter(cut, x, thicker, dim, index, index + 1)  # type: ignore[no-any-return]
+    thicker = builder.call(aten.unsqueeze.default, source, dim, layout=thick)
+    return slice_scatter(builder, x, thicker, dim, index, index + 1)  # type: ignore[no-any-return]

@@ -1,4 +1,5 @@
-"""Pointwise operators, and those that only look at dtype or shape."""
+# SPDX-License-Identifier: Apache-2.0
+"""Pointwise operators, and operators that read only a dtype or a shape."""
 
 from __future__ import annotations
 
@@ -7,53 +8,66 @@ from typing import Any
 
 import torch
 
-from districompile.cutter import Cutter, Value, values_in
+from districompile.ir.graph import replace
 from districompile.ir.layout import Layout, Refused
-from districompile.ir.walk import replace
-from districompile.registry import Sample, rule
+from districompile.sharding.builder import ShardedValue, ShardingBuilder, values_in
+from districompile.sharding.registry import Sample, rule
 
 aten = torch.ops.aten
 
 
-@rule("pointwise", kind="pointwise", mixed=True)
-def pointwise(cut: Cutter, *args: Any, **kwargs: Any) -> Value:
-    """Broadcasting follows the largest cut operand; the others are sliced or re-cut to match it."""
-    shape = cut.out_shape
+@rule("pointwise", partially_replicated=True)
+def pointwise(builder: ShardingBuilder, *args: Any, **kwargs: Any) -> ShardedValue:
+    """Shard a pointwise operator: the largest sharded operand leads, the others are sliced or resharded to match."""
+    shape = builder.out_shape
 
-    def unbroadcast(v: Value) -> Value:
-        """One row, which only one rank can have "cut", stands beside many as whole."""
-        at = v.cut_dim
-        return v if at is None or v.shape[at] == shape[at + len(shape) - v.ndim] else cut.gather(v)
+    def unbroadcast(v: ShardedValue) -> ShardedValue:
+        """Gather an operand of one row that is broadcast to many; only one rank can have it "sharded"."""
+        at = v.sharded_dim
+        return v if at is None or v.shape[at] == shape[at + len(shape) - v.ndim] else builder.gather(v)
 
-    args, kwargs = replace((args, kwargs), Value, unbroadcast)
+    args, kwargs = replace((args, kwargs), ShardedValue, unbroadcast)
     operands = list(values_in((args, kwargs)))
-    op = cut.operator
-    if not any(v.is_cut for v in operands):
-        return cut.whole_value(cut.emit(op, *args, **kwargs))
-    cuts = [v for v in operands if v.is_cut]
-    if any(not v.layout.cut.mixed for v in cuts):  # type: ignore[union-attr]
-        # To drop replicated parts costs nothing, to spread them does
-        args, kwargs = replace((args, kwargs), Value, cut.unmixed)
+    op = builder.operator
+    if not any(v.is_sharded for v in operands):
+        return builder.replicated_value(builder.emit(op, *args, **kwargs))
+    sharded = [v for v in operands if v.is_sharded]
+    if any(_plain(v) for v in sharded):
+        # Dropping replicated parts is free; sending them to all ranks is not
+        args, kwargs = replace((args, kwargs), ShardedValue, lambda v: builder.drop_replicas(v, any_order=True))
         operands = list(values_in((args, kwargs)))
-    leader = max((v for v in operands if v.is_cut), key=lambda v: (v.ndim, v.node.meta["local"][0].numel()))
-    where = leader.layout.cut
-    assert where is not None
-    dim = where.dim + len(shape) - leader.ndim
-    factors = leader.layout.dims[where.dim]
+    leader = max((v for v in operands if v.is_sharded), key=_leads)
+    axis = leader.layout.sharded_axis
+    assert axis is not None
+    dim = axis.dim + len(shape) - leader.ndim
+    factors = leader.layout.dims[axis.dim]
 
-    def operand(v: Value) -> Value:
+    def operand(v: ShardedValue) -> ShardedValue:
         k = dim - (len(shape) - v.ndim)
         if k < 0 or v.shape[k] == 1:
-            return cut.gather(v)
-        return cut.align(v, k, factors)
+            return builder.gather(v)
+        return builder.redistribute(v, k, factors)
 
-    local, named = replace((args, kwargs), Value, operand)
-    result = cut.call(op, *local, layout=Layout.whole(shape).with_dim(dim, factors), **named)
-    if cut.out.dtype.is_complex and all(v.whole is not None or not v.is_cut for v in operands):
-        # Between two Fourier transforms every rank has all of it: what the second one needs is computed, not sent
-        args, kwargs = replace((args, kwargs), Value, lambda v: v.whole or v.node)
-        return cut.value(result.node, result.layout, cut.emit(op, *args, **kwargs))
+    local, named = replace((args, kwargs), ShardedValue, operand)
+    result = builder.call(op, *local, layout=Layout.replicated(shape).with_dim(dim, factors), **named)
+    if builder.out.dtype.is_complex and all(v.replicated is not None or not v.is_sharded for v in operands):
+        # Between two Fourier transforms every rank has the replicated value: it is computed on each, not sent
+        args, kwargs = replace((args, kwargs), ShardedValue, lambda v: v.replicated or v.node)
+        return builder.value(result.node, result.layout, builder.emit(op, *args, **kwargs))
     return result
+
+
+def _plain(v: ShardedValue) -> bool:
+    """Return whether each rank owns one run of rows, and nothing else."""
+    axis = v.layout.sharded_axis
+    return axis is not None and not axis.partially_replicated and not axis.segments
+
+
+def _leads(v: ShardedValue) -> tuple[int, bool, bool, int]:
+    """Order operands by which should keep its layout: what others then have to send is least for the largest."""
+    axis = v.layout.sharded_axis
+    assert axis is not None
+    return v.ndim, not axis.partially_replicated, not axis.segments, v.node.meta["local"][0].numel()
 
 
 def _prelu_samples() -> Iterable[Sample]:
@@ -63,39 +77,40 @@ def _prelu_samples() -> Iterable[Sample]:
     yield Sample((torch.randn(2, 8, 9), torch.randn(8)), (1, None))
 
 
-@rule(aten.prelu.default, kind="pointwise", samples=_prelu_samples, mixed=True)
-def prelu(cut: Cutter, x: Value, weight: Value) -> Value:
-    """The slopes stand along dim 1, which is not how operands are broadcast."""
-    where = x.layout.cut
-    if where is None:
-        raise Refused("the slopes are cut")
-    weight = cut.gather(weight)
-    if where.dim == 1 and weight.shape[0] > 1:
-        weight = cut.align(weight, 0, x.layout.dims[1])
-    return cut.call(aten.prelu.default, x, weight, layout=x.layout)
+@rule(aten.prelu.default, samples=_prelu_samples, partially_replicated=True)
+def prelu(builder: ShardingBuilder, x: ShardedValue, weight: ShardedValue) -> ShardedValue:
+    """Shard ``prelu``. Its slopes lie along dim 1, unlike operands that are broadcast."""
+    axis = x.layout.sharded_axis
+    if axis is None:
+        raise Refused("the slopes are sharded")
+    weight = builder.gather(weight)
+    if axis.dim == 1 and weight.shape[0] > 1:
+        weight = builder.redistribute(weight, 0, x.layout.dims[1])
+    return builder.call(aten.prelu.default, x, weight, layout=x.layout)
 
 
 @rule(
-    aten.isin.Tensor_Tensor, kind="pointwise", mixed=True,
+    aten.isin.Tensor_Tensor, partially_replicated=True,
     samples=lambda: [Sample((torch.randint(0, 20, (2, 9)), torch.randint(0, 20, (9,))), (1, 0))],
 )  # fmt: skip
 @rule(
-    aten.isin.Tensor_Scalar, kind="pointwise", mixed=True,
+    aten.isin.Tensor_Scalar, partially_replicated=True,
     samples=lambda: [Sample((torch.randint(0, 5, (2, 9)), 3), (1,))],
 )  # fmt: skip
-def isin(cut: Cutter, x: Value, among: Any, *args: Any, **kwargs: Any) -> Value:
-    """Each element is looked for among all of the others."""
-    op = cut.operator
-    others = cut.gather(among) if isinstance(among, Value) else among
-    return cut.call(op, x, others, *args, layout=x.layout, **kwargs)
+def isin(builder: ShardingBuilder, x: ShardedValue, among: Any, *args: Any, **kwargs: Any) -> ShardedValue:
+    """Shard ``isin``: each element is compared with all of ``among``, which is gathered."""
+    op = builder.operator
+    others = builder.gather(among) if isinstance(among, ShardedValue) else among
+    return builder.call(op, x, others, *args, layout=x.layout, **kwargs)
 
 
 @rule(
     aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default,
     aten.dropout.default, aten.feature_dropout.default, aten.native_dropout.default,
-    kind="pointwise", mixed=True,
+    partially_replicated=True,
 )  # fmt: skip
-def identity(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
+def identity(builder: ShardingBuilder, x: ShardedValue, *args: Any, **kwargs: Any) -> ShardedValue:
+    """Return the operand: these operators change no value (dropout in eval mode, copies)."""
     return x
 
 
@@ -104,19 +119,21 @@ def identity(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
     aten.new_ones.default,
     aten.new_full.default,
     aten.new_empty.default,
-    kind="pointwise",
-    mixed=True,
+    partially_replicated=True,
 )
-def factory(cut: Cutter, x: Value, *args: Any, **kwargs: Any) -> Value:
-    """Takes dtype and device of ``x`` only; the new tensor is whole."""
-    return cut.whole_value(cut.emit(cut.operator, x, *args, **kwargs))
+def factory(builder: ShardingBuilder, x: ShardedValue, *args: Any, **kwargs: Any) -> ShardedValue:
+    """Create a replicated tensor; only the dtype and the device of ``x`` are read."""
+    return builder.replicated_value(builder.emit(builder.operator, x, *args, **kwargs))
 
 
 def _embedding_samples() -> Iterable[Sample]:
     yield Sample((torch.randn(11, 6), torch.randint(0, 11, (2, 9))), (None, 1))
 
 
-@rule(aten.embedding.default, kind="pointwise", samples=_embedding_samples, mixed=True)
-def embedding(cut: Cutter, weight: Value, indices: Value, *args: Any, **kwargs: Any) -> Value:
-    layout = indices.layout.insert(indices.ndim, Layout.whole(weight.shape).dims[1])
-    return cut.call(aten.embedding.default, cut.gather(weight), indices, *args, layout=layout, **kwargs)
+@rule(aten.embedding.default, samples=_embedding_samples, partially_replicated=True)
+def embedding(
+    builder: ShardingBuilder, weight: ShardedValue, indices: ShardedValue, *args: Any, **kwargs: Any
+) -> ShardedValue:
+    """Shard an embedding, which is local: the result has the rows of the indices."""
+    layout = indices.layout.insert(indices.ndim, Layout.replicated(weight.shape).dims[1])
+    return builder.call(aten.embedding.default, builder.gather(weight), indices, *args, layout=layout, **kwargs)

@@ -1,4 +1,5 @@
-"""All rules that ship with the package: importing this module registers them."""
+# SPDX-License-Identifier: Apache-2.0
+"""All rules that ship with the package. An import of this module registers them."""
 
 from districompile.passes.rules import (
     attention,
@@ -9,6 +10,7 @@ from districompile.passes.rules import (
     pieces,
     pointwise,
     pool,
+    quantised,
     reduction,
     resize,
     sampling,
@@ -18,6 +20,6 @@ from districompile.passes.rules import (
 )
 
 FAMILIES = (
-    attention, dimwise, linear, movement, norm, pieces, pointwise, pool, reduction, resize, sampling, scan, shape,
-    window,
+    attention, dimwise, linear, movement, norm, pieces, pointwise, pool, quantised, reduction, resize, sampling, scan,
+    shape, window,
 )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Small configurations of the networks that people use, by family: what tests and ``tools/coverage.py`` run."""
+"""Families of networks that people use, in small configurations, for tests and ``tools/coverage.py``."""

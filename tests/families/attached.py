@@ -1,4 +1,4 @@
-"""What is attached to diffusers' image UNets, and ways to run them: control, adapters, LoRA, other attention."""
+"""diffusers' image UNets with control networks, adapters, LoRA, and other attention processors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def with_control_residuals(h: int, w: int) -> Call:
 
 @family(GROUP, share=SHARE)
 def with_adapter_residuals(h: int, w: int) -> Call:
-    """T2I-Adapter: one residual a block."""
+    """T2I-Adapter: one residual per block."""
     call = unet(h, w)
     call.kwargs["down_intrablock_additional_residuals"] = [randn(2, 8, h, w), randn(2, 16, h // 2, w // 2)]
     return call
@@ -35,7 +35,7 @@ def with_adapter_residuals(h: int, w: int) -> Call:
 
 @family(GROUP, share=SHARE)
 def gligen(h: int, w: int) -> Call:
-    """Grounding tokens concatenated behind the image's own, and cut off again."""
+    """Grounding tokens appended to the image's tokens and removed again."""
     call = unet(h, w, attention_type="gated")
     call.kwargs["cross_attention_kwargs"] = {
         "gligen": {"boxes": torch.rand(2, 3, 4), "positive_embeddings": randn(2, 3, 12), "masks": torch.ones(2, 3)}

@@ -1,4 +1,4 @@
-"""Attention in the forms that networks write it, in small networks around one block."""
+"""The ways in which networks write attention, each in a small network around one block."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def attention_linear(h: int, w: int) -> Call:
 
 @family(GROUP)
 def tokens_beside(h: int, w: int) -> Call:
-    """Class and text tokens in front, through norms, attention and linears, and cut off at the end."""
+    """Class and text tokens in front, through norms, attention and linears, and removed at the end."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -233,3 +233,34 @@ def tokens_mixed(h: int, w: int) -> Call:
             return x + self.b(F.gelu(self.a(t))).reshape(x.shape)
 
     return around(Block(), h, w)
+
+
+@family(GROUP)
+def attention_merged(h: int, w: int) -> Call:
+    """Token merging: a third of the tokens joins the most similar others before attention, and is restored after it."""
+
+    def f(x: Tensor, to_q: nn.Module, to_k: nn.Module, to_v: nn.Module) -> Tensor:
+        _, channels, rows, columns = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        count = rows * columns
+        goals = torch.arange(count) % 3 == 0
+        order = goals.int().argsort(stable=True)
+        a_index, b_index = order[: count - int(goals.sum())], order[count - int(goals.sum()) :]
+        a, b = tokens[:, a_index], tokens[:, b_index]
+        likeness, partner = (F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2)).max(-1)
+        ranked = likeness.argsort(dim=-1, descending=True)[..., None]
+        merged = count // 3
+        source, kept = ranked[:, :merged], ranked[:, merged:]
+        target = partner[..., None].gather(1, source)
+        sources = a.gather(1, source.expand(-1, -1, channels))
+        b = b.scatter_reduce(1, target.expand(-1, -1, channels), sources, "mean")
+        y = torch.cat([a.gather(1, kept.expand(-1, -1, channels)), b], 1)
+        y = F.scaled_dot_product_attention(to_q(y)[:, None], to_k(y)[:, None], to_v(y)[:, None])[:, 0]
+        unmerged, b = y[:, : kept.shape[1]], y[:, kept.shape[1] :]
+        a = torch.zeros_like(a).scatter(1, kept.expand(-1, -1, channels), unmerged)
+        a = a.scatter(1, source.expand(-1, -1, channels), b.gather(1, target.expand(-1, -1, channels)))
+        restored = torch.zeros_like(tokens).index_copy(1, a_index, a).index_copy(1, b_index, b)
+        return x + restored.transpose(1, 2).reshape(x.shape)
+
+    layers = {name: nn.Linear(8, 8) for name in ("to_q", "to_k", "to_v")}
+    return around_function(f, h, w, **layers)

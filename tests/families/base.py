@@ -1,5 +1,8 @@
-"""What a family is, and the table of them. Every parameter is random and none is left zero: many networks start with
-layers at zero, which would hide any error before them."""
+"""The table of families, and helpers to build networks.
+
+A family is a kind of network in a small configuration. Every parameter is random and none is zero: many networks
+initialise layers with zeros, which would hide an error in earlier layers.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,11 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """``make(rows, columns)`` builds it. ``share``: the part of the FLOPs that has to be divided among the ranks."""
+    """A kind of network. ``make(rows, columns)`` builds it.
+
+    ``share`` is the part of the FLOPs that must be divided among the ranks. ``sizes`` are (rows, columns). ``needs`` is
+    a package that must be installed.
+    """
 
     name: str
     group: str
@@ -50,7 +57,7 @@ def family(
     sizes: Sequence[tuple[int, int]] = ((28, 12), (32, 16)),
     needs: str | None = None,
 ) -> Callable[[Callable[[int, int], Call]], Callable[[int, int], Call]]:
-    """Register a family. ``sizes`` are (rows, columns) to run it at: uneven for most numbers of ranks, then even."""
+    """Register a family. ``sizes`` are (rows, columns): first one that most numbers of ranks do not divide."""
 
     def register(make: Callable[[int, int], Call]) -> Callable[[int, int], Call]:
         name = make.__name__
@@ -62,7 +69,7 @@ def family(
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill every parameter with random values of a size that keeps activations about where they are."""
+    """Fill every parameter with random values that keep the magnitude of activations; set the module to eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         if not p.numel():
@@ -74,11 +81,12 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Return random values (float32) that depend on the shape and the seed alone."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
 
 
 class Wrapped(nn.Module):
-    """A method of a module, or any function over it, as a module of its own."""
+    """A module whose forward is a function of another module."""
 
     def __init__(self, inner: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -90,7 +98,7 @@ class Wrapped(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoding half of an autoencoder."""
+    """The decoder of an autoencoder."""
 
     def __init__(self, vae: Any, **options: Any) -> None:
         super().__init__()
@@ -104,7 +112,7 @@ class Decoder(nn.Module):
 
 
 class _Nothing(type):
-    """An empty class, whose attributes are empty classes too."""
+    """The type of empty classes, whose attributes are empty classes as well."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -113,7 +121,7 @@ class _Nothing(type):
 
 
 class _Stub(ModuleType):
-    """A module of nothing in particular: any attribute is an empty class, any submodule exists."""
+    """A placeholder for a package: every attribute is an empty class, and every submodule exists."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -139,13 +147,15 @@ class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @functools.cache
 def import_network(name: str, unused: tuple[str, ...] = ()) -> Any:
-    """Import a package whose networks need none of the packages ``unused`` that it imports for training; those are
-    replaced by empty ones meanwhile, where they are not installed."""
+    """Import a package without the packages ``unused``, which it needs for training alone.
+
+    Those that cannot be imported are replaced by placeholders during the import.
+    """
     missing = []
     for root in unused:
         try:
             importlib.import_module(root)
-        except Exception:  # not there, or not for this version of what it needs
+        except Exception:  # not installed, or not for the installed versions of its dependencies
             missing.append(root)
     finder = _StubFinder(missing)
     sys.meta_path.insert(0, finder)
@@ -158,7 +168,7 @@ def import_network(name: str, unused: tuple[str, ...] = ()) -> Any:
 
 
 def tensors_of(x: Any) -> list[Tensor]:
-    """All tensors of an output, in order."""
+    """Return all tensors of an output, in order."""
     if isinstance(x, Tensor):
         return [x]
     if isinstance(x, Mapping):
@@ -169,7 +179,10 @@ def tensors_of(x: Any) -> list[Tensor]:
 
 
 def error_of(got: Any, want: Any) -> float:
-    """The largest relative error (norm of the difference over the norm) of the tensors of an output."""
+    """Return the largest relative error of the tensors of an output: the norm of the difference over the norm.
+
+    It is infinite for tensors of other shapes and for values that are not finite.
+    """
     found, expected = tensors_of(got), tensors_of(want)
     assert len(found) == len(expected) > 0
     worst = 0.0

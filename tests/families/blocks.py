@@ -1,4 +1,4 @@
-"""Networks written here, for constructs that the packages leave out: filters, resizing, norms, positions, writes."""
+"""Small networks for constructs that no package covers: filters, resizing, norms, positions, writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GROUP = "constructs"
 
 
 class _Net(nn.Module):
-    """A convolution, a middle that is under test, and a convolution, around a skip."""
+    """A convolution, the block under test, and a convolution, with a skip connection."""
 
     def __init__(self, middle: nn.Module, width: int = 8, last: int | None = None) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class _Net(nn.Module):
 
 
 def around(middle: nn.Module, h: int, w: int, width: int = 8, last: int | None = None) -> Call:
-    """A network around a module, and a call of it."""
+    """Build a network around a module, and a call of it."""
     torch.manual_seed(0)
     return Call(randomise(_Net(middle, width, last)), {"sample": randn(2, 3, h, w)})
 
@@ -48,17 +48,17 @@ class _Function(nn.Module):
 def around_function(
     function: Any, h: int, w: int, width: int = 8, last: int | None = None, **modules: nn.Module
 ) -> Call:
-    """A network around a function of an image and of ``modules``."""
+    """Build a network around a function of an image and of ``modules``, and a call of it."""
     return around(_Function(function, **modules), h, w, width, last)
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, H W, C)."""
+    """Reshape (B, C, H, W) to (B, H W, C)."""
     return x.flatten(2).transpose(1, 2)
 
 
 def to_image(t: Tensor, like: Tensor) -> Tensor:
-    """(B, H W, C) to the shape of ``like``."""
+    """Reshape (B, H W, C) to the shape of ``like``."""
     return t.transpose(1, 2).reshape(like.shape)
 
 
@@ -105,7 +105,7 @@ def filters_depthwise(h: int, w: int) -> Call:
 
 @family(GROUP)
 def convolutions(h: int, w: int) -> Call:
-    """Grouped, depthwise, dilated, large, asymmetric, transposed, growing and shrinking again."""
+    """Convolutions: grouped, depthwise, dilated, large, asymmetric, transposed."""
     return around(
         nn.Sequential(
             nn.Conv2d(8, 8, 7, padding=3, groups=8),
@@ -132,7 +132,7 @@ def convolutions(h: int, w: int) -> Call:
 
 @family(GROUP)
 def resizing(h: int, w: int) -> Call:
-    """By fractions, with and without aligned corners, antialiased, and back by explicit sizes."""
+    """Resizing by fractions, with and without aligned corners, antialiased, and back by explicit sizes."""
 
     def f(x: Tensor, conv: nn.Module) -> Tensor:
         size = x.shape[-2:]
@@ -280,7 +280,7 @@ def frequencies(h: int, w: int) -> Call:
 
 @family(GROUP)
 def unforeseen(h: int, w: int) -> Call:
-    """Operators that no rule knows, and what has to see all rows in order."""
+    """Operators without a rule, and operators that need all rows in order."""
 
     def f(x: Tensor, conv: nn.Module) -> Tensor:
         return conv(x.cummax(2).values + x.sort(2).values + x.median(2, keepdim=True).values + x.median())

@@ -274,7 +274,7 @@ def stable_cascade_prior(h: int, w: int) -> Call:
         module,
         {
             "sample": randn(2, 4, h, w),
-            "timestep_ratio": torch.tensor([0.3, 0.6]),
+            "timestep_ratio": torch.tensor([0.6, 0.6]),
             "clip_text_pooled": randn(2, 1, 12),
             "clip_text": randn(2, 5, 12),
             "clip_img": randn(2, 1, 10),
@@ -317,7 +317,7 @@ def stable_cascade_decoder(h: int, w: int) -> Call:
         module,
         {
             "sample": randn(2, 4, h, w),
-            "timestep_ratio": torch.tensor([0.3, 0.6]),
+            "timestep_ratio": torch.tensor([0.6, 0.6]),
             "clip_text_pooled": randn(2, 1, 12),
             "effnet": randn(2, 6, 12, 5),
             "pixels": randn(2, 3, 8, 8),
@@ -351,7 +351,7 @@ def dreamlite(h: int, w: int) -> Call:
 
 @family(GROUP, share=SHARE)
 def sd15_odd(h: int, w: int) -> Call:
-    """A height that the strides do not divide: the way up resizes by fractions."""
+    """A height that the strides do not divide: upsampling is by fractions."""
     return unet(
         h + 1,
         w + 1,

@@ -1,4 +1,4 @@
-"""Diffusion transformers: a stretch, as no UNet is among them."""
+"""Diffusion transformers."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def sd3(h: int, w: int) -> Call:
 
 @family(GROUP)
 def flux(h: int, w: int) -> Call:
-    """Packed patches: the sequence itself is cut; rotary positions are inputs."""
+    """Packed patches: the sequence is sharded; rotary positions are inputs."""
     import diffusers
 
     module = randomise(

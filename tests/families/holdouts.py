@@ -1,5 +1,4 @@
-"""Networks that were written to find out what the rules had left out: each showed a wrong result, a crash, or work that
-was not divided."""
+"""Networks written to find gaps in the rules. Each once gave a wrong result, a crash, or work that was not divided."""
 
 from __future__ import annotations
 
@@ -73,7 +72,7 @@ def warped(h: int, w: int) -> Call:
 
 @family(GROUP)
 def attention_causal(h: int, w: int) -> Call:
-    """Pixels in raster order, each sees those before it; and a table of distances."""
+    """Pixels in raster order, each attends to those before it; and a table of distances."""
 
     def f(x: Tensor, qkv: nn.Module) -> Tensor:
         q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in qkv(to_tokens(x)).chunk(3, -1))
@@ -146,7 +145,7 @@ def scans(h: int, w: int) -> Call:
 
 @family(GROUP)
 def peaks(h: int, w: int) -> Call:
-    """Maxima over rows, with their places, and over windows; a mask of the strongest channels."""
+    """Maxima over rows, with their indices, and over windows; a mask of the strongest channels."""
 
     def f(x: Tensor, gate: nn.Module, join: nn.Module) -> Tensor:
         both = gate(F.adaptive_max_pool2d(x, 1)) + gate(F.adaptive_avg_pool2d(x, 1))
@@ -183,7 +182,7 @@ def statistics_of_all(h: int, w: int) -> Call:
 
 @family(GROUP)
 def composites(h: int, w: int) -> Call:
-    """Operators made of others, which no rule knows by name."""
+    """Composite operators without a rule of their own."""
 
     def f(x: Tensor, weight: nn.Linear, join: nn.Module) -> Tensor:
         t = torch.addmm(weight.bias, x.permute(0, 2, 3, 1).reshape(-1, 8), weight.weight.t())
@@ -198,7 +197,7 @@ def composites(h: int, w: int) -> Call:
 
 @family(GROUP)
 def without_batch(h: int, w: int) -> Call:
-    """A picture of three dims, as a sampler of one image passes it."""
+    """An image of three dims, as a sampler for single images passes it."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -216,7 +215,7 @@ def without_batch(h: int, w: int) -> Call:
 
 @family(GROUP, sizes=((26, 6), (16, 6)))
 def volume_last_dim(h: int, w: int) -> Call:
-    """The last dim of a volume is cut, at one level as long as there are channels: slopes belong to the channels."""
+    """The last dim of a volume is sharded. At one level it is as long as the channels, which PReLU has slopes for."""
 
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""One family on N ranks: how exact it is, what is cut, what falls back, and how the steady phase converges."""
+"""Measure a family on N ranks: exactness, the sharded part, fallbacks, and convergence of the displaced phase."""
 
 from __future__ import annotations
 
@@ -19,17 +19,24 @@ import districompile as dc
 from tests.families.base import FAMILIES, Call, Family, error_of
 
 MODULES = (
-    "condition", "attached", "unconditional", "video", "autoencoders", "dit", "packages", "attentions", "blocks",
-    "holdouts",
+    "condition", "attached", "unconditional", "video", "autoencoders", "dit", "joint", "monai", "lucid", "attentions",
+    "blocks", "holdouts",
 )  # fmt: skip
-STEPS = 40  # steady calls on unchanging inputs, at most
-Given = tuple[tuple[Any, ...], dict[str, Any]]  # what a call is given; copied for each, which may pop from a list
+STEPS = 40  # displaced calls with constant inputs, at most
+Given = tuple[
+    tuple[Any, ...], dict[str, Any]
+]  # args and kwargs; copied for each call, as a network may pop from a list
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Errors are relative: the norm of the difference over the norm. ``replicated`` operators work on maps with fewer
-    rows than ranks; ``fallbacks`` are operators on gathered inputs, with reason and number."""
+    """The results of one family on one number of ranks.
+
+    Errors are relative: the norm of the difference over the norm. ``share`` is the part of the FLOPs that is divided
+    among the ranks, and ``required`` its lower limit. ``replicated`` counts operators on maps with fewer rows than
+    ranks. ``fallbacks`` counts operators that are computed on gathered inputs, by operator and reason. ``steps`` is how
+    many displaced calls were made.
+    """
 
     family: str
     group: str
@@ -40,22 +47,25 @@ class Measured:
     required: float
     fallbacks: dict[str, int]
     replicated: int
-    steady: float | None = None
+    displaced: float | None = None
     steps: int | None = None
     seconds: float = 0.0
 
 
 def load_families() -> dict[str, Family]:
-    """All families whose packages are installed."""
+    """Return all families whose packages are installed, by name."""
     for name in MODULES:
         importlib.import_module(f"tests.families.{name}")
     return {n: f for n, f in FAMILIES.items() if f.needs is None or importlib.util.find_spec(f.needs) is not None}
 
 
 def measure(
-    family: Family, size: tuple[int, int], ranks: Sequence[int], steady: Sequence[int] = ()
+    family: Family, size: tuple[int, int], ranks: Sequence[int], displaced: Sequence[int] = ()
 ) -> Iterator[Measured]:
-    """Capture once, then cut for each number of ranks. ``steady``: for which of them to run the displaced phase too."""
+    """Capture a family once, then convert it for each number of ranks and yield the results.
+
+    ``displaced`` lists the numbers of ranks for which the displaced phase runs, too.
+    """
     started = time.perf_counter()
     call = _make(family, size)
     with torch.no_grad():
@@ -77,27 +87,27 @@ def measure(
             report.cut_share() or 0.0,
             family.share,
             dict(reasons),
-            len(program.plan.report["replicated"]),
+            len(program.plan.report.replicated),
         )
-        if r in steady:
+        if r in displaced:
             result = dataclasses.replace(result, **_converge(program, given, want))
         yield dataclasses.replace(result, seconds=time.perf_counter() - started)
         started = time.perf_counter()
 
 
 def _make(family: Family, size: tuple[int, int]) -> Call:
-    """The same network every time: some draw their buffers."""
+    """Build the same network at every call: some draw random buffers."""
     torch.manual_seed(0)
     return family.make(*size)
 
 
-def _run(program: Any, given: Given, phase: Any = "warmup") -> Any:
+def _run(program: Any, given: Given, phase: Any = "exact") -> Any:
     args, kwargs = copy.deepcopy(given)
     return program.simulate(*args, phase=phase, **kwargs)
 
 
 def _converge(program: Any, given: Given, want: Any) -> dict[str, Any]:
-    """Start from other inputs, then call the steady phase with the right ones until it is where it stays."""
+    """Run an exact call with other inputs, then displaced calls until the output converges, at most ``STEPS``."""
 
     def other(x: Any) -> Any:
         return x * 0.9 if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 2 else x
@@ -106,6 +116,6 @@ def _converge(program: Any, given: Given, want: Any) -> dict[str, Any]:
     _run(program, pytree.tree_map(other, given))
     error, steps = float("inf"), 0
     while error > 1e-5 and steps < STEPS:
-        error = error_of(_run(program, given, "steady"), want)
+        error = error_of(_run(program, given, "displaced"), want)
         steps += 1
-    return {"steady": error, "steps": steps}
+    return {"displaced": error, "steps": steps}

@@ -149,7 +149,7 @@ def i2vgen_xl(h: int, w: int) -> Call:
 
 @family(GROUP, share=SHARE, sizes=((72, 1), (64, 1)))
 def unet1d(h: int, w: int) -> Call:
-    """Dance Diffusion: the length of the sequence is cut."""
+    """Dance Diffusion: the sequence is sharded."""
     import diffusers
 
     module = randomise(

@@ -1,11 +1,13 @@
-"""TensorRT: one backend for NVIDIA's ``tensorrt`` (10.x, 11.x) and ``tensorrt_rtx``, which have the same API.
+# SPDX-License-Identifier: Apache-2.0
+"""TensorRT: one backend for NVIDIA's ``tensorrt`` (8.6, 10.x, 11.x) and ``tensorrt_rtx``.
 
 =================  ================================================================================================
-library.py         which of the two is used, what it can do, for which GPUs it builds, and what it says
-builder.py         from an ONNX file to an engine file
-inside.py          collectives inside an engine
-engine.py          from an engine file to something that runs
-backend.py         the backend protocol over these
+backend.py         the backend protocol and the options
+library.py         select a flavour, resolve targets, format the errors of TensorRT
+builder.py         build an engine file from an ONNX file
+collectives.py     collectives inside an engine
+engine.py          load and run an engine
+v8.py              what TensorRT 8.6 does in another way
 =================  ================================================================================================
 """
 

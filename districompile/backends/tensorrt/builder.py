@@ -1,4 +1,5 @@
-"""From an ONNX file to an engine file."""
+# SPDX-License-Identifier: Apache-2.0
+"""Build an engine file from an ONNX file."""
 
 from __future__ import annotations
 
@@ -10,22 +11,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from districompile.backends.tensorrt.inside import add_gathers
-from districompile.backends.tensorrt.library import Library, optional, set_optional, told
+from districompile.backends.tensorrt import v8
+from districompile.backends.tensorrt.collectives import add_collectives, check_collectives
+from districompile.backends.tensorrt.library import Library, format_errors, required, set_optional
 from districompile.errors import BackendError
+from districompile.ir.segment import InnerCollective
 
 if TYPE_CHECKING:  # published type stubs: whichever flavour is used, its objects have these types
     import tensorrt as types
 
 WeightMode = Literal["bound", "refit", "inside"]
-"""Where an engine has its weights from: given to it as inputs; put into it when it is loaded (TensorRT's strip plan);
-or stored in it."""
+"""Source of the weights of an engine: inputs; put into it when it is loaded (TensorRT's strip plan); stored in it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """``targets`` are kinds of GPU (``sm89``), empty where the library builds for the present one only.
-    ``timing_cache`` is a file that is read and extended, where builds measure kernels."""
+    """Options of a build.
+
+    ``targets`` are kinds of GPU (``sm89``), or nothing where the library builds for the present one only.
+    ``timing_cache`` is a file that is read and extended, for libraries that time kernels when they build.
+    """
 
     targets: tuple[str, ...] = ()
     weights: WeightMode = "bound"
@@ -34,7 +39,7 @@ class BuildOptions:
 
 @contextlib.contextmanager
 def beside_weights(onnx: Path, weights: Path) -> Iterator[Path]:
-    """``onnx`` under a path that has the weight file in the same folder, where its external data is looked for."""
+    """Give ``onnx`` a path in a folder with the weight file, where parsers look for external data."""
     with tempfile.TemporaryDirectory(prefix="districompile-") as scratch:
         for source in (onnx, weights):
             os.symlink(source.absolute(), Path(scratch) / source.name)
@@ -48,32 +53,41 @@ def build_engine(
     path: Path,
     options: BuildOptions,
     *,
-    gathers: Sequence[tuple[str, str]] = (),
-    ranks: int = 1,
+    collectives: Sequence[InnerCollective] = (),
     sources: Mapping[str, str] | None = None,
 ) -> None:
     """Parse ``onnx``, whose external data is in ``weights``, and write the engine to ``path``.
 
-    ``gathers`` are pairs of an output and an input of the model, which become one all-gather over ``ranks`` inside.
-    Raises :class:`BackendError` with what TensorRT said, the operator and its line in the model (``sources``).
+    Each of ``collectives`` takes the place of an output and an input of the model, and is in the engine afterwards.
+    Raises :class:`BackendError` with TensorRT's error, the operator and its source line (``sources``).
     """
     trt, log = library.module, library.log
     log.take()
     builder: types.Builder = trt.Builder(log)
-    network: types.INetworkDefinition = builder.create_network(
-        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network: types.INetworkDefinition = (
+        v8.create_network(trt, builder)
+        if library.is_v8
+        else builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     )
     parser: types.OnnxParser = trt.OnnxParser(network, log)
     with beside_weights(onnx, weights) as file:
         if not parser.parse_from_file(str(file)):
-            errors = [_parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
-            raise BackendError(f"{library.flavour} cannot read {onnx.name}: {told(errors or log.take(), sources)}")
-        if gathers:
-            add_gathers(library, network, gathers, ranks)
+            found = [parser.get_error(i) for i in range(parser.num_errors)]
+            errors = [v8.describe_parser_error(e, onnx) if library.is_v8 else _parser_error(e) for e in found]
+            raise BackendError(
+                f"{library.flavour} cannot read {onnx.name}: {format_errors(errors or log.take(), sources)}"
+            )
         config = _config(library, builder, options)
+        if collectives:
+            add_collectives(library, network, collectives)
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if library.is_v8:
+            v8.configure(trt, config, network)
         plan = cast("types.IHostMemory | None", builder.build_serialized_network(network, config))
     if plan is None:
-        raise BackendError(f"{library.flavour} cannot build {onnx.name}: {told(log.take(), sources)}")
+        raise BackendError(f"{library.flavour} cannot build {onnx.name}: {format_errors(log.take(), sources)}")
+    if collectives:
+        check_collectives(library, plan, collectives, onnx.name)
     _write(path, memoryview(plan))
     if options.timing_cache is not None:
         _write(options.timing_cache, memoryview(config.get_timing_cache().serialize()))
@@ -86,7 +100,7 @@ def _parser_error(error: types.ParserError) -> str:
 def _config(library: Library, builder: types.Builder, options: BuildOptions) -> types.IBuilderConfig:
     trt = library.module
     config = builder.create_builder_config()
-    # float32 means float32: TF32 keeps three decimal digits, and the exact phase is to be exact
+    # TF32 keeps three decimal digits, and the exact phase must be exact in float32
     config.clear_flag(trt.BuilderFlag.TF32)
     if options.weights == "refit":
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
@@ -94,8 +108,7 @@ def _config(library: Library, builder: types.Builder, options: BuildOptions) -> 
     if library.ahead_of_time:
         capabilities = [getattr(trt.ComputeCapability, sm.upper()) for sm in options.targets]
         set_optional(config, "num_compute_capabilities", len(capabilities))
-        set_capability = optional(config, "set_compute_capability")
-        assert set_capability is not None
+        set_capability = required(config, "set_compute_capability")
         for i, capability in enumerate(capabilities):
             set_capability(capability, i)
     preview = getattr(trt.PreviewFeature, "MULTIDEVICE_RUNTIME_10_16", None)

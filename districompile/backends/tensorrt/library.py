@@ -1,7 +1,9 @@
-"""The two flavours of TensorRT: which one is used, what it can do here, and what its logger says.
+# SPDX-License-Identifier: Apache-2.0
+"""Select a flavour of TensorRT, resolve targets, and format the errors of its logger.
 
-Only what both flavours have in every supported version is used as an attribute; what some lack is asked for by name
-(:data:`OPTIONAL`) and looked for first.
+The code uses an attribute of TensorRT directly only if both flavours have it in every supported version. The others are
+listed in :data:`OPTIONAL`, and looked up by name. What concerns TensorRT 8.6 alone is in
+:mod:`districompile.backends.tensorrt.v8`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from districompile.backends.tensorrt import v8
 from districompile.errors import BackendError
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
@@ -24,6 +27,9 @@ INSTALL: dict[Flavour, str] = {
     "tensorrt": 'pip install "districompile[tensorrt]"',
     "tensorrt_rtx": 'pip install "districompile[tensorrt-rtx]"',
 }
+LISTED = ("sm75", "sm86", "sm89", "sm120", "sm121")
+"""The GPUs in NVIDIA's support matrices of ``tensorrt_rtx`` 1.0 to 1.5. Its builder accepts others without a word."""
+
 OPTIONAL: dict[str, str] = {
     "add_dist_collective": "collectives inside an engine: tensorrt_rtx 1.4, tensorrt 10.16",
     "set_communicator": "the same",
@@ -39,7 +45,7 @@ OPTIONAL: dict[str, str] = {
     "is_stream_capturable": "whether a step may go into a CUDA graph: tensorrt_rtx",
     "get_engine_validity": "whether an engine fits this GPU: tensorrt_rtx",
 }
-"""What is used where a flavour has it, and which does."""
+"""Attributes that some flavours or versions lack: their purpose, and who has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +61,52 @@ class Library:
 
     @property
     def ahead_of_time(self) -> tuple[str, ...]:
-        """GPUs it builds for without having one: ``("sm75", "sm80", ...)``; none where it builds for present ones."""
+        """GPUs for which it can build ahead of time: ``("sm75", "sm80", ...)``; empty otherwise."""
         members = getattr(getattr(self.module, "ComputeCapability", None), "__members__", {})
         found = [name.lower() for name in members if re.fullmatch(r"SM\d+", name)]
         return tuple(sorted(found, key=lambda sm: int(sm[2:])))
 
+    def describe_targets(self) -> str:
+        """Say for which GPUs engines can be built here: ``for sm75, sm86 without a GPU ...``."""
+        ahead = self.ahead_of_time
+        if not ahead:
+            return "for the GPU of this machine"
+        others = [sm for sm in ahead if sm not in LISTED]
+        accepted = f" ({', '.join(others)}: accepted by the builder, but in no support matrix)" if others else ""
+        return f"for {', '.join(sm for sm in ahead if sm in LISTED)} without a GPU{accepted}"
+
+    @property
+    def is_v8(self) -> bool:
+        """Say whether this is TensorRT 8.6, which reads older ONNX files and has an older interface."""
+        return self.flavour == "tensorrt" and self.numbers[0] == 8
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The version as numbers: ``(10, 16, 1, 11)``."""
+        return _numbers(self.version)
+
     @property
     def has_collectives(self) -> bool:
-        """Whether a collective can be a layer of an engine."""
+        """Say whether a collective can be a layer of an engine."""
         return hasattr(self.module.INetworkDefinition, "add_dist_collective")
 
+    @property
+    def has_all_to_all(self) -> bool:
+        """Say whether a collective can be an all-to-all: tensorrt 11.0, and tensorrt_rtx where it has the operation."""
+        known = hasattr(getattr(self.module, "CollectiveOperation", None), "ALL_TO_ALL")
+        return known and self.has_collectives and (self.flavour == "tensorrt_rtx" or self.numbers >= (11, 0))
+
     def runs_on(self, sm: str) -> str | None:
-        """Why this flavour does not run on a GPU of that kind, or None. What the data-centre flavour supports differs
-        from version to version: it is not second-guessed."""
+        """Say why this flavour does not run on a GPU of that kind, or None if it may.
+
+        The GPUs of the data-centre flavour differ from version to version. Of these, only the newest ones that
+        TensorRT 8.6 knows are checked.
+        """
+        if self.is_v8 and int(sm[2:]) > v8.NEWEST_GPU:
+            return (
+                f"{self.flavour} {self.version} does not run on this GPU ({sm}; it knows none beyond "
+                f"sm{v8.NEWEST_GPU}): use --backend inductor, or install tensorrt 10.1 or later"
+            )
         known = self.ahead_of_time
         if not known or sm in known:
             return None
@@ -78,13 +117,13 @@ class Library:
 
     @functools.cached_property
     def log(self) -> Any:
-        """The logger of all builders, parsers and runtimes: TensorRT wants one for a process."""
+        """The logger of all builders, parsers and runtimes. TensorRT allows one for a process."""
         return _make_log(self.module)
 
 
 def _make_log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors and warnings, prints nothing."""
+        """Keep errors and warnings; print nothing."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -95,7 +134,7 @@ def _make_log(trt: Any) -> Any:
                 self.messages.append((severity <= trt.ILogger.ERROR, text))
 
         def take(self) -> list[str]:
-            """The errors since the last call, without repetitions, and forget all."""
+            """Return and clear the errors since the last call, without repetitions; the warnings if there are none."""
             errors = [text for bad, text in self.messages if bad] or [text for _, text in self.messages]
             self.messages.clear()
             return list(dict.fromkeys(errors))
@@ -103,10 +142,10 @@ def _make_log(trt: Any) -> Any:
     return Log()
 
 
-def told(errors: list[str], sources: Mapping[str, str] | None = None) -> str:
-    """TensorRT's errors in one line, each with the source line of the first node of ours that it names.
+def format_errors(errors: list[str], sources: Mapping[str, str] | None = None) -> str:
+    """Format TensorRT's errors in one line, each with the source line of the first known node that it names.
 
-    ``sources`` maps names of nodes (``conv2d_3``) to where the model's author wrote them (``net.py:12``).
+    ``sources`` maps names of nodes (``conv2d_3``) to lines of the model's source (``net.py:12``).
     """
     lines = []
     for message in errors[:3]:
@@ -119,31 +158,44 @@ def told(errors: list[str], sources: Mapping[str, str] | None = None) -> str:
 
 @functools.cache
 def _load(flavour: Flavour) -> Library | str:
-    """The flavour, or why it is not here."""
+    """Import a flavour; return the reason if that is not possible."""
     if importlib.util.find_spec(flavour) is None:
         return f"the package {flavour} is not installed ({INSTALL[flavour]})"
     try:
         module = importlib.import_module(flavour)
     except Exception as e:  # a missing shared library, mostly
-        return f"the package {flavour} cannot be imported ({type(e).__name__}: {str(e).splitlines()[0]})"
+        text = str(e).splitlines()[0] if str(e) else ""
+        help_ = f": {v8.IMPORT_HELP}" if any(name in text for name in v8.IMPORT_HINTS) else ""
+        return f"the package {flavour} cannot be imported ({type(e).__name__}: {text}){help_}"
     if not hasattr(module, "Builder"):
         return f"the package {flavour} is incomplete: its libraries are missing ({INSTALL[flavour]})"
-    return Library(flavour, module)
+    library = Library(flavour, module)
+    return _other_version(library) or library
+
+
+def _other_version(library: Library) -> str | None:
+    """Say which versions of ``tensorrt`` there is code for, if this is another one."""
+    if library.flavour != "tensorrt" or library.numbers[:2] == (8, 6) or library.numbers[:2] >= (10, 1):
+        return None
+    return f"tensorrt {library.version} is not supported: install version 8.6, or 10.1 or later ({INSTALL['tensorrt']})"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version))
 
 
 def installed() -> dict[Flavour, Library | str]:
-    """Every flavour, or why it is not here."""
+    """Map every flavour to its library, or to the reason why it is not installed."""
     return {flavour: _load(flavour) for flavour in FLAVOURS}
 
 
 def find_library(flavour: str | None = None, sm: str | None = None) -> Library:
-    """The flavour that is asked for, or the best of what is installed: on a machine with a GPU (of kind ``sm``)
-    ``tensorrt``, without one ``tensorrt_rtx``, which alone can build there.
+    """Return the library of ``flavour``, or the best one that is installed.
 
-    Raises :class:`BackendError` naming what is missing and how to get it.
+    The best is ``tensorrt`` on a machine with a GPU (of kind ``sm``), and ``tensorrt_rtx`` without one, as only that
+    can build there. Raises :class:`BackendError` naming what is missing and how to install it.
     """
-    if flavour is not None and flavour not in FLAVOURS:
-        raise BackendError(f"there is no TensorRT flavour {flavour!r}: use one of {', '.join(FLAVOURS)}")
+    check_flavour(flavour)
     wanted = [f for f in FLAVOURS if flavour in (None, f)]
     found = {f: _load(f) for f in (wanted if sm is not None else reversed(wanted))}
     usable = [library for library in found.values() if isinstance(library, Library)]
@@ -153,7 +205,7 @@ def find_library(flavour: str | None = None, sm: str | None = None) -> Library:
 
 
 def present_gpu(device: torch.device | None = None) -> str | None:
-    """The kind of the GPU here, as ``"sm90"``; None without one."""
+    """Return the kind of the GPU of this machine, as ``"sm90"``; None without one."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -161,75 +213,98 @@ def present_gpu(device: torch.device | None = None) -> str | None:
 
 
 def parse_targets(text: str | None, library: Library, gpu: str | None) -> tuple[str, ...]:
-    """The GPUs to build for. ``text``: ``"current"``, or ``"sm89"``, or several with commas; None is the GPU that is
-    here, or every Ampere or later one that ``library`` knows.
+    """Resolve the option ``target`` to the kinds of GPU to build for.
 
-    Raises :class:`BackendError` saying what is possible instead.
+    ``text`` is ``"current"`` or a kind such as ``"sm89"``, or several with commas. None is the present GPU, or every
+    Ampere or later one that ``library`` knows and its support matrices list. Raises :class:`BackendError` saying what
+    is possible instead.
     """
     ahead = library.ahead_of_time
-    possible = f"it builds for {', '.join(ahead)} without a GPU" if ahead else "it builds for the GPU of this machine"
     if text is None:
         if gpu is not None and library.runs_on(gpu) is None:
             return (gpu,)
         if ahead:
-            return tuple(sm for sm in ahead if int(sm[2:]) >= 80)
+            return tuple(sm for sm in ahead if int(sm[2:]) >= 80 and sm in LISTED)
         text = "current"
     targets: list[str] = []
-    for word in (w.strip().lower() for w in text.split(",") if w.strip()):
+    for word in split_targets(text):
         if word == "current":
             if gpu is None:
                 way_out = (
-                    f"give --target {ahead[0]} or another of {', '.join(ahead)}"
+                    f"give target={ahead[0]} or another of {', '.join(ahead)}"
                     if ahead
                     else "convert on a machine with the GPU, or install tensorrt_rtx, which builds without one "
                     f"({INSTALL['tensorrt_rtx']})"
                 )
-                raise BackendError(f"--target current: there is no GPU here: {way_out}")
+                raise BackendError(f"target=current: there is no GPU here: {way_out}")
             word = gpu
             if (reason := library.runs_on(word)) is not None:
-                raise BackendError(f"--target current: {reason}")
-        if not re.fullmatch(r"sm\d+", word):
-            raise BackendError(f"--target {word}: a target is `current` or a kind of GPU such as sm89")
+                raise BackendError(f"target=current: {reason}")
         if (ahead and word not in ahead) or (not ahead and word != gpu):
             here = f"the GPU here is {gpu}" if gpu else "there is no GPU here"
             raise BackendError(
-                f"--target {word}: {library.flavour} {library.version} cannot build for it ({here}; {possible}). "
-                + _other_way(library, word)
+                f"target={word}: {library.flavour} {library.version} cannot build for it ({here}; it builds "
+                f"{library.describe_targets()}). {_other_way(library, word)}"
             )
         targets.append(word)
-    if not targets:
-        raise BackendError("--target is empty: give `current` or a kind of GPU such as sm89")
     return tuple(dict.fromkeys(targets))
+
+
+def check_flavour(flavour: str | None) -> None:
+    """Raise :class:`BackendError` unless ``flavour`` is None or one of :data:`FLAVOURS`."""
+    if flavour is not None and flavour not in FLAVOURS:
+        raise BackendError(f"flavour={flavour}: give one of {', '.join(FLAVOURS)}")
+
+
+def split_targets(text: str) -> tuple[str, ...]:
+    """Split the option ``target`` into words. Raises :class:`BackendError` for a malformed one."""
+    words = tuple(w.strip().lower() for w in text.split(",") if w.strip())
+    if not words:
+        raise BackendError("target is empty: give current, or a kind of GPU such as sm89")
+    for word in words:
+        if word != "current" and not re.fullmatch(r"sm\d+", word):
+            raise BackendError(f"target={word}: give current, or a kind of GPU such as sm89")
+    return words
 
 
 def _other_way(library: Library, sm: str) -> str:
     if library.flavour == "tensorrt_rtx":
-        return f"For {sm} convert on a machine that has one, with --tensorrt-flavour tensorrt or --backend inductor"
+        return f"For {sm} convert on a machine that has one, with flavour=tensorrt, or with the inductor backend"
     return (
-        f"Convert on a machine with such a GPU, or with --tensorrt-flavour tensorrt_rtx ({INSTALL['tensorrt_rtx']}) "
-        "where that knows it"
+        f"Convert on a machine with such a GPU, or with flavour=tensorrt_rtx ({INSTALL['tensorrt_rtx']}) "
+        "if that knows it"
     )
 
 
 def dtype_table(trt: Any) -> dict[Any, torch.dtype]:
-    """TensorRT's dtypes as torch's."""
-    d = trt.DataType
-    return {
-        d.FLOAT: torch.float32, d.HALF: torch.float16, d.BF16: torch.bfloat16, d.INT64: torch.int64,
-        d.INT32: torch.int32, d.INT8: torch.int8, d.UINT8: torch.uint8, d.BOOL: torch.bool,
+    """Map TensorRT's dtypes to PyTorch's. Version 8.6 has no ``BF16`` and no ``INT64``."""
+    names = {
+        "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64,
+        "INT32": torch.int32, "INT8": torch.int8, "UINT8": torch.uint8, "BOOL": torch.bool,
+        "FP8": torch.float8_e4m3fn,
     }  # fmt: skip
+    found = {getattr(trt.DataType, name, None): dtype for name, dtype in names.items()}
+    return {member: dtype for member, dtype in found.items() if member is not None}
 
 
 def set_optional(thing: Any, name: str, value: Any) -> None:
-    """Set an attribute that not every flavour has (one of :data:`OPTIONAL`)."""
+    """Set an attribute that some flavours lack (one of :data:`OPTIONAL`)."""
     if name not in OPTIONAL:
         raise KeyError(name)
     setattr(thing, name, value)
 
 
 def optional(thing: Any, name: str) -> Callable[..., Any] | None:
-    """A method that not every flavour has (one of :data:`OPTIONAL`), or None."""
+    """Return a method that some flavours lack (one of :data:`OPTIONAL`), or None."""
     if name not in OPTIONAL:
         raise KeyError(name)
     found: Callable[..., Any] | None = getattr(thing, name, None)
+    return found
+
+
+def required(thing: Any, name: str) -> Callable[..., Any]:
+    """Return a method of :data:`OPTIONAL` that this flavour has. Raises :class:`BackendError` if it has not."""
+    found = optional(thing, name)
+    if found is None:
+        raise BackendError(f"this TensorRT has no {name} ({OPTIONAL[name]})")
     return found

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile, load and launch the CUDA kernel ``products.cu``: gated linear layers and convolutions on Hopper GPUs.
+
+The kernel uses what Triton cannot express: tiles of 160 columns, tiles of several rows of pixels, and clusters of
+blocks that share their copies. An engine calls it as an operator. NVRTC, which comes with PyTorch, compiles it once for
+each shape of tile. A bundle contains the compiled kernels that its engines call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import itertools
+import math
+import operator
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from districompile.backends.inductor.fragment import library_fragment, register_fake
+from districompile.backends.inductor.kernels import launch
+from districompile.cuda.driver import DriverError, call
+from districompile.errors import BackendError
+
+# (columns, parts) of a tile. The numbers of channels of many networks are multiples of 160: 2048 x 1280 is then 128
+# tiles for 132 multiprocessors, where tiles of 128 columns give 160.
+TILES = ((160, 1), (160, 2), (128, 1), (128, 2), (256, 1), (80, 1))
+GATED_TILES = (160, 128, 80)
+
+_SHARED = 232448  # bytes of shared memory of a block, at most
+_PIXELS, _INNER, _CLUSTER, _THREADS = 128, 64, 2, 384  # as in products.cu
+_MAX_STAGES = 8
+_KINDS = {torch.float16: ("f16", 6), torch.bfloat16: ("bf16", 9)}  # PTX's name, and CUtensorMapDataType
+_SWIZZLE_128B, _PROMOTE_256B, _SHARED_SIZE = 3, 3, 8  # CUtensorMapSwizzle, ...L2promotion, CUfunction_attribute
+
+_LIB = library_fragment()
+_LIB.define("tiled_gated_product(Tensor x, Tensor weight, Tensor? bias, int columns) -> Tensor")
+_LIB.define("tiled_convolution(Tensor x, Tensor weight, int[] kernel, int[] padding, int[] tile) -> Tensor")
+
+
+def unavailable_reason() -> str | None:
+    """Say why the kernel cannot be used on this machine, or None if it can."""
+    return launch.unavailable_reason() or _no_compiler()
+
+
+@functools.cache
+def _no_compiler() -> str | None:
+    try:
+        code, *version = importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    except Exception as e:  # an ImportError, or an error of the code that looks for the library
+        return f"cuda.bindings cannot load NVRTC ({e})"
+    return None if int(code) == 0 else f"NVRTC failed: {code.name} {version}"
+
+
+class Kernel(NamedTuple):
+    """One compiled variant: tiles of ``parts`` times ``columns`` columns, gated or not, with a bias or not."""
+
+    columns: int
+    parts: int
+    gated: bool
+    bias: bool
+    dtype: torch.dtype
+
+    @property
+    def file(self) -> str:
+        """The name of its file in a bundle."""
+        flags = f"{'gated' if self.gated else 'plain'}-{'bias' if self.bias else 'bare'}-{_KINDS[self.dtype][0]}"
+        return f"products{_VERSION}-{self.columns}-{self.parts}-{flags}.cubin"
+
+
+def gated_kernel(columns: int, bias: bool, dtype: torch.dtype) -> Kernel:
+    """Return the variant that :func:`tiled_gated_linear` calls."""
+    return Kernel(columns, 2, True, bias, dtype)
+
+
+def convolution_kernel(tile: Sequence[int], dtype: torch.dtype) -> Kernel:
+    """Return the variant that :func:`tiled_convolution` calls."""
+    columns, parts = tile
+    return Kernel(columns, parts, False, False, dtype)
+
+
+_VERSION = 1  # to be raised when the arguments of the kernel change, or when a fault in it is fixed
+_FILE = re.compile(r"products(\d+)-(\d+)-(\d+)-(gated|plain)-(bias|bare)-(f16|bf16)\.cubin")
+_CUBINS: dict[Kernel, bytes] = {}
+
+
+def load_kernels(folder: Path, names: Iterable[str], device: torch.device) -> None:
+    """Read kernels from a bundle, and load them on ``device`` if that is a GPU.
+
+    Kernels of another version, and kernels that this driver refuses, are compiled here. Raises :class:`BackendError` if
+    that fails, or if a file is missing.
+    """
+    for name in names:
+        found = _FILE.fullmatch(name)
+        if found is None:
+            raise BackendError(f"{folder} names {name!r}, which is no kernel file")
+        version, columns, parts, gated, bias, kind = found.groups()
+        dtype = next(d for d, (k, _) in _KINDS.items() if k == kind)
+        kernel = Kernel(int(columns), int(parts), gated == "gated", bias == "bias", dtype)
+        if int(version) == _VERSION and kernel not in _CUBINS:
+            try:
+                _CUBINS[kernel] = (folder / name).read_bytes()
+            except OSError as e:
+                raise BackendError(f"cannot read {folder / name}: {e.strerror or e}") from e
+        if device.type == "cuda":
+            try:
+                _load(kernel, device)
+            except DriverError as e:
+                raise BackendError(f"{folder / name} cannot be used here: {e}: convert again on this machine") from e
+
+
+def _load(kernel: Kernel, device: torch.device) -> None:
+    try:
+        _function_of(kernel, device)
+    except DriverError:
+        if _CUBINS.pop(kernel, None) is None:
+            raise
+        _function_of(kernel, device)  # compiles it here
+
+
+def tiled_gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+    """Compute the first half of ``linear(x, weight, bias)`` times the GELU of the second, for matrices.
+
+    ``columns`` is the width of a tile in each half.
+    """
+    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
+    bias = None if bias is None else _aligned(bias)
+    kernel = gated_kernel(columns, bias is not None, x.dtype)
+    _launch(kernel, _aligned(x)[None, None], _aligned(weight), bias, out, (1, 1), (0, 0))
+    return out
+
+
+def tiled_convolution(
+    x: Tensor, weight: Tensor, kernel: Sequence[int], padding: Sequence[int], tile: Sequence[int]
+) -> Tensor:
+    """Convolve ``x`` (batch, height, width, channels) with a matrix (columns, pixels of the kernel x channels).
+
+    Returns (batch, height, width, columns). The stride is 1.
+    """
+    out = x.new_empty(_output_shape(x.shape, weight.shape[0], kernel, padding))
+    _launch(convolution_kernel(tile, x.dtype), _aligned(x), _aligned(weight), None, out, kernel, padding)
+    return out
+
+
+def _output_shape(shape: Sequence[int], columns: int, kernel: Sequence[int], padding: Sequence[int]) -> list[int]:
+    height, width = (n + 2 * p - k + 1 for n, p, k in zip(shape[1:3], padding, kernel, strict=True))
+    return [shape[0], height, width, columns]
+
+
+_LIB.impl("tiled_gated_product", tiled_gated_linear, "CUDA")
+_LIB.impl("tiled_convolution", tiled_convolution, "CUDA")
+register_fake("tiled_gated_product", lambda x, w, b, columns: x.new_empty(x.shape[0], w.shape[0] // 2), _LIB)
+register_fake(
+    "tiled_convolution",
+    lambda x, w, kernel, padding, tile: x.new_empty(_output_shape(x.shape, w.shape[0], kernel, padding)),
+    _LIB,
+)
+TILED_GATED_LINEAR = torch.ops.districompile.tiled_gated_product.default
+TILED_CONVOLUTION = torch.ops.districompile.tiled_convolution.default
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return ``x`` contiguous and at a multiple of 16 bytes, as the tensor memory accelerator reads it."""
+    return x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+class _Sizes(ctypes.Structure):
+    """The argument ``Sizes`` of products.cu."""
+
+    _fields_ = tuple((name, ctypes.c_int) for name in (
+        "batch", "height", "width", "columns", "channels", "taps", "across", "above", "left", "shift"
+    ))  # fmt: skip
+
+
+def _launch(
+    kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, taps: Sequence[int],
+    padding: Sequence[int],
+) -> None:  # fmt: skip
+    columns, parts = kernel.columns, kernel.parts
+    batch, height, width, _ = _output_shape(x.shape, 0, taps, padding)
+    wide = _tile_width(height, width)
+    tall = _PIXELS // wide
+    sizes = _Sizes(
+        batch, height, width, out.shape[-1], x.shape[-1], math.prod(taps), taps[1], *padding,
+        wide.bit_length() - 1,
+    )  # fmt: skip
+    pixels = batch * launch.blocks_of(height, tall) * launch.blocks_of(width, wide)
+    tiles = launch.blocks_of(pixels, _CLUSTER) * (out.shape[-1] // (columns if kernel.gated else parts * columns))
+    maps = [_tensor_map(x, (1, tall, wide)), _tensor_map(weight, (columns // _CLUSTER,))]
+    pointers = [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in (bias, out)]
+    arguments = (ctypes.c_void_p * 5)(*(ctypes.addressof(a) for a in (*maps, *pointers, sizes)))
+    blocks = _CLUSTER * min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count // _CLUSTER)
+    stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+    function, shared = _function_of(kernel, x.device), _bytes(columns, parts)
+    call("cuLaunchKernel", function, blocks, 1, 1, _THREADS, 1, 1, shared, stream, arguments, None)
+
+
+def _tile_width(height: int, width: int) -> int:
+    """Choose the pixels of a row that a tile has, a power of 2, for the fewest tiles."""
+
+    def count(wide: int) -> int:
+        return launch.blocks_of(width, wide) * launch.blocks_of(height, _PIXELS // wide)
+
+    widths = [_PIXELS >> i for i in range(_PIXELS.bit_length())]
+    return min(widths, key=count)
+
+
+def _tensor_map(tensor: Tensor, block: Sequence[int]) -> ctypes.Array[ctypes.c_char]:
+    """Return a CUtensorMap of the contiguous ``tensor``, read in blocks of (*block, _INNER). It reads 0 outside."""
+    rank, size = tensor.ndim, tensor.itemsize
+    memory = (ctypes.c_char * 192)()
+    offset = -ctypes.addressof(memory) % 64  # a CUtensorMap lies at a multiple of 64 bytes
+    found = (ctypes.c_char * 128).from_buffer(memory, offset)  # keeps ``memory`` alive
+    dims = (ctypes.c_uint64 * rank)(*reversed(tensor.shape))
+    # From the shape: PyTorch gives dims of size 1 any stride
+    dense = itertools.accumulate(reversed(tensor.shape[1:]), operator.mul)
+    strides = (ctypes.c_uint64 * (rank - 1))(*(n * size for n in dense))
+    box, steps = (ctypes.c_uint32 * rank)(_INNER, *reversed(block)), (ctypes.c_uint32 * rank)(*[1] * rank)
+    address = ctypes.c_void_p(tensor.data_ptr())
+    call(
+        "cuTensorMapEncodeTiled", ctypes.byref(found), _KINDS[tensor.dtype][1], rank, address, dims, strides, box,
+        steps, 0, _SWIZZLE_128B, _PROMOTE_256B, 0,
+    )  # fmt: skip
+    return found
+
+
+@functools.cache
+def _function_of(kernel: Kernel, device: torch.device) -> ctypes.c_void_p:
+    module, found = ctypes.c_void_p(), ctypes.c_void_p()
+    code = _CUBINS.get(kernel) or compile_kernel(kernel)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()  # creates the CUDA context
+        call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(code))
+        call("cuModuleGetFunction", ctypes.byref(found), module, ctypes.c_char_p(b"product"))
+        call("cuFuncSetAttribute", found, _SHARED_SIZE, _bytes(kernel.columns, kernel.parts))
+    return found
+
+
+def _bytes(columns: int, parts: int) -> int:
+    """Return the bytes of shared memory of a block: its stages, with two barriers each."""
+    return stages(columns, parts) * (_step(columns, parts) + 16)
+
+
+def stages(columns: int, parts: int) -> int:
+    """Return the number of stages of a block: the steps of the inner dimension that are copied ahead."""
+    return min(_MAX_STAGES, _SHARED // (_step(columns, parts) + 16))
+
+
+def _step(columns: int, parts: int) -> int:
+    return (_PIXELS + parts * columns) * _INNER * 2
+
+
+@functools.cache
+def compile_kernel(kernel: Kernel) -> bytes:
+    """Compile the kernel to the cubin that the driver loads. Needs NVRTC, and no GPU. Raises :class:`DriverError`."""
+    if (reason := _no_compiler()) is not None:
+        raise DriverError(reason)
+    nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
+
+    def checked(result: tuple[Any, ...]) -> Any:
+        if int(result[0]) != 0:
+            raise DriverError(f"NVRTC failed: {result[0].name}")
+        return result[1] if len(result) > 1 else None
+
+    header = _header(kernel.columns, _KINDS[kernel.dtype][0]).encode()
+    columns, parts, gated, bias, _ = kernel
+    values = {"COLUMNS": columns, "PARTS": parts, "STAGES": stages(columns, parts), "GATED": gated, "BIAS": bias}
+    flags = ["--gpu-architecture=sm_90a", "-std=c++17", *(f"-D{name}={int(n)}" for name, n in values.items())]
+    text, options = Path(__file__).with_name("products.cu").read_bytes(), [flag.encode() for flag in flags]
+    program = checked(nvrtc.nvrtcCreateProgram(text, b"products.cu", 1, [header], [b"wgmma.cuh"]))
+    [code] = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(code) != 0:
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise DriverError(f"NVRTC does not compile products.cu: {log.decode(errors='replace').strip()}")
+    result: bytes = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, result))
+    checked(nvrtc.nvrtcDestroyProgram(program))
+    return result
+
+
+def _header(columns: int, kind: str) -> str:
+    """Generate wgmma.cuh. A thread holds columns / 2 numbers of a product of 64 rows, ``columns`` columns, 16 steps."""
+    count = columns // 2
+    numbers = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(y[{i}])' for i in range(count))
+    return f"""
+__device__ __forceinline__ void wgmma(float (&y)[{count}], unsigned long long a, unsigned long long b) {{
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
+        "{{{numbers}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
+        : {operands} : "l"(a), "l"(b));
+}}
+// What is written to y before is there, and what reads it afterwards comes after.
+__device__ __forceinline__ void hold(float (&y)[{count}]) {{ asm volatile("" : {operands} :: "memory"); }}
+__device__ __forceinline__ unsigned int pack(float low, float high) {{
+    unsigned int word;
+    asm("cvt.rn.{kind}x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}}
+__device__ __forceinline__ void unpack(unsigned int word, float (&numbers)[2]) {{
+    {_UNPACK[kind]}
+}}
+"""
+
+
+_UNPACK = {
+    "f16": 'asm("{\\n.reg .b16 low, high;\\nmov.b32 {low, high}, %2;\\n'
+    'cvt.f32.f16 %0, low;\\ncvt.f32.f16 %1, high;\\n}" : "=f"(numbers[0]), "=f"(numbers[1]) : "r"(word));',
+    "bf16": "numbers[0] = __uint_as_float(word << 16);\n    numbers[1] = __uint_as_float(word & 0xffff0000u);",
+}

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``districompile inspect``: show what a bundle holds, read from its plan and manifest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from districompile.bundle.bundle import Bundle
+from districompile.cli.commands.convert import folder_bytes
+from districompile.cli.common import UsageError, console, load_extensions, print_json
+from districompile.cli.inspect import Settings
+from districompile.cli.shapes import at_shape
+from districompile.plan.report import Report, size
+from districompile.plan.shapes import input_shapes, shapes_text
+from districompile.plan.steps_text import WIDTH, phase_text, step_lines
+
+
+def main(settings: Settings) -> int:
+    """Print the report of a bundle, or the steps of one phase."""
+    load_extensions(settings.extension)
+    opened = Bundle.open(settings.bundle, verify="quick")
+    bundle = at_shape(opened, settings.shape)
+    terminal = console()
+    if settings.graph is not None:
+        if settings.graph not in bundle.plan.phases:
+            raise UsageError(f"--graph {settings.graph}: the bundle has the phases {', '.join(bundle.plan.phases)}")
+        if settings.as_json:
+            print_json({"phase": settings.graph, "steps": step_lines(bundle.plan, settings.graph)})
+        else:
+            print(phase_text(bundle.plan, settings.graph, terminal.width if sys.stdout.isatty() else WIDTH))
+        return 0
+    report = Report(bundle.plan)
+    summary = _summary(bundle.manifest)
+    if settings.as_json:
+        shapes = {name: {p: list(s) for p, s in input_shapes(plan).items()} for name, plan in opened.plans.items()}
+        print_json({"bundle": str(settings.bundle), "manifest": summary, "shapes": shapes, "report": report.to_dict()})
+        return 0
+    facts = ", ".join(f"{k} {v}" for k, v in summary.items() if v is not None and not isinstance(v, dict | list))
+    terminal.print(
+        f"{settings.bundle}: {size(folder_bytes(settings.bundle))}; {facts}\n", markup=False, highlight=False
+    )
+    if len(opened.plans) > 1:
+        for name, plan in opened.plans.items():
+            terminal.print(f"shape {name}: {shapes_text(plan)}", markup=False, highlight=False)
+        terminal.print(f"\n{next(iter(bundle.plans))}:", markup=False, highlight=False)
+    terminal.print(report)
+    return 0
+
+
+def _summary(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest without its long tables of hashes and engines."""
+    return {k: v for k, v in manifest.items() if k not in ("files", "engines", "config")}
