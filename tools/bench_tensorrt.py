@@ -124,6 +124,7 @@ def read_lines(path: Path) -> list[Line]:
 def run_job(job: Line, args: argparse.Namespace) -> None:
     import torch
 
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # PyTorch's convolutions have it
     device = torch.device(args.device)
     made = backend_of(job["backend"])
     described = dict(made.describe() or {}) if job["backend"] == "tensorrt" else {"version": torch.__version__}
@@ -218,7 +219,9 @@ def errors(job: Line, args: argparse.Namespace, device: Any, made: Any, say: Any
         outputs[which] = []
         for i, phase in enumerate(phases):
             unet.phase = phase  # type: ignore[assignment]
-            moved = {**kwargs, "sample": kwargs["sample"] * (1 + 0.05 * i)} if moving else kwargs
+            moved = dict(kwargs)
+            if moving and i:  # the timestep as well: another call with the same one would begin an image
+                moved |= {"sample": kwargs["sample"] * (1 + 0.05 * i), "timestep": kwargs["timestep"] - i}
             outputs[which].append(_tensor(unet(**moved)).cpu())
         del unet
     pairs = list(zip(outputs["ours"], outputs["eager"], strict=True))

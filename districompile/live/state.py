@@ -220,8 +220,10 @@ def _described(value: Any, above: list[int], depth: int, skip: tuple[str, ...] =
     """Return what decides a computation as plain data: attributes of objects, and the values of containers."""
     if isinstance(value, bool | int | str | type(None)):
         return value
-    if isinstance(value, float | bytes | torch.dtype | torch.device | type):
+    if isinstance(value, float | bytes | torch.dtype | type):
         return repr(value)
+    if isinstance(value, torch.device):  # without its number, which every rank has another one of
+        return value.type
     if isinstance(value, Tensor):
         return ["tensor", digest(value)] if value.device.type != "meta" else ["meta", list(value.shape)]
     if id(value) in above or depth > _DEPTH:

@@ -95,6 +95,9 @@ CASES: dict[str, tuple[Function, list[Tensor], list[Tensor]]] = {
     "unused input": (lambda x, y: x * 2, [rand(3), rand(1)], []),
     "constant output": (lambda x: (torch.zeros(2, 3), torch.arange(3) * 2, x + 1), [rand(3)], []),
     "conditions": (lambda x: torch.where(x > 0, x, torch.zeros_like(x)), [rand(3, 3)], []),
+    "sums and maxima": (
+        lambda x: (x.sum((1, 2)), x.amax(1, keepdim=True), x.amin(-1), x.mean(1), x.sum()), [rand(2, 4, 3)], []
+    ),
     "scalar weight": (lambda x, w: x * w, [rand(3, 3)], [torch.tensor(2.5)]),
     "integers": (lambda x, w: F.embedding(x, w), [torch.tensor([[1, 0, 2]])], [rand(3, 4)]),
 }  # fmt: skip
@@ -118,7 +121,7 @@ def test_backends_agree(case: str, onnx: OnnxRuntimeBackend, tmp_path: Path) -> 
     check(onnx, *CASES[case], tmp_path)
 
 
-HALF = ["block", "conv", "group norm", "geglu"]
+HALF = ["block", "conv", "group norm", "geglu", "sums and maxima"]
 
 COMPOSITES: dict[str, tuple[Function, list[Tensor]]] = {
     "assemble between": (lambda f, x: ops.assemble(f, x, 2, 1, 1, 1, 4), [rand(3, 1, 2, 4), rand(1, 2, 5, 4)]),

@@ -14,18 +14,19 @@ Weights never enter an ONNX file. They are initializers whose external data is t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from districompile.backends.base import source_line
-from districompile.backends.onnx.proto import OPSET, Composer, Kind, Template, probe_model, reads
+from districompile.backends.onnx.proto import OPSET, Composer, Kind, Template, element_type, probe_model, reads
 from districompile.backends.onnx.translations import translate_here
 from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError
@@ -36,6 +37,8 @@ from districompile.ir.spec import TensorSpec
 
 if TYPE_CHECKING:
     import onnx
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Translator:
@@ -229,6 +232,7 @@ def _split(model: onnx.ModelProto, kinds: Sequence[Kind]) -> list[Template]:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     inputs = [value.name for value in model.graph.input]
     outputs = [value.name for value in model.graph.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
     templates = []
     for kind in kinds:
         own_inputs, inputs = inputs[: len(kind.inputs)], inputs[len(kind.inputs) :]
@@ -251,8 +255,25 @@ def _split(model: onnx.ModelProto, kinds: Sequence[Kind]) -> list[Template]:
         ordered = [nodes[i] for i in sorted(nodes)]
         if len(ordered) == 1 and ordered[0].op_type == "Identity" and ordered[0].input[0] in own_inputs:
             own_outputs = [ordered.pop().input[0]]
-        templates.append(Template(tuple(ordered), tuple(found.values()), tuple(own_inputs), tuple(own_outputs)))
+        template = Template(tuple(ordered), tuple(found.values()), tuple(own_inputs), tuple(own_outputs))
+        templates.append(_cast_back(template, kind, types))
     return templates
+
+
+def _cast_back(template: Template, kind: Kind, types: Mapping[str, int]) -> Template:
+    """Cast floating-point outputs to the dtypes of ``kind``: the exporter leaves reductions of halves in float32.
+
+    ``types`` has the element type of each output by the exporter's name.
+    """
+    from onnx import helper
+
+    nodes, outputs = list(template.nodes), []
+    for name, spec in zip(template.outputs, kind.outputs, strict=True):
+        wanted = element_type(spec.dtype)
+        if spec.dtype.is_floating_point and types.get(name, wanted) in {*map(element_type, _FLOATS)} - {wanted}:
+            nodes.append(helper.make_node("Cast", [name], [name := f"{name}_as_{wanted}"], to=wanted))
+        outputs.append(name)
+    return dataclasses.replace(template, nodes=tuple(nodes), outputs=tuple(outputs))
 
 
 def _advice(kind: Kind) -> str:

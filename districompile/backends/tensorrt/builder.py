@@ -61,6 +61,32 @@ def build_engine(
     Each of ``collectives`` takes the place of an output and an input of the model, and is in the engine afterwards.
     Raises :class:`BackendError` with TensorRT's error, the operator and its source line (``sources``).
     """
+    reasons: list[str] = []
+    for cached, settings in v8.attempts(options.timing_cache is not None) if library.is_v8 else ((True, None),):
+        given = options if cached else dataclasses.replace(options, timing_cache=None)
+        plan, config = _built(library, onnx, weights, given, collectives, sources or {}, settings)
+        if plan is not None:
+            break
+        reasons = reasons or library.log.take()  # later ones are of settings that were never asked for
+    else:
+        raise BackendError(f"{library.flavour} cannot build {onnx.name}: {format_errors(reasons, sources)}")
+    if collectives:
+        check_collectives(library, plan, collectives, onnx.name)
+    _write(path, memoryview(plan))
+    if given.timing_cache is not None:
+        _write(given.timing_cache, memoryview(config.get_timing_cache().serialize()))
+
+
+def _built(
+    library: Library,
+    onnx: Path,
+    weights: Path,
+    options: BuildOptions,
+    collectives: Sequence[InnerCollective],
+    sources: Mapping[str, str],
+    settings: v8.Precision | None,
+) -> tuple[types.IHostMemory | None, types.IBuilderConfig]:
+    """Parse and build once. Return the plan, or None if the builder failed, and the configuration."""
     trt, log = library.module, library.log
     log.take()
     builder: types.Builder = trt.Builder(log)
@@ -81,16 +107,9 @@ def build_engine(
         if collectives:
             add_collectives(library, network, collectives)
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        if library.is_v8:
-            v8.configure(trt, config, network)
-        plan = cast("types.IHostMemory | None", builder.build_serialized_network(network, config))
-    if plan is None:
-        raise BackendError(f"{library.flavour} cannot build {onnx.name}: {format_errors(log.take(), sources)}")
-    if collectives:
-        check_collectives(library, plan, collectives, onnx.name)
-    _write(path, memoryview(plan))
-    if options.timing_cache is not None:
-        _write(options.timing_cache, memoryview(config.get_timing_cache().serialize()))
+        if settings is not None:
+            v8.configure(trt, config, network, settings)
+        return cast("types.IHostMemory | None", builder.build_serialized_network(network, config)), config
 
 
 def _parser_error(error: types.ParserError) -> str:
@@ -121,7 +140,7 @@ def _config(library: Library, builder: types.Builder, options: BuildOptions) -> 
 
 
 def _write(path: Path, data: memoryview) -> None:
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with temporary.open("wb") as file:
         file.write(data)
     temporary.replace(path)

@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +27,23 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.int64, torch.int32, torc
 
 IMPORT_HINTS = ("libcublas.so.12", "libcublasLt.so.12", "libcudnn.so.8")
 IMPORT_HELP = "pip install nvidia-cublas-cu12 'nvidia-cudnn-cu12<9', which TensorRT 8.6 loads and never calls"
+
+
+Precision = Literal["float pinned", "all pinned"]
+"""Whose precision is fixed: values that the model has in float32, or those in float16, too."""
+
+
+def attempts(cached: bool) -> Iterator[tuple[bool, Precision]]:
+    """Yield ways to build an engine: whether the timing cache is used, and what is pinned.
+
+    Each is tried where the one before failed. Seen on an H200, both in float16: the library could not read back what
+    it had kept for its fused regions ("myelinCache.h deserializeFromBuffer"), and such a region had a float32 value in
+    float16 ("verify_output_type"), which is refused and not computed.
+    """
+    if cached:
+        yield True, "float pinned"
+    yield False, "float pinned"
+    yield False, "all pinned"
 
 
 def legalised(model: Any) -> Any:
@@ -48,7 +66,7 @@ def create_network(trt: Any, builder: Any) -> Any:
     return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
 
 
-def configure(trt: Any, config: Any, network: Any) -> None:
+def configure(trt: Any, config: Any, network: Any, precision: Precision) -> None:
     """Set the precision for a parsed network, and leave out the tactics of other libraries."""
     ours = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
     if not config.set_tactic_sources(sum(1 << int(source) for source in ours)):
@@ -58,13 +76,14 @@ def configure(trt: Any, config: Any, network: Any) -> None:
     config.set_flag(trt.BuilderFlag.FP16)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     typed = (trt.LayerType.CONSTANT, trt.LayerType.CAST, trt.LayerType.SHAPE)  # their own definition says the dtype
+    pinned = (trt.DataType.FLOAT,) if precision == "float pinned" else (trt.DataType.FLOAT, trt.DataType.HALF)
     for i in range(network.num_layers):
         layer = network.get_layer(i)
-        outputs = [layer.get_output(k) for k in range(layer.num_outputs)]
-        if layer.type not in typed and outputs and all(o.dtype == trt.DataType.FLOAT for o in outputs):
-            layer.precision = trt.DataType.FLOAT
+        dtypes = {layer.get_output(k).dtype for k in range(layer.num_outputs)}
+        if layer.type not in typed and len(dtypes) == 1 and (dtype := dtypes.pop()) in pinned:
+            layer.precision = dtype
             for k in range(layer.num_outputs):
-                layer.set_output_type(k, trt.DataType.FLOAT)
+                layer.set_output_type(k, dtype)
 
 
 def _has_half(trt: Any, network: Any) -> bool:

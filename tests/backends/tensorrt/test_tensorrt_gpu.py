@@ -57,9 +57,10 @@ def test_engines_equal_the_oracle(name: str, dtype: torch.dtype, weights: Any, t
     for which in ("engines", "oracle"):
         unet = dc.load(tmp_path / which, lockstep=True, device="cuda")
         outputs[which] = []
-        for phase in ("exact", "displaced", "displaced"):
+        for n, phase in enumerate(("exact", "displaced", "displaced") if "timestep" in kwargs else ("exact",)):
             unet.phase = phase  # type: ignore[assignment]
-            outputs[which].append(first(unet(**kwargs)).cpu())
+            moved = {"timestep": kwargs["timestep"] - n} if n else {}  # else an image of its own would begin
+            outputs[which].append(first(unet(**{**kwargs, **moved})).cpu())
     for got, want in zip(outputs["engines"], outputs["oracle"], strict=True):
         assert relative_error(got, want) <= TOLERANCES[dtype]
 

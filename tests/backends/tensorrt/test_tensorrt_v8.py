@@ -217,6 +217,34 @@ def test_float32_stays_float32(tmp_path: Path) -> None:
     assert trt.config.flags == set() and layer.precision is None
 
 
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_build_that_fails_is_tried_otherwise(failures: int, tmp_path: Path) -> None:
+    """First without the timing cache, then with all precisions pinned. The error is the first one's."""
+    d, kinds = V8.DataType, V8.LayerType
+    half, single = fakes.Layer(kinds.CONVOLUTION, d.HALF), fakes.Layer(kinds.REDUCE, d.FLOAT)
+    trt = V8(fakes.Network([fakes.Tensor("x", d.HALF)], [half, single]))
+    caches: list[Any] = []
+
+    def build(builder: Any, network: Any, config: Any) -> bytes | None:
+        caches.append(config.cache)
+        config.cache = None  # of the next configuration, which is the same object
+        return None if len(caches) <= failures else b"a plan"
+
+    trt.Builder.build_serialized_network = build  # type: ignore[method-assign]
+    for name in ("x.onnx", "weights.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    options = BuildOptions(("sm90",), "inside", tmp_path / "timing.cache")
+    files = tmp_path / "x.onnx", tmp_path / "weights.safetensors", tmp_path / "x.engine"
+    if failures == 3:
+        with pytest.raises(BackendError, match="tensorrt cannot build x.onnx: the reason"):
+            build_engine(fakes.library_of(trt), *files, options)
+    else:
+        build_engine(fakes.library_of(trt), *files, options)
+    assert [cache is not None for cache in caches] == [True, False, False][: failures + 1]
+    assert half.pinned == ({0: d.HALF} if failures >= 2 else {}) and single.pinned == {0: d.FLOAT}
+    assert files[2].exists() == (failures < 3) and not (tmp_path / "timing.cache").exists()
+
+
 def test_parser_errors_name_the_node(installed: None, tmp_path: Path) -> None:
     def net(x: Tensor) -> Tensor:
         return torch.relu(x)
