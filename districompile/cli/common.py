@@ -6,6 +6,7 @@ Functions import PyTorch where they need it, because the process that starts the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -14,7 +15,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
@@ -159,3 +160,19 @@ def example_of(loaded: LoadedModel, plan: ExecutionPlan, seed: int, device: torc
         return example
     args, kwargs = replace((example.args, example.kwargs), Tensor, lambda t: t.to(device))
     return dataclasses.replace(example, args=args, kwargs=kwargs)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Switch TF32 off inside: PyTorch has it on for convolutions on GPUs. float32 is compared by its own rounding."""
+    import torch
+
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    earlier = [s.allow_tf32 for s in switches]
+    try:
+        for s in switches:
+            s.allow_tf32 = False
+        yield
+    finally:
+        for s, before in zip(switches, earlier, strict=True):
+            s.allow_tf32 = before

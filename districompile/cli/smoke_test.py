@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 import districompile as dc
 from districompile.backends.registry import get_backend
-from districompile.cli.common import quiet_libraries
+from districompile.cli.common import full_precision, quiet_libraries
 from districompile.errors import Error
 from districompile.progress import Progress
 from districompile.sharding.compare import relative_error
 
 _TIMEOUT = 600.0  # seconds; the first compilation on a GPU takes one or two minutes
-_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}  # relative; matrix products on a GPU may round to TF32
+_TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}  # relative; on a GPU other kernels, and other orders of sums
 
 
 class TrialNet(nn.Module):
@@ -119,7 +119,7 @@ def main(name: str, scratch: Path) -> None:
     here = "cuda" if name == "eager" and torch.cuda.is_available() else None  # the one backend that runs on either
     compiled = dc.load(scratch / "bundle", lockstep=True, backend=backend, device=here)
     _say(stage="running engines")
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         want = net(x)
         moved = x.to(compiled.device)
         # The displaced phase settles where the input stays as it is: then it gives what the exact phase does

@@ -148,7 +148,8 @@ def test_pictures_of_a_new_size(
         assert main.main([*draw, "24x16", "--shapes", "auto", "--out", f"{number}.png"]) == 0
         assert image.open(f"{number}.png").size == (24, 16)
         assert len(Bundle.open("b").plans) == 2
-    assert (folder / "0.png").read_bytes() == (folder / "1.png").read_bytes()
+    # their files differ in the hash of the bundle, to which the first run added a shape
+    assert image.open("0.png").tobytes() == image.open("1.png").tobytes()
     assert main.main([*draw, "16x16", "--out", "first.png"]) == 0
     assert image.open("first.png").size == (16, 16)
     assert main.main(["bench", "b", "--shape", "24x16", "--calls", "2", "--json"]) == 0

@@ -84,3 +84,13 @@ def test_equal_modules_have_equal_states_in_every_process() -> None:
     torch.manual_seed(0)
     second = Net()
     assert Describer().state(first) == Describer().state(second)
+
+
+def test_the_number_of_a_gpu_is_no_part_of_a_state() -> None:
+    """Each rank has another one. What PEFT keeps in its layers names the device."""
+    one, two = Net(), Net()
+    two.load_state_dict(one.state_dict())
+    one.place, two.place = torch.device("cuda:0"), torch.device("cuda:1")  # type: ignore[assignment]
+    assert Describer().state(one) == Describer().state(two)
+    two.place = torch.device("cpu")  # type: ignore[assignment]
+    assert Describer().state(one) != Describer().state(two)

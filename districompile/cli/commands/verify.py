@@ -8,7 +8,6 @@ UNet. All ranks run in this process.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from districompile.cli.common import (
     chosen_dtype,
     console,
     example_of,
+    full_precision,
     load_extensions,
     print_json,
     quiet_libraries,
@@ -151,7 +151,7 @@ def compare(
             tolerance = max(tolerance, 8 * 10 ** (-wanted_db(plan.options.quantise) / 20))
     nodes = node_errors(loaded, plan, settings, progress) if settings.nodes else None
     loaded.module.to(compiled.device)
-    with _full_precision():
+    with full_precision():
         error = exact_error(loaded, compiled, settings.seed, progress)
     drift = None
     if settings.drift and has_run(loaded):
@@ -363,20 +363,6 @@ def sample(
             x = torch.cat([scheduler.step(out[:, :c], t, x[:, :c]).prev_sample, x[:, c:]], dim=1)
             task.advance()
     return x
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Switch TF32 off: the tolerances are those of float32."""
-    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-    earlier = [s.allow_tf32 for s in switches]
-    try:
-        for s in switches:
-            s.allow_tf32 = False
-        yield
-    finally:
-        for s, before in zip(switches, earlier, strict=True):
-            s.allow_tf32 = before
 
 
 def _leaves(value: Any) -> Iterator[Tensor]:

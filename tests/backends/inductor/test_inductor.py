@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,17 +73,21 @@ def test_linears_whose_bias_joins_what_follows(dtype: torch.dtype, rows: int) ->
 def test_inductor_does_not_remember_what_exporting_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exporting switches cuDNN off, whose results have other strides."""
     remembered: list[int] = []
-    monkeypatch.setattr(
-        torch._inductor,
-        "aoti_compile_and_package",
-        lambda *args, **kwargs: remembered.append(len(FakeTensorMode.cache)),
-    )
+
+    def compiled(*args: Any, package_path: str, **kwargs: Any) -> None:
+        remembered.append(len(FakeTensorMode.cache))
+        with zipfile.ZipFile(package_path, "w") as package:
+            package.writestr("x/code.so", b"code" * 1000)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiled)
     operand = Operand(TensorSpec((1, 8, 5, 5), torch.float32), "channels_last")
     segment = make_segment(torch.nn.functional.silu, {"x": torch.randn(1, 8, 5, 5)})
     compile_package(
         CompileJob(graph_to_json(segment.graph), (operand,), (operand,), "cpu", ()), str(tmp_path / "x.pt2")
     )
     assert remembered == [0]
+    with zipfile.ZipFile(tmp_path / "x.pt2") as package:  # and its members are compressed
+        assert package.read("x/code.so") == b"code" * 1000 and package.getinfo("x/code.so").compress_size < 100
 
 
 @pytest.mark.slow
