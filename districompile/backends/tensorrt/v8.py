@@ -30,7 +30,7 @@ IMPORT_HELP = "pip install nvidia-cublas-cu12 'nvidia-cudnn-cu12<9', which Tenso
 
 
 Precision = Literal["float pinned", "all pinned"]
-"""Whose precision is fixed: values that the model has in float32, or those in float16, too."""
+"""Whose precision is fixed: values that the model has in float32, or those in float16 and what casts give, too."""
 
 
 def attempts(cached: bool) -> Iterator[tuple[bool, Precision]]:
@@ -75,15 +75,18 @@ def configure(trt: Any, config: Any, network: Any, precision: Precision) -> None
         return
     config.set_flag(trt.BuilderFlag.FP16)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    typed = (trt.LayerType.CONSTANT, trt.LayerType.CAST, trt.LayerType.SHAPE)  # their own definition says the dtype
-    pinned = (trt.DataType.FLOAT,) if precision == "float pinned" else (trt.DataType.FLOAT, trt.DataType.HALF)
+    strict = precision == "all pinned"
+    typed = (trt.LayerType.CONSTANT, trt.LayerType.SHAPE, *([] if strict else [trt.LayerType.CAST]))  # by definition
+    pinned = (trt.DataType.FLOAT, trt.DataType.HALF) if strict else (trt.DataType.FLOAT,)
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         dtypes = {layer.get_output(k).dtype for k in range(layer.num_outputs)}
-        if layer.type not in typed and len(dtypes) == 1 and (dtype := dtypes.pop()) in pinned:
+        if layer.type in typed or len(dtypes) != 1 or (dtype := dtypes.pop()) not in pinned:
+            continue
+        if layer.type != trt.LayerType.CAST:  # it computes nothing
             layer.precision = dtype
-            for k in range(layer.num_outputs):
-                layer.set_output_type(k, dtype)
+        for k in range(layer.num_outputs):
+            layer.set_output_type(k, dtype)
 
 
 def _has_half(trt: Any, network: Any) -> bool:

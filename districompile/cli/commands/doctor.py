@@ -28,7 +28,7 @@ BACKENDS = {
     "eager": "CPU, H100",
     "inductor": "CPU (operator by operator), H100",
     "onnxruntime": "CPU",
-    "tensorrt": "engines built without a GPU (tensorrt_rtx 1.7); executed on no GPU so far",
+    "tensorrt": "engines built without a GPU (tensorrt_rtx 1.7); H200 (8.6)",
 }
 
 

@@ -222,7 +222,8 @@ def test_a_build_that_fails_is_tried_otherwise(failures: int, tmp_path: Path) ->
     """First without the timing cache, then with all precisions pinned. The error is the first one's."""
     d, kinds = V8.DataType, V8.LayerType
     half, single = fakes.Layer(kinds.CONVOLUTION, d.HALF), fakes.Layer(kinds.REDUCE, d.FLOAT)
-    trt = V8(fakes.Network([fakes.Tensor("x", d.HALF)], [half, single]))
+    cast = fakes.Layer(kinds.CAST, d.FLOAT)
+    trt = V8(fakes.Network([fakes.Tensor("x", d.HALF)], [half, single, cast]))
     caches: list[Any] = []
 
     def build(builder: Any, network: Any, config: Any) -> bytes | None:
@@ -242,6 +243,7 @@ def test_a_build_that_fails_is_tried_otherwise(failures: int, tmp_path: Path) ->
         build_engine(fakes.library_of(trt), *files, options)
     assert [cache is not None for cache in caches] == [True, False, False][: failures + 1]
     assert half.pinned == ({0: d.HALF} if failures >= 2 else {}) and single.pinned == {0: d.FLOAT}
+    assert cast.pinned == ({0: d.FLOAT} if failures >= 2 else {}) and cast.precision is None
     assert files[2].exists() == (failures < 3) and not (tmp_path / "timing.cache").exists()
 
 
