@@ -91,6 +91,8 @@ def run_cells(cells: Iterable[Cell], cache: Path, ranks: int, distributed: bool)
             try:
                 session = session or Session(all_kinds()[name], ranks, cache, distributed)
                 found = session.cell(cell.scheduler, cell.mode)
+                if cell.mode != "displaced" and found["error"] > LIMIT:
+                    found["one_device"] = session.sensitivity(cell.scheduler, cell.mode)
             except OneDeviceFails as e:
                 found = {"absent": str(e)}
             except Exception as e:

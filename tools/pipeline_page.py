@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline_matrix import LIMIT, MODES, SPREAD, all_kinds, displaced, passed
-from pipeline_session import OWN, SCHEDULERS
+from pipeline_session import OWN, ROUNDING, SCHEDULERS
 
 _SPREAD = ", ".join(name.replace("_", " ") for name in SPREAD)
 _HEAD = f"""# Which pipelines work
@@ -108,7 +108,9 @@ def _failed(cell: tuple[str, str, str], line: Mapping[str, Any], notes: list[str
         return "**n/a**"
     equal = "" if line["same"] and line.get("ranks_equal", True) else ", and not the same bits"
     idle = ", and no displaced calls" if cell[2] == "displaced" and not displaced(dict(line)) else ""
-    notes.append(f"{', '.join(cell)}: {line['error']:.1e}{equal}{idle}")
+    one = line.get("one_device")
+    beside = "" if one is None else f"; one device, where its UNet's outputs are off by {ROUNDING:g}: {one:.1e}"
+    notes.append(f"{', '.join(cell)}: {line['error']:.1e}{equal}{idle}{beside}")
     return f"**{line['error']:.0e}**"
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 import districompile as dc
 
 STEPS = 6
+ROUNDING = 1e-6  # of float32 outputs, relative: what other kernels and another order of sums change
 OWN = "its own"
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {"clip_sample": False},
@@ -83,6 +84,29 @@ class Session:
             found = self._two_images(wanted) if mode == "two images" else self._one_image(wanted, mode)
         messages = {str(w.message) for w in said if "divided" in str(w.message) or "exact" in str(w.message)}
         return {**found, **({"said": sorted(messages)[:3]} if messages else {})}
+
+    def sensitivity(self, scheduler: str, mode: str) -> float | None:
+        """Return how much the picture of one device changes where each value of its denoiser is off by rounding.
+
+        None for a pipeline whose denoiser is not called ``unet``.
+        """
+        net = getattr(self._one, "unet", None)
+        if net is None:
+            return None
+        steps = STEPS - (mode == "two images")
+        wanted = self._want(scheduler, steps)
+        generator = torch.Generator().manual_seed(0)
+
+        def noisy(module: Any, args: Any, output: Any) -> Any:
+            value = output[0]
+            value.mul_(1 + ROUNDING * torch.randn(value.shape, generator=generator))
+
+        hook = net.register_forward_hook(noisy)
+        try:
+            self._one.scheduler = self._scheduler(scheduler)
+            return error_of(self._draw_one(steps), wanted)
+        finally:
+            hook.remove()
 
     def _one_image(self, wanted: Tensor, mode: str) -> dict[str, Any]:
         self._enabled.phase = None if mode == "displaced" else "exact"

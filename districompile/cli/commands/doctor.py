@@ -25,8 +25,8 @@ PACKAGES = ("districompile", "torch", "numpy", "safetensors", "onnx", "onnxscrip
             "cuda-bindings")  # fmt: skip
 # Backends, and the devices on which the tests executed them
 BACKENDS = {
-    "eager": "CPU, H100",
-    "inductor": "CPU (operator by operator), H100",
+    "eager": "CPU, H100, H200",
+    "inductor": "CPU (operator by operator), H100, H200",
     "onnxruntime": "CPU",
     "tensorrt": "engines built without a GPU (tensorrt_rtx 1.7); H200 (8.6)",
 }
