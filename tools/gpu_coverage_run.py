@@ -44,8 +44,9 @@ def measure(name: str, ranks: int, dtype: torch.dtype, device: torch.device) -> 
     call = _call(family, dtype, device)
     given = copy.deepcopy((call.args, call.kwargs))
     with torch.no_grad():
-        eager = copy.deepcopy(call.module)(*copy.deepcopy(given[0]), **copy.deepcopy(given[1]))
-        whole = copy.deepcopy(call.module).float()
+        # made anew and not copied: a network may change itself, or hold what cannot be copied
+        eager = _call(family, dtype, device).module(*copy.deepcopy(given[0]), **copy.deepcopy(given[1]))
+        whole = _call(family, dtype, device).module.float()
         args, kwargs = pytree.tree_map(_widened, copy.deepcopy(given))
         want = eager if dtype == torch.float32 else whole(*args, **kwargs)
         del whole

@@ -77,7 +77,7 @@ def filters_upfirdn(h: int, w: int) -> Call:
         return y[:, :, ::2, ::2].reshape(b, c, rows // 2, columns // 2)
 
     def f(x: Tensor, conv: nn.Module) -> Tensor:
-        line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device) / 8
         kernel = torch.outer(line, line)[None, None]
         return down(conv(up(x, kernel * 4)), kernel)
 
@@ -89,9 +89,9 @@ def filters_depthwise(h: int, w: int) -> Call:
     """Filters assembled in the graph by new_zeros and index_put, reflected borders, a transposed convolution."""
 
     def kernel(x: Tensor) -> Tensor:
-        line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device) / 8
         out = x.new_zeros(8, 8, 4, 4)
-        index = torch.arange(8)
+        index = torch.arange(8, device=x.device)
         out[index, index] = torch.outer(line, line)
         return out
 
@@ -225,12 +225,15 @@ def positions(h: int, w: int) -> Call:
             self.qkv = nn.Linear(8, 24)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = x + self.table[:, :, 2 : 2 + h, 2 : 2 + w] + self.rows(torch.arange(h)).t()[None, :, :, None]
-            y, z = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
+            on = x.device
+            x = x + self.table[:, :, 2 : 2 + h, 2 : 2 + w] + self.rows(torch.arange(h, device=on)).t()[None, :, :, None]
+            lines = (torch.linspace(-1, 1, n, device=on) for n in (h, w))
+            y, z = torch.meshgrid(*lines, indexing="ij")
             grid = torch.stack([y, z])[None].expand(x.shape[0], -1, -1, -1)
             x = self.coordinates(torch.cat([x, grid], 1))
             q, k, v = (u.unflatten(-1, (2, 4)).transpose(1, 2) for u in self.qkv(to_tokens(x)).chunk(3, -1))
-            angle = torch.outer(torch.arange(h * w).float(), 10 ** -torch.arange(2).float()).repeat_interleave(2, -1)
+            places, rates = torch.arange(h * w, device=on).float(), 10 ** -torch.arange(2, device=on).float()
+            angle = torch.outer(places, rates).repeat_interleave(2, -1)
 
             def rotate(t: Tensor) -> Tensor:
                 a, b = t.unflatten(-1, (2, 2)).unbind(-1)
@@ -257,7 +260,7 @@ def writes(h: int, w: int) -> Call:
         z[:, :, 1:-1, 1:-1] = y[:, :, 1:-1, 1:-1]
         shifted = torch.cat([x[:, :, 1:], x[:, :, :1]], 2)
         padded = torch.cat([x[:, :, -2:], x, x[:, :, :2]], 2)
-        return z + shifted + F.conv2d(padded, torch.ones(8, 1, 5, 1) / 5, groups=8)
+        return z + shifted + F.conv2d(padded, x.new_ones(8, 1, 5, 1) / 5, groups=8)
 
     return around_function(f, h, w, conv=nn.Conv2d(8, 8, 3, padding=1))
 

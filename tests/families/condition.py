@@ -327,10 +327,10 @@ def stable_cascade_decoder(h: int, w: int) -> Call:
 
 @family(GROUP, share=SHARE)
 def dreamlite(h: int, w: int) -> Call:
-    import diffusers
+    from diffusers.models.unets.unet_dreamlite import DreamLiteUNetModel
 
     module = randomise(
-        diffusers.models.unets.unet_dreamlite.DreamLiteUNetModel(
+        DreamLiteUNetModel(
             sample_size=16,
             layers_per_block=1,
             block_out_channels=(8, 16, 16),

@@ -56,8 +56,18 @@ def compile_program(program: torch.export.ExportedProgram, path: str, config: Ma
 
     ``torch._inductor.aoti_compile_and_package`` is documented, but not stable. If it is gone, the backend is
     unavailable (:func:`has_aoti`).
+
+    For a GPU, Inductor's analysis of tilings substitutes numbers into clamped indices, and raises for some, such as
+    those of poolings ("is not comparable", pytorch/pytorch#172168). It only chooses how a kernel goes through memory.
+    Such a program is compiled without it.
     """
-    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(config))
+    compiled = torch._inductor.aoti_compile_and_package
+    try:
+        compiled(program, package_path=path, inductor_configs=dict(config))
+    except Exception as e:
+        if "is not comparable" not in str(e):
+            raise
+        compiled(program, package_path=path, inductor_configs={**config, "triton.coalesce_tiling_analysis": False})
 
 
 def clear_fake_tensor_cache() -> None:

@@ -23,6 +23,7 @@ from districompile.backends.inductor.compiler import links_shared, select_compil
 from districompile.backends.inductor.lowerings import linear
 from districompile.backends.inductor.package import CompileJob, Operand, compile_package, image_values
 from districompile.backends.inductor.padding import pad
+from districompile.backends.inductor.pytorch_private import compile_program
 from districompile.ir.serialize import graph_to_json
 from districompile.ir.spec import TensorSpec
 from districompile.passes.in_place_gather import InPlaceGather
@@ -88,6 +89,26 @@ def test_inductor_does_not_remember_what_exporting_assumed(tmp_path: Path, monke
     assert remembered == [0]
     with zipfile.ZipFile(tmp_path / "x.pt2") as package:  # and its members are compressed
         assert package.read("x/code.so") == b"code" * 1000 and package.getinfo("x/code.so").compress_size < 100
+
+
+@pytest.mark.parametrize("text, again", [("The argument '-1 + 2*((0))' is not comparable.", True), ("another", False)])
+def test_a_program_whose_tilings_cannot_be_analysed(text: str, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch._inductor.config.triton.coalesce_tiling_analysis is not None  # the switch is there
+    asked: list[Any] = []
+
+    def compiled(program: Any, *, package_path: str, inductor_configs: dict[str, Any]) -> None:
+        asked.append(inductor_configs)
+        if len(asked) == 1:
+            raise ValueError(text)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiled)
+    program: Any = None
+    if again:
+        compile_program(program, "x.pt2", {"a": 1})
+    else:
+        with pytest.raises(ValueError, match=text):
+            compile_program(program, "x.pt2", {"a": 1})
+    assert asked == [{"a": 1}, {"a": 1, "triton.coalesce_tiling_analysis": False}][: 1 + again]
 
 
 @pytest.mark.slow
