@@ -42,7 +42,7 @@ class Machine:
     gpu: Gpu | None = dataclasses.field(default=None, kw_only=True)
 
     def unusable(self, backend: str) -> str | None:
-        """Return why a backend cannot build for these GPUs or run on them; None if it can."""
+        """Return why a backend is not chosen for these GPUs: it cannot build for them, run on them, or do it well."""
         from districompile.backends.registry import get_backend
 
         try:
@@ -52,6 +52,8 @@ class Machine:
             library = getattr(made, "library", None)
         except BackendError as e:
             return str(e)
+        if library is not None and library.is_v8:
+            return f"{backend} {library.version} cannot build most networks in float16"
         reasons = [None if library is None else library.runs_on(kind) for kind in dict.fromkeys(self.gpus)]
         build = getattr(made, "build_unavailable_reason", None)
         return next((r for r in (*reasons, None if build is None else build()) if r is not None), None)

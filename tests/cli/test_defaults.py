@@ -27,6 +27,7 @@ from districompile.models.shipped import Shipped, shipped
 from districompile.models.sources import load_source
 from districompile.plan.defaults import BACKENDS, OPTIMISE, SEGMENTS
 from districompile.progress import Silent
+from tests import helpers_tensorrt as fakes
 
 THIS_MACHINE = defaults.this_machine  # before the fixture of this folder
 NO_FLAGS = Settings(model="demo", gpus=8)
@@ -55,6 +56,14 @@ def pipeline(folder: Path, config: dict[str, Any], name: str = "StableDiffusionP
     component(folder / "unet", {"_class_name": "UNet2DConditionModel", **config}, **files)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": name, "unet": ["diffusers", "X"]}))
     return str(folder)
+
+
+def test_a_library_that_fails_at_most_networks_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"tensorrt": fakes.library_of(fakes.V8()), "tensorrt_rtx": "not installed"}
+    monkeypatch.setattr("districompile.backends.tensorrt.library._load", found.__getitem__)
+    monkeypatch.setattr("districompile.backends.tensorrt.backend.present_gpu", lambda device=None: "sm90")
+    reason = Machine(("sm90",)).unusable("tensorrt")
+    assert reason == "tensorrt 8.6.0 cannot build most networks in float16"
 
 
 def test_without_gpus_nothing_is_chosen() -> None:
