@@ -82,7 +82,8 @@ JSON_KEYS: dict[str, dict[str, str]] = {
     "verify": {
         "bundle": "folder of the bundle",
         "model": "the original model",
-        "exact": "`max_relative_error`, `tolerance`, `ok`, `calls`, `inexact_passes` (that make a difference expected)",
+        "exact": "`max_relative_error`, `relative_error` (2-norm), `measure` (that of the two which is compared), "
+        "`tolerance`, `ok`, `calls`, `inexact_passes` (that make a difference expected)",
         "drift": "`steps`, `exact_steps`, `relative_error`, `psnr_db` (null: identical), `of`; or null: not measured",
         "nodes": "with `--nodes`: `compared`, `rules`, `worst` (`node`, `op`, `error`, `source`)",
         "steps": "with `--quality`: sampling steps",
