@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def _of_device(device: str, release: str, lines: Sequence[Line], order: Sequence
     if wrong:
         parts.append("")
     if left := [name for name in order if name not in ran]:
-        parts.append(f"Not run: {', '.join(left)}.\n")
+        parts.append("\n".join(textwrap.wrap(f"Not run: {', '.join(left)}.", 150)) + "\n")
     heads = [f"{dtype}, {ranks} ranks" for dtype, ranks in columns]
     parts.append(f"| family | {' | '.join(heads)} |")
     parts.append(f"| --- |{' --- |' * len(columns)}")
