@@ -34,7 +34,7 @@ from districompile.runtime.executor.capture import CapturedCall, GraphCapture
 from districompile.runtime.executor.engines import Engines, aliased_values, private_strides, scratch_bytes
 from districompile.runtime.executor.memory import MemoryPlan, plan_memory
 from districompile.runtime.executor.slices import slice_rows
-from districompile.runtime.executor.state import BufferState, ExecutorState, result_of
+from districompile.runtime.executor.state import NO_STATE, BufferState, ExecutorState, result_of
 from districompile.runtime.executor.workspace import Workspace, fill_borders
 from districompile.runtime.trace import Spans, Trace
 from districompile.runtime.transports.base import (
@@ -182,15 +182,14 @@ class PlannedExecutor:
 
     def _begin(self, phase: str, inputs: Mapping[str, torch.Tensor], state: ExecutorState) -> None:
         self.channel.join()  # else work that a reset or a failed call left open would be outside the capture
-        advice = "Run the exact phase first: leave `phase` unset, or set it to 'exact' for the first calls of an image"
         for name in self._phases[phase].received:
             if name not in state.buffers.last_transfer:
                 raise InputError(
-                    f"{self.plan.collectives[name].module_path}: nothing was received for it so far. {advice}"
+                    f"{self.plan.collectives[name].module_path}: nothing was received for it so far. {NO_STATE}"
                 )
         for name in self._phases[phase].kept:
             if name not in state.buffers.kept:
-                raise InputError(f"{name}: no earlier call left this state. {advice}")
+                raise InputError(f"{name}: no earlier call left this state. {NO_STATE}")
         for name in self._phases[phase].inputs:
             self._inputs[name].copy_(inputs[name])
 
