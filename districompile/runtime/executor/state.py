@@ -12,8 +12,8 @@ import torch
 from districompile.runtime.transports.base import ReceiveBuffer, TransferPlan
 
 NO_STATE = (
-    "Run the exact phase first: leave `phase` unset, or set it to 'exact' for the first calls of an image. A call whose "
-    "timestep is that of the call before, or goes back, begins one"
+    "Run the exact phase first: leave `phase` unset, or set it to 'exact' for the first calls of an image. "
+    "A call whose timestep is that of the call before, or goes back, begins one"
 )
 """What to do where a call reads what no earlier call of its image left."""
 
