@@ -95,7 +95,7 @@ def call_workers(
     """Return a runner whose calls ``workers`` compute, and a function that finds an added shape for its ``add``.
 
     ``options`` are those with which each worker loads the bundle. Raises :class:`LaunchError` for another number of
-    workers than the bundle was made for, and :class:`InputError` for an option that cannot be passed to another process.
+    workers than the bundle was made for, and :class:`InputError` for an option that only one process can have.
     """
     needed = bundle.plan.world_size
     count = workers if isinstance(workers, int) else workers.ranks
