@@ -40,6 +40,7 @@ class Network:
         self._inputs, self._layers = inputs, layers
 
     num_inputs = property(lambda self: len(self._inputs))
+    num_outputs = 0
     num_layers = property(lambda self: len(self._layers))
 
     def get_input(self, i: int) -> Tensor:
@@ -90,7 +91,7 @@ class V8:
     __version__ = "8.6.0"
     INetworkDefinition = object
     DataType = members("FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "FP8")
-    LayerType = members("CONVOLUTION", "REDUCE", "CONSTANT", "CAST", "SHAPE")
+    LayerType = members("CONVOLUTION", "REDUCE", "CONSTANT", "CAST", "SHAPE", "SHUFFLE")
     BuilderFlag = members("FP16", "INT8", "REFIT", "TF32", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS")
     NetworkDefinitionCreationFlag = members("EXPLICIT_BATCH", "EXPLICIT_PRECISION")
     TacticSource = members("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")

@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {','.join(WAYS)}")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--pictures", type=int, default=4, help="the first counts by itself")
+    parser.add_argument("--vae", type=Path, help="bundle of the VAE, for ours: all ranks decode")
     parser.add_argument("--distrifuser", type=Path, help="a checkout of distrifuser")
     parser.add_argument("--distrifuser-gpus", type=int, default=2)
     parser.add_argument("--out", type=Path, help="file of the lines, or of the plot")
@@ -113,6 +114,7 @@ def ours(args: argparse.Namespace, bundle: Path, warm: bool) -> dict[str, Any]:
         sys.executable, "-m", "districompile", "bench", str(bundle), "--image", "--steps", str(args.steps),
         "--pictures", str(args.pictures), "--json", *(["--warm-up"] if warm else []),
         *(["--model", args.model] if args.model != "demo" else []),
+        *(["--vae", str(args.vae)] if args.vae is not None else []),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT)
     if done.returncode:

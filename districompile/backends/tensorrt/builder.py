@@ -46,6 +46,18 @@ def beside_weights(onnx: Path, weights: Path) -> Iterator[Path]:
         yield Path(scratch) / onnx.name
 
 
+@contextlib.contextmanager
+def _read_by(precision: v8.Precision | None, onnx: Path, weights: Path) -> Iterator[tuple[Path, frozenset[str] | None]]:
+    """Give the file to parse, and the float16 inputs and outputs of a model that had to be widened, else None."""
+    if precision != "float32":
+        with beside_weights(onnx, weights) as file:
+            yield file, None
+        return
+    with tempfile.TemporaryDirectory(prefix="districompile-") as scratch:
+        file = Path(scratch) / onnx.name
+        yield file, v8.write_widened(onnx, weights, file)
+
+
 def build_engine(
     library: Library,
     onnx: Path,
@@ -96,7 +108,7 @@ def _built(
         else builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     )
     parser: types.OnnxParser = trt.OnnxParser(network, log)
-    with beside_weights(onnx, weights) as file:
+    with _read_by(settings, onnx, weights) as (file, narrow):
         if not parser.parse_from_file(str(file)):
             found = [parser.get_error(i) for i in range(parser.num_errors)]
             errors = [v8.describe_parser_error(e, onnx) if library.is_v8 else _parser_error(e) for e in found]
@@ -108,7 +120,7 @@ def _built(
             add_collectives(library, network, collectives)
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if settings is not None:
-            v8.configure(trt, config, network, settings)
+            v8.configure(trt, config, network, narrow)
         return cast("types.IHostMemory | None", builder.build_serialized_network(network, config)), config
 
 

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from districompile import api
 from districompile.backends.base import Backend
 from districompile.backends.registry import get_backend
 from districompile.bundle.bundle import Bundle, check_replaceable
 from districompile.cli import defaults
 from districompile.cli.backend_options import parse_options
-from districompile.cli.calibration import calibration_calls
+from districompile.cli.calibration import calibration_calls, example_on, measured_on
 from districompile.cli.common import UsageError, console, is_bundle, load_extensions, print_json, quiet_libraries
 from districompile.cli.convert import Settings, default_out
 from districompile.cli.options import DEFAULT_DTYPE, Conversion
@@ -215,24 +217,18 @@ def compile_shape(
     }
     if settings.quantise == "auto":
         raise UsageError("--quantise auto chooses by images: give --quality-floor as well, or --quantise fp8")
-    if settings.quantise not in (None, "none"):
-        calls = () if layers else calibration_calls(loaded, shape, cfg, progress)
-        options |= {"quantise": layers or settings.quantise, "calibration": calls}
-    program = api.convert(
-        loaded.module,
-        args=example.args,
-        kwargs=example.kwargs,
-        ranks=settings.ranks,
-        rows=example.rows,
-        cfg="split" if cfg == "split" else "none",
-        passes=settings.passes,
-        rules=settings.rules,
-        extensions=settings.extension,
-        strict=settings.strict,
-        skip=settings.skip,
-        progress=progress,
-        **{name: value for name, value in options.items() if value is not None},
-    )
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= {
+        "ranks": settings.ranks, "rows": example.rows, "cfg": "split" if cfg == "split" else "none",
+        "passes": settings.passes, "rules": settings.rules, "extensions": settings.extension,
+        "strict": settings.strict, "skip": settings.skip, "progress": progress,
+    }  # fmt: skip
+    call = tuple(example.args), dict(example.kwargs)
+    if settings.quantise in (None, "none") or layers:
+        options |= {"quantise": layers} if layers else {}
+        program = api.convert(loaded.module, *call, **options)
+    else:
+        program = _measured(settings, loaded, shape, call, {**options, "quantise": settings.quantise})
     # Facts that the pipeline around the module needs
     default = loaded.default_size or (None, None)
     described = dataclasses.replace(
@@ -244,6 +240,23 @@ def compile_shape(
         described = dataclasses.replace(described, dtype=settings.dtype or DEFAULT_DTYPE)
     program.plan = dataclasses.replace(program.plan, options=described)
     return program
+
+
+def _measured(
+    settings: Settings, loaded: LoadedModel, shape: Shape, call: tuple[Any, Any], options: dict[str, Any]
+) -> Any:
+    """Convert a model whose layers are measured first: on a GPU, unless engines are for a CPU or it is too small."""
+    on_gpu = torch.cuda.is_available() and make_backend(settings).device.startswith("cuda")
+    for device in [torch.device("cuda")] * on_gpu + [torch.device("cpu")]:
+        try:
+            with measured_on(loaded, device):
+                calls = calibration_calls(loaded, shape, settings.cfg or loaded.cfg, options["progress"])
+                args, kwargs = example_on(call, device)
+                return api.convert(loaded.module, args, kwargs, calibration=calls, **options)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            print("note: the GPU has too little memory to measure layers: the CPU does it", file=sys.stderr)
+    raise AssertionError("a CPU has no such error")
 
 
 def save(

@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+import numpy as np
 import onnx
 
 import districompile as dc
@@ -217,23 +218,67 @@ def test_float32_stays_float32(tmp_path: Path) -> None:
     assert trt.config.flags == set() and layer.precision is None
 
 
+def half_model() -> onnx.ModelProto:
+    """Return y = float16(float32(x) * w) + w, of float16 x and w."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(np.array([0.5, 2.0, -3.0], np.float16), "w")
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["w"], ["factor"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["wide", "factor"], ["product"]),
+        helper.make_node("Cast", ["product"], ["narrow"], to=TensorProto.FLOAT16),
+        helper.make_node("Add", ["narrow", "w"], ["y"]),
+        helper.make_node("Identity", ["i"], ["j"]),
+    ]
+    ends = [[helper.make_tensor_value_info(n, kind, [3]) for n, kind in group]
+            for group in ([("x", TensorProto.FLOAT16), ("i", TensorProto.INT32)],
+                          [("y", TensorProto.FLOAT16), ("j", TensorProto.INT32)])]  # fmt: skip
+    graph = helper.make_graph(nodes, "g", *ends, [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_a_widened_model_computes_in_float32(tmp_path: Path) -> None:
+    """Also with a weight in a file of its own. Its results are those of float16, but for rounding."""
+    import onnxruntime
+
+    model = half_model()
+    onnx.save_model(model, str(tmp_path / "x.onnx"), save_as_external_data=True, location="w.bin", size_threshold=0)
+    (tmp_path / "new").mkdir()
+    narrow = v8.write_widened(tmp_path / "x.onnx", tmp_path / "w.bin", tmp_path / "new" / "x.onnx")
+    assert narrow == {"x", "y"}
+    made = onnx.load(str(tmp_path / "new" / "x.onnx"))
+    onnx.checker.check_model(made)
+    inferred = onnx.shape_inference.infer_shapes(made, strict_mode=True).graph
+    kinds = {v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.value_info, *inferred.output)}
+    assert kinds == {onnx.TensorProto.FLOAT, onnx.TensorProto.INT32}
+    session = onnxruntime.InferenceSession(str(tmp_path / "new" / "x.onnx"), providers=["CPUExecutionProvider"])
+    x, i = np.array([1.0, 70000.0, -0.25], np.float32), np.array([1, 2, 3], np.int32)
+    y, j = session.run(None, {"x": x, "i": i})
+    assert np.array_equal(y, x * np.float32([0.5, 2.0, -3.0]) + np.float32([0.5, 2.0, -3.0]))
+    assert np.array_equal(j, i)
+
+
 @pytest.mark.parametrize("failures", [1, 2, 3])
 def test_a_build_that_fails_is_tried_otherwise(failures: int, tmp_path: Path) -> None:
-    """First without the timing cache, then with all precisions pinned. The error is the first one's."""
+    """First without the timing cache, then in float32. The error is the first one's."""
     d, kinds = V8.DataType, V8.LayerType
     half, single = fakes.Layer(kinds.CONVOLUTION, d.HALF), fakes.Layer(kinds.REDUCE, d.FLOAT)
-    cast = fakes.Layer(kinds.CAST, d.FLOAT)
-    trt = V8(fakes.Network([fakes.Tensor("x", d.HALF)], [half, single, cast]))
+    cast, moved = fakes.Layer(kinds.CAST, d.FLOAT), fakes.Layer(kinds.SHUFFLE, d.FLOAT)
+    trt = V8(fakes.Network([fakes.Tensor("x", d.HALF)], [half, single, cast, moved]))
     caches: list[Any] = []
+    flags: list[set[str]] = []
 
     def build(builder: Any, network: Any, config: Any) -> bytes | None:
         caches.append(config.cache)
+        flags.append({*config.flags})
+        config.flags = {"TF32"}
         config.cache = None  # of the next configuration, which is the same object
         return None if len(caches) <= failures else b"a plan"
 
     trt.Builder.build_serialized_network = build  # type: ignore[method-assign]
-    for name in ("x.onnx", "weights.safetensors"):
-        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    (tmp_path / "x.onnx").write_bytes(half_model().SerializeToString())
     options = BuildOptions(("sm90",), "inside", tmp_path / "timing.cache")
     files = tmp_path / "x.onnx", tmp_path / "weights.safetensors", tmp_path / "x.engine"
     if failures == 3:
@@ -242,8 +287,10 @@ def test_a_build_that_fails_is_tried_otherwise(failures: int, tmp_path: Path) ->
     else:
         build_engine(fakes.library_of(trt), *files, options)
     assert [cache is not None for cache in caches] == [True, False, False][: failures + 1]
-    assert half.pinned == ({0: d.HALF} if failures >= 2 else {}) and single.pinned == {0: d.FLOAT}
-    assert cast.pinned == ({0: d.FLOAT} if failures >= 2 else {}) and cast.precision is None
+    typed = {"FP16", "OBEY_PRECISION_CONSTRAINTS"}
+    assert flags == [typed, typed, {"TF32"}][: failures + 1]
+    assert single.pinned == moved.pinned == {0: d.FLOAT} and not half.pinned and not cast.pinned
+    assert single.precision == d.FLOAT and moved.precision is None
     assert files[2].exists() == (failures < 3) and not (tmp_path / "timing.cache").exists()
 
 
