@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--transports", default="peer,nccl")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--work", type=Path, default=Path("bench-work"), help="bundles, kept")
+    parser.add_argument("--after", type=Path, help="time no step before this file is there: others may still compile")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one job")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -260,6 +261,8 @@ def step(job: Line, args: argparse.Namespace, device: Any, made: Any, say: Any) 
             one = OneRank(program, phase, job["ranks"] // 2, made, device, folder, weights)
             built = round(time.perf_counter() - began, 1)
             worst = max(one.errors(inputs).values())
+            while args.after is not None and not args.after.exists():
+                time.sleep(0.2)
             ms = median_ms(captured(functools.partial(one.step, inputs)))
             say(figure=f"{phase} step, transfers free", ms=round(ms, 4), segments=len(one.engines), build_s=built,
                 segment_error=worst, peak_gib=gpu_parts.peak_gib())  # fmt: skip

@@ -48,7 +48,7 @@ from districompile.backends.inductor.package import (
 from districompile.backends.inductor.pytorch_private import PackageLoader
 from districompile.backends.inductor.split_linear import split_linears
 from districompile.backends.inductor.target import capability, check_here, target_of, torch_version
-from districompile.backends.inductor.workers import WorkerPool, compile_here, default_workers
+from districompile.backends.inductor.workers import WorkerPool, compile_here, default_workers, spare_gpus
 from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError, BundleError
 from districompile.ir.operators import foreign_operators
@@ -94,8 +94,8 @@ class InductorBackend(Backend):
         "on a GPU, none on a CPU)",
         "channels_last": "store weights of convolutions with their channels innermost; on a CPU each process then has "
         "a copy of them (default: true on a GPU, false on a CPU)",
-        "workers": "number of processes that compile (default: one a core on a CPU; on a GPU one for two cores, at "
-        "most 8, or 2 with max_autotune)",
+        "workers": "number of processes that compile (default: one a core on a CPU; on GPUs three for four cores, at "
+        "most 32 and one for 2 GiB of free memory, or 2 with max_autotune)",
         "cache": "folder that keeps compiled packages and timings for later conversions, or none (default: "
         "districompile/inductor in the user's cache)",
     }
@@ -166,24 +166,33 @@ class InductorBackend(Backend):
         made = {name for s in segments for name, _ in s.outputs if name in read}
         self._images |= made & {name for s in segments for name in image_values(s)}
         new = [s for s in segments if id(s) not in self._plans and not self.unsupported_ops(s)]
-        with self._cache.remembering():
-            for segment in new:
-                self._plans[id(segment)] = segment, self._package(segment)
-        packages = {p.key: p for s in new for p in [self._plans[id(s)][1]] if p.key not in self._futures}
-        # A worker knows the operators of PyTorch alone: what calls others is compiled in this process, as it is built
-        alone = {self._plans[id(s)][1].key for s in new if foreign_operators(s.graph.graph)}
-        self._own |= alone
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="districompile-")
-        shared = [p for p in packages.values() if p.key not in alone]
-        missing = [p for p in shared if not self._cache.fetch(self._cache_key(p), self._scratch_path(p))]
-        ordered = sorted(missing, key=lambda p: -len(p.job.graph))
-        if len(ordered) < 2 or self._workers == 1:
-            return  # in this process, one by one, as they are built
-        if self._pool is None:
-            self._pool = WorkerPool(self._workers)
-        futures = self._pool.submit((p.job, self._scratch_path(p)) for p in ordered)
-        self._futures.update(zip((p.key for p in ordered), futures, strict=True))
+        missing: dict[str, _Package] = {}
+        with self._cache.remembering():
+            for segment in sorted(new, key=lambda s: -len(s.graph.graph.nodes)):
+                package = self._package(segment)
+                self._plans[id(segment)] = segment, package
+                # A worker knows the operators of PyTorch alone: what calls others is compiled here, as it is built
+                if foreign_operators(segment.graph.graph):
+                    self._own.add(package.key)
+                elif package.key not in self._futures and package.key not in missing:
+                    if self._cache.fetch(self._cache_key(package), self._scratch_path(package)):
+                        continue
+                    missing[package.key] = package
+                    if spare_gpus(self._kind):  # else workers would disturb what is timed here
+                        self._submit([package])
+        waiting = [p for p in missing.values() if p.key not in self._futures]
+        if len(waiting) > 1:  # else in this process, as it is built
+            self._submit(waiting)
+
+    def _submit(self, packages: Sequence[_Package]) -> None:
+        """Have packages compiled by workers, if there are any."""
+        if self._workers == 1:
+            return
+        self._pool = self._pool or WorkerPool(self._workers)
+        futures = self._pool.submit((p.job, self._scratch_path(p)) for p in packages)
+        self._futures.update(zip((p.key for p in packages), futures, strict=True))
 
     def unsupported_ops(self, segment: SegmentGraph) -> list[str]:
         if (reason := self.build_unavailable_reason()) is not None:

@@ -29,16 +29,48 @@ from districompile.backends.inductor.package import CompileJob, compile_package
 from districompile.backends.inductor.pytorch_private import set_compile_threads
 from districompile.errors import BackendError
 
+_GPU_MEMORY = 2 * 2**30
+"""Bytes on a GPU for each worker: a CUDA context, and the tensors with which Triton times a kernel."""
+
 
 def default_workers(kind: str, max_autotune: bool) -> int:
-    """Choose the number of workers: one for each core on a CPU, fewer on a GPU, as each worker takes GPU memory.
+    """Choose the number of workers: one for each core on a CPU; on GPUs fewer, as each takes GPU memory.
 
     With ``max_autotune`` there are at most two on a GPU, as measurements disturb each other.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if kind == "cuda":
-        return max(1, min(cores // 2, 2 if max_autotune else 8))
-    return cores
+    if kind != "cuda":
+        return cores
+    if max_autotune:
+        return max(1, min(cores // 2, 2))
+    # Python's share of the work leaves a core for the caller and for compilers of C++
+    count = max(1, len(spare_gpus(kind)))
+    free = torch.cuda.mem_get_info()[0] * count if torch.cuda.is_available() else 8 * _GPU_MEMORY
+    return max(1, min(cores * 3 // 4, free // _GPU_MEMORY, 32))
+
+
+def equal_gpus() -> list[int]:
+    """Return the GPUs of the kind of the present one, which compile the same: the present one first."""
+    present = torch.cuda.current_device()
+    name = torch.cuda.get_device_name(present)
+    others = [i for i in range(torch.cuda.device_count()) if i != present and torch.cuda.get_device_name(i) == name]
+    return [present, *others]
+
+
+def spare_gpus(kind: str) -> list[int]:
+    """Return the GPUs on which workers time kernels while this process times some on the present one."""
+    return equal_gpus()[1:] if kind == "cuda" and torch.cuda.is_available() else []
+
+
+def seen_by(worker: int) -> dict[str, str]:
+    """Return the environment that gives each worker one GPU, another than the present one if there is another."""
+    if not torch.cuda.is_available():
+        return {}
+    gpus = equal_gpus()
+    gpus = gpus[1:] or gpus
+    gpu = gpus[worker % len(gpus)]
+    visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
+    return {"CUDA_VISIBLE_DEVICES": visible[gpu] if gpu < len(visible) else str(gpu)}
 
 
 class WorkerPool:
@@ -62,7 +94,7 @@ class WorkerPool:
             self._jobs.put((job, path, future))
             futures.append(future)
             if len(self._threads) < self._workers:
-                thread = threading.Thread(target=self._serve, daemon=True)
+                thread = threading.Thread(target=self._serve, args=(len(self._threads),), daemon=True)
                 self._threads.append(thread)
                 thread.start()
         return futures
@@ -77,7 +109,7 @@ class WorkerPool:
         for thread in self._threads:
             thread.join(10)
 
-    def _serve(self) -> None:
+    def _serve(self, number: int) -> None:
         with tempfile.TemporaryFile("w+", errors="replace") as log:
             process: subprocess.Popen[str] | None = None
             while (item := self._jobs.get()) is not None:
@@ -87,7 +119,7 @@ class WorkerPool:
                     continue
                 try:
                     if process is None or process.poll() is not None:
-                        process = self._start(log)
+                        process = self._start(log, number)
                     _ask(process, job, path, log)
                     future.set_result(None)
                 except Exception as e:
@@ -96,11 +128,11 @@ class WorkerPool:
                 process.kill()
                 process.wait()
 
-    def _start(self, log: IO[str]) -> subprocess.Popen[str]:
+    def _start(self, log: IO[str], number: int) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", __name__, str(max(1, (os.cpu_count() or 1) // self._workers))]
         # The worker must find this very copy of districompile, installed or not
         paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **seen_by(number)}
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
         )

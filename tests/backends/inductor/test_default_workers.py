@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many processes compile, and on which GPUs."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from districompile.backends.inductor import workers
+
+GIB = 2**30
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Pretend that there are GPUs of these names, the second of which is in use."""
+    names = ["H200", "H200", "T4", "H200"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=1: names[i])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16 * GIB, 24 * GIB))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)), raising=False)
+    return names
+
+
+def test_workers_follow_cores_and_memory(gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workers.default_workers("cuda", max_autotune=False) == 16  # two other GPUs of 16 GiB
+    assert workers.default_workers("cuda", max_autotune=True) == 2
+    assert workers.default_workers("cpu", max_autotune=False) == 32
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (140 * GIB, 141 * GIB))
+    assert workers.default_workers("cuda", max_autotune=False) == 24
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (GIB, 24 * GIB))
+    gpus.clear()
+    gpus += ["T4", "T4"]
+    assert workers.default_workers("cuda", max_autotune=False) == 1
+
+
+def test_workers_share_equal_gpus(gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert workers.equal_gpus() == [1, 0, 3] and workers.spare_gpus("cuda") == [0, 3]
+    assert [workers.seen_by(i) for i in range(3)] == [{"CUDA_VISIBLE_DEVICES": n} for n in ("0", "3", "0")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c,GPU-d")
+    assert workers.seen_by(1) == {"CUDA_VISIBLE_DEVICES": "GPU-d"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=1: f"kind {i}")
+    assert workers.seen_by(1) == {"CUDA_VISIBLE_DEVICES": "GPU-b"} and workers.spare_gpus("cuda") == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert workers.seen_by(0) == {}
