@@ -94,8 +94,8 @@ class InductorBackend(Backend):
         "on a GPU, none on a CPU)",
         "channels_last": "store weights of convolutions with their channels innermost; on a CPU each process then has "
         "a copy of them (default: true on a GPU, false on a CPU)",
-        "workers": "number of processes that compile (default: one a core on a CPU; on GPUs three for four cores, at "
-        "most 32 and one for 2 GiB of free memory, or 2 with max_autotune)",
+        "workers": "number of processes that compile (default: one a core on a CPU; on GPUs one for two cores, at most "
+        "8 and one for 2 GiB of free memory, or 2 with max_autotune)",
         "cache": "folder that keeps compiled packages and timings for later conversions, or none (default: "
         "districompile/inductor in the user's cache)",
     }

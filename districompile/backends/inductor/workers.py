@@ -43,10 +43,10 @@ def default_workers(kind: str, max_autotune: bool) -> int:
         return cores
     if max_autotune:
         return max(1, min(cores // 2, 2))
-    # Python's share of the work leaves a core for the caller and for compilers of C++
+    # A worker takes half a minute of a core to start, and compiles kernels in threads: more of them are no faster
     count = max(1, len(spare_gpus(kind)))
     free = torch.cuda.mem_get_info()[0] * count if torch.cuda.is_available() else 8 * _GPU_MEMORY
-    return max(1, min(cores * 3 // 4, free // _GPU_MEMORY, 32))
+    return max(1, min(cores // 2, free // _GPU_MEMORY, 8))
 
 
 def equal_gpus() -> list[int]:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -78,6 +79,9 @@ def build_engine(
         given = options if cached else dataclasses.replace(options, timing_cache=None)
         plan, config = _built(library, onnx, weights, given, collectives, sources or {}, settings)
         if plan is not None:
+            if settings == "float32":
+                why = f"{onnx.stem} computes in float32, with TF32, as it could not be built in float16"
+                warnings.warn(f"{why}: {format_errors(reasons, sources)}", stacklevel=2)
             break
         reasons = reasons or library.log.take()  # later ones are of settings that were never asked for
     else:
