@@ -15,6 +15,7 @@ from districompile.backends.base import Backend
 from districompile.backends.build import build_segments
 from districompile.backends.registry import get_backend
 from districompile.bundle.bundle import ENGINES, WEIGHTS, Bundle, BundleWriter, check_replaceable
+from districompile.bundle.own_vae import keep_vae
 from districompile.bundle.refit import share_files
 from districompile.bundle.shared_weights import SharedWeights
 from districompile.bundle.weights import WeightFile
@@ -141,6 +142,7 @@ def add_programs(
             with bars.task("hashing files", 1.0) as task:
                 built = [p.relative_to(writer.folder).as_posix() for p in writer.folder.rglob("*") if p.is_file()]
                 share_files(bundle, writer, old, weights, built)
+                keep_vae(bundle, writer)
                 for name, plan in plans.items():
                     writer.plan(plan, _text(plan), name)
                 operators = {n: dataclasses.asdict(p) for n, p in _providers(parts).items()}

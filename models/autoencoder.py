@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from districompile.models.files import read_json
+from districompile.models.configs import shortened
+from districompile.models.controlled import MARK
+from districompile.models.files import find_variant, read_json
 from districompile.models.inputs import ModelError
 from districompile.models.origin import Origin
 
@@ -73,10 +75,59 @@ def wanted_parts(model: str, asked: Part) -> tuple[str, ...]:
     return PARTS if index.is_file() and encodes_pictures(read_json(index)) else (DECODER,)
 
 
+def autoencoder_of(model: str) -> str | None:
+    """Return the VAE of a pipeline, as a model of its own. None where ``model`` is no local pipeline that has one.
+
+    Raises :class:`ModelError` for a VAE that cannot be converted.
+    """
+    from districompile.models.sources import DEMO
+
+    given = Origin.of(model.partition(MARK)[0])
+    place = given.config if given.file is not None else given.path
+    if place is None:  # the configuration of a single file is on the hub
+        return None
+    folder = DEMO if model == "demo" else Path(place).expanduser()
+    if not (folder / "model_index.json").is_file() or not (folder / "vae" / "config.json").is_file():
+        return None
+    if read_json(folder / "model_index.json").get("vae") in (None, [None, None]):
+        return None
+    kind = read_json(folder / "vae" / "config.json").get("_class_name")
+    if kind != CLASS:
+        raise ModelError(f"the VAE of {model} is of the class {shortened(kind)}, and only an {CLASS} can be converted")
+    vae = str(folder / "vae")
+    if given.file is not None:
+        return str(Origin(given.path, vae))
+    try:
+        variant = find_variant(folder / "vae", given.variant)
+    except ModelError:  # of the network alone: diffusers takes the plain weights then
+        variant = None
+    return str(Origin(vae, None, variant if given.variant is not None else None))
+
+
+def overflows_in_float16(model: str) -> bool:
+    """Return whether the autoencoder at ``model`` is to be computed in float32 instead of float16.
+
+    Its configuration says so (``force_upcast``). Without a word there, diffusers' default counts, which is yes, for
+    pipelines that look at it.
+    """
+    given = Origin.of(model)
+    folder = Path((given.config if given.file is not None else given.path) or "").expanduser()
+    said = read_json(folder / "config.json").get("force_upcast")
+    index = folder.resolve().parent / "model_index.json"
+    if said is None and index.is_file():
+        return _in_code(read_json(index), r"\bforce_upcast\b")
+    return said is True
+
+
 def encodes_pictures(index: Mapping[str, Any]) -> bool:
     """Return whether the pipeline of a ``model_index.json`` encodes pictures with its VAE, by its own code."""
+    return _in_code(index, r"\bvae\.encode\(")
+
+
+def _in_code(index: Mapping[str, Any], pattern: str) -> bool:
+    """Return whether the code of a pipeline's class has ``pattern``."""
     try:
         cls = getattr(importlib.import_module("diffusers"), str(index.get("_class_name")))
-        return re.search(r"\bvae\.encode\(", inspect.getsource(cls)) is not None
+        return re.search(pattern, inspect.getsource(cls)) is not None
     except (ImportError, AttributeError, OSError, TypeError):  # a class that is not diffusers' own, or without source
         return False

@@ -58,7 +58,14 @@ REPORT = {
     "report.passes": "passes in order: `name`, `phase`, `exact`, `seconds`, nodes `before` and `after`, `changed`",
 }
 JSON_KEYS: dict[str, dict[str, str]] = {
-    "convert": {"bundle": "folder of the bundle", "seconds": "`convert` and `save`", **REPORT},
+    "convert": {
+        "bundle": "folder of the bundle",
+        "seconds": "`convert` and `save`",
+        "shapes": "names of the bundle's shapes",
+        "vae": "folder of the VAE's bundle, or null; with `--add`: the new shapes of its parts, by folder",
+        "added": "with `--add`: names of the new shapes",
+        **REPORT,
+    },
     "plan": {
         "model": "the model",
         "size": "`--size`, or null",
@@ -75,6 +82,8 @@ JSON_KEYS: dict[str, dict[str, str]] = {
     "inspect": {
         "bundle": "folder of the bundle",
         "manifest": "the manifest without its tables of files and engines",
+        "shapes": "shapes of the inputs, by the bundle's shape",
+        "vae": "the bundle's VAE: `folder`, `parts`, and the `problem` because of which it is not used; or null",
         **REPORT,
         "phase": "with `--graph`: the phase",
         "steps": "with `--graph`: its steps as text",

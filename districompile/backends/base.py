@@ -150,6 +150,11 @@ class Backend(abc.ABC):
         """Whether such collectives may be an ``all_to_all``, too. Without, each is an ``all_gather``."""
         return False
 
+    @property
+    def builds_at_once(self) -> int:
+        """How many calls of ``build`` may be made at once, from threads."""
+        return 1
+
     def unavailable_reason(self) -> str | None:
         """Return why this backend cannot be used here (a missing package, and how to install it), or None."""
         return None

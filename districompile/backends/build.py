@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,10 +56,25 @@ def build_segments(
         raise BackendError(f"the {backend.name} backend cannot build this model:{lines}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for done, (file, segment) in enumerate(distinct.items(), 1):
-            backend.build(segment, weights, folder / file)
+        for done, _ in enumerate(_built(backend, distinct, weights, folder), 1):
             if progress is not None:
                 progress(done, len(distinct))
     except OSError as e:
         raise BundleError(f"cannot write engines to {folder}: {e.strerror or e}") from e
     return files
+
+
+def _built(backend: Backend, segments: Mapping[str, SegmentGraph], weights: WeightFile, folder: Path) -> Iterator[None]:
+    """Build segments, as many at once as the backend can, and yield after each. The first error ends it."""
+    if (most := min(backend.builds_at_once, len(segments))) < 2:
+        for file, segment in segments.items():
+            yield backend.build(segment, weights, folder / file)
+        return
+    with ThreadPoolExecutor(most) as pool:
+        futures = [pool.submit(backend.build, segment, weights, folder / file) for file, segment in segments.items()]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:  # which have not begun
+                future.cancel()

@@ -6,7 +6,8 @@ plan.json, plan.txt  the plan that the runtime executes, and the same as text fo
 plans/               the plans of further shapes
 weights.safetensors  every weight once
 engines/             one file for each distinct segment, named by its content, and the files that those call
-graphs/              the graphs that passes worked on, on request"""
+graphs/              the graphs that passes worked on, on request
+vae/                 bundles of the pipeline's VAE, which have manifests of their own (:mod:`.contents`)"""
 
 from __future__ import annotations
 
@@ -16,15 +17,16 @@ import datetime
 import errno
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from districompile.bundle.contents import VAE, check_contents
+from districompile.bundle.contents import check_replaceable as check_replaceable
 from districompile.bundle.hashes import CHUNK, Progress, check_size, hash_files
 from districompile.bundle.hashes import check_hashes as check_hashes
 from districompile.bundle.manifest import AGAIN as _AGAIN
@@ -34,7 +36,7 @@ from districompile.bundle.manifest import PLAN as PLAN
 from districompile.bundle.manifest import WEIGHTS as WEIGHTS
 from districompile.bundle.manifest import check_places, manifest_text, read_manifest
 from districompile.bundle.plans import plan_file, read_plans
-from districompile.common.outputs import OutputError, check_folder, other_file, part_name, remove_files, uninterrupted
+from districompile.common.outputs import part_name, remove_files, uninterrupted
 from districompile.errors import BundleError
 from districompile.ir.operators import Provider
 from districompile.ir.report_builder import QuantisedLayer
@@ -64,7 +66,7 @@ class BundleWriter:
         self._finished = False
 
     def __enter__(self) -> BundleWriter:
-        _check_contents(self.path_given)
+        check_contents(self.path_given)
         self.target = Path(os.path.realpath(self.path_given))
         self.folder = self.target.parent / part_name()
         missing = [p for p in self.target.parents if not p.exists()]
@@ -126,12 +128,15 @@ class BundleWriter:
 
     def share(self, name: str, bundle: Bundle) -> None:
         """Add a file of another bundle with the same bytes, as a hard link if the file system supports it."""
-        source, target = bundle.path / name, self.path(name)
+        self.place(name, bundle.path / name)
+        self._hashes[name] = bundle.manifest["files"][name]["sha256"]
+
+    def place(self, name: str, source: Path) -> None:
+        """Add a file as it is, as a hard link if the file system supports it."""
         try:
-            os.link(source, target)
+            os.link(source, self.path(name))
         except OSError:
             self.copy(name, source)
-        self._hashes[name] = bundle.manifest["files"][name]["sha256"]
 
     def plan(self, plan: ExecutionPlan, text: str, shape: str | None = None) -> None:
         """Write the plan of the first shape, or of the further ``shape``, and the same as ``text`` for people."""
@@ -196,8 +201,9 @@ class BundleWriter:
         self._finished = True
 
     def _files(self, progress: Progress | None) -> dict[str, dict[str, Any]]:
-        """Return size and sha256 of every file. Files without a recorded hash are hashed."""
+        """Return size and sha256 of every file but the VAE's. Files without a recorded hash are hashed."""
         files = {p.relative_to(self.folder).as_posix(): p for p in sorted(self.folder.rglob("*")) if p.is_file()}
+        files = {name: path for name, path in files.items() if not name.startswith(f"{VAE}/")}
         unknown = {name: path for name, path in files.items() if name not in self._hashes}
         self._hashes |= hash_files(unknown, progress)
         return {name: {"size": path.stat().st_size, "sha256": self._hashes[name]} for name, path in files.items()}
@@ -207,7 +213,7 @@ class BundleWriter:
         if not self.target.exists():
             self.folder.rename(self.target)
             return
-        replaced = _check_contents(self.path_given)  # again: another process may have written there since
+        replaced = check_contents(self.path_given)  # again: another process may have written there since
         old = self.folder.with_suffix(".old")
         self.target.rename(old)
         try:
@@ -302,68 +308,6 @@ class Bundle:
 
 def _mesh(plan: ExecutionPlan) -> dict[str, int]:
     return {"cfg": plan.guidance_halves, "patch": plan.ranks}
-
-
-def _check_contents(path: Path) -> dict[str, Any]:
-    """Return the files of the bundle at ``path``; none if nothing is there.
-
-    Raises :class:`BundleError` if the folder holds other files, or cannot be written at all."""
-    try:
-        check_folder(path)
-    except OutputError as e:
-        reason = f"{path} exists and is not a bundle: choose another place" if os.path.isfile(path) else str(e)
-        raise BundleError(reason) from e
-    if not path.exists() or not any(path.iterdir()):
-        return {}
-    manifest = _manifest_of(path)
-    if manifest is None:
-        raise BundleError(f"{path} exists and is not a bundle: choose another place, or remove it")
-    caches = [p.relative_to(path).as_posix() for p in path.glob("cache/tensorrt*.cache")]  # made when it is loaded
-    files = {**manifest["files"], **dict.fromkeys((MANIFEST, *caches))}
-    other = other_file(Path(os.path.realpath(path)), files)
-    if other is not None:
-        raise BundleError(f"{path} holds {other}, which is not a file of the bundle: move it, or choose another place")
-    return files
-
-
-def _manifest_of(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a folder that is a bundle of any version, complete or not; None for any other folder."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-        whole = isinstance(manifest["format_version"], int) and PLAN in files and WEIGHTS in files
-        whole = whole and all({"size", "sha256"} <= entry.keys() for entry in files.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest if whole else None
-
-
-def check_replaceable(
-    path: Path, made_with: Mapping[str, Any], force: bool, refits: Sequence[Mapping[str, Any]] = (),
-    added: Sequence[str] = (),
-) -> None:  # fmt: skip
-    """Check, before any work, that a bundle can be written to ``path``.
-
-    ``made_with`` is compared with the manifest there, ``refits`` with the weights that were put into that bundle
-    since, and ``added`` with the shapes that were added. Raises :class:`BundleError` if ``path`` cannot be written.
-    Unless ``force`` is given, also if the bundle there was made from another model or with other options."""
-    if not _check_contents(path) or force:
-        return
-    there = _manifest_of(path) or {}
-
-    def notes(refits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in note.items() if k != "weights_sha256"} for note in refits]
-
-    wanted = {"made_with": made_with, "refits": notes(refits), "added": list(added)}
-    found = {
-        "made_with": there.get("made_with"), "refits": notes(there.get("refits") or ()),
-        "added": list(there.get("added") or ()),
-    }  # fmt: skip
-    if found != json.loads(json.dumps(wanted, default=str)):
-        raise BundleError(
-            f"{path} is a bundle of another model, or made with other options: "
-            "give --force (force=True) to replace it, or choose another place"
-        )
 
 
 def _means_full_disk(error: BaseException) -> bool:

@@ -2,7 +2,8 @@
 """The manifest of a bundle: its fields, its own hash, and the files that it may list.
 
 Hashes reveal damage and files that do not belong together. They do not reveal who made a bundle: whoever changes a file
-can change its hash as well. ``manifest.json`` covers every other file, so a signature of it signs the bundle.
+can change its hash as well. ``manifest.json`` covers every other file, so a signature of it signs the bundle. Of a VAE
+in the bundle's folder it has the hashes of the manifests (``vae``), which cover that one's files.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _Key = Annotated[str, Field(pattern=r"^([^_]|_[^_]|_?$)")]  # no Python-internal
 
 
 _Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+!<>-]{1,200}$")]  # part of an error message of one line
+_Place = Annotated[str, Field(pattern=r"^vae(/decoder|/encoder)?$")]
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Operator = Annotated[str, Field(pattern=r"^(functional:)?[A-Za-z0-9_]+[.][A-Za-z0-9_]+[.][A-Za-z0-9_]+$")]
 
 
@@ -40,7 +43,7 @@ class _Strict(BaseModel):
 
 class _File(_Strict):
     size: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: _Hash
 
 
 class _Mesh(_Strict):
@@ -76,6 +79,7 @@ class _Manifest(_Strict):
     operators: dict[_Operator, _Provider] = {}
     refits: tuple[_Refit, ...] = ()
     added: tuple[str, ...] = ()
+    vae: dict[_Place, _Hash] = {}
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from districompile.bundle.bundle import ENGINES, WEIGHTS, Bundle, BundleWriter, check_replaceable
 from districompile.bundle.lora import RefitError, adapter_metadata, check_adapter, check_factors, number, rank_of
+from districompile.bundle.own_vae import keep_vae
 from districompile.bundle.weights import WeightFile
 from districompile.common.locks import held
 from districompile.errors import BundleError
@@ -288,6 +289,7 @@ def _refit(
         fresh = WeightFile.open(target)
         with bars.task("sharing engines"):
             share_files(bundle, writer, old, fresh)
+            keep_vae(bundle, writer)
             entry = {"weights_sha256": writer.hash_of(WEIGHTS), **(note or {})}
             writer.finish_like(bundle, refits=[*bundle.manifest.get("refits", ()), entry])
     return changed

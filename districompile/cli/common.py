@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 from rich.console import Console
 
 from districompile.bundle.manifest import MANIFEST, names_factory
+from districompile.cli.options import NO_VAE
 from districompile.common import extensions
 from districompile.errors import Error, ValueWarning
 
@@ -134,6 +135,11 @@ def chosen_dtype(plan: ExecutionPlan) -> torch.dtype | None:
 
     name = plan.options.dtype
     return None if name is None else dtype_of(name)
+
+
+def whole_path(vae: str | None) -> str | None:
+    """Return what ``--vae`` says with the whole path of a folder, which holds in any process."""
+    return vae if vae in (None, NO_VAE) else str(Path(vae).expanduser().absolute())
 
 
 def is_bundle(path: Path) -> bool:

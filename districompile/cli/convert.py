@@ -101,6 +101,16 @@ class Settings(Conversion):
             rich_help_panel=options.MODEL,
         ),
     ] = "auto"
+    vae: Annotated[
+        bool | None,
+        typer.Option(
+            "--vae/--no-vae",
+            help="Convert the decoder of the pipeline's VAE too, into the bundle's folder vae, so that all GPUs "
+            "decode. With --add: add the sizes to it.",
+            show_default="with two or more GPUs, where the VAE can be converted; with --add, where the bundle has one",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Refuse operators without a rule.", rich_help_panel=options.PIPELINE),

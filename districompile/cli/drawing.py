@@ -15,8 +15,9 @@ from districompile.quality.cases import Case
 class Job:
     """The work of every rank.
 
-    ``columns``: pictures in a row of the grid. ``vae``: the bundles of the VAE. ``size`` and ``shape`` choose a shape
-    of the bundle; ``grows``: a size that it does not have is added. ``record``: facts for the files.
+    ``columns``: pictures in a row of the grid. ``vae``: what ``--vae`` says, with the whole path. ``size`` and
+    ``shape`` choose a shape of the bundle; ``grows``: a size that it does not have is added. ``record``: facts for the
+    files.
     """
 
     bundle: Path
@@ -24,7 +25,7 @@ class Job:
     cases: tuple[Case, ...]
     targets: Targets
     columns: int
-    vae: Path | None
+    vae: str | None
     negative_prompt: str | None
     steps: int
     guidance: float | None

@@ -31,7 +31,7 @@ EXPERIMENTAL = "Experimental"
 
 DEFAULT_GPUS = 2
 DEFAULT_BACKEND = "onnxruntime"
-DEFAULT_DTYPE = "float32"
+DEFAULT_DTYPE: Literal["float32"] = "float32"
 DEFAULT_GROUPNORM = "forecast"
 DEFAULT_TIMEOUT = 30.0
 DEFAULT_PROMPT = "a red circle above a blue square at sunset"
@@ -89,13 +89,15 @@ Device = Annotated[
         rich_help_panel=RUNTIME,
     ),
 ]
+NO_VAE = "none"  # of --vae
 Vae = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--vae",
         metavar="BUNDLE",
-        help="Bundle of the pipeline's VAE (convert FOLDER/vae), for as many GPUs: all of them decode and encode.",
-        show_default="the first process decodes alone",
+        help="Bundle of the pipeline's VAE (convert FOLDER/vae), for as many GPUs: all of them decode. none: the first "
+        "process decodes alone.",
+        show_default="the one in the bundle's folder, if it can be used, else none",
         rich_help_panel=RUNTIME,
     ),
 ]

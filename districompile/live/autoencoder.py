@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from districompile.bundle.contents import vae_places
 from districompile.bundle.manifest import MANIFEST, read_manifest
 from districompile.errors import BundleError, InputError
-from districompile.models.autoencoder import CLASS, DECODER, ENCODER, PARTS
+from districompile.models.autoencoder import CLASS, DECODER, ENCODER, PARTS, VaeEncoder
 from districompile.models.pretrained import import_diffusers
 from districompile.plan.plan import ExecutionPlan
 from districompile.runtime.module import DistributedModule
@@ -28,7 +29,7 @@ def load_vae(bundle: str | os.PathLike[str], **loading: Any) -> Any:
 
     Args:
         bundle: the folder that ``convert FOLDER/vae`` made: a bundle, or one with the bundles ``decoder`` and
-            ``encoder``.
+            ``encoder``. Or the folder of a pipeline's bundle with such a folder in it (``vae``).
         loading: options of :func:`districompile.load`, for each of them.
 
     Raises :class:`BundleError` for a folder that is neither, or for bundles of two autoencoders.
@@ -56,7 +57,10 @@ def _images(plan: ExecutionPlan) -> int:
 
 def parts_at(folder: Path) -> Mapping[str, Path]:
     """Return the bundles of an autoencoder's parts in ``folder``, by part. Raises :class:`BundleError` for none."""
-    if (folder / MANIFEST).is_file():
+    places = vae_places(folder)
+    if places:  # in the folder of a network's bundle
+        found = [folder / place for place in places]
+    elif (folder / MANIFEST).is_file():
         found = [folder]
     else:
         found = [folder / part for part in PARTS if (folder / part / MANIFEST).is_file()]
@@ -83,6 +87,32 @@ class _Part(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Part:
         """Stay as converted where a pipeline moves its networks."""
+        return self
+
+
+def lend_encoder(vae: Any, original: Any) -> None:
+    """Let each rank encode by itself, with the encoder of ``original``, where there is no bundle of one."""
+    if isinstance(vae.encoder, _Absent) and isinstance(getattr(original, "encoder", None), nn.Module):
+        overflows = original.dtype == torch.float16 and bool(original.config.get("force_upcast"))
+        encoder = VaeEncoder(original)
+        vae.encoder = _Lent(encoder.to(torch.float32) if overflows else encoder)
+
+
+class _Lent(nn.Module):
+    """The encoder of the original, in the dtype of the caller as :class:`_Part` is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._dtype = next(module.parameters()).dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return moments for pixels."""
+        result: Tensor = self.module(x.to(self._dtype))
+        return result.to(x.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Lent:
+        """Keep dtype and device where a pipeline moves its networks."""
         return self
 
 

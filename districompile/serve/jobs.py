@@ -17,12 +17,12 @@ class _Data(BaseModel):
 
 
 class GroupOptions(_Data):
-    """How the ranks load a bundle, and that of a VAE's decoder.
+    """How the ranks load a bundle, and that of a VAE: what ``--vae`` says, and for the ranks, what was chosen.
 
     ``loras`` are the files of the LoRAs that requests may name, with their scales."""
 
     bundle: Path
-    vae: Path | None = None
+    vae: str | None = None
     model: str | None = None
     transport: str = "auto"
     cuda_graph: bool = True

@@ -20,6 +20,7 @@ from torch import Tensor
 from districompile.bundle.bundle import Bundle
 from districompile.cli.common import UsageError, load_extensions, quiet_libraries, source_of
 from districompile.cli.generate import GUIDED, Request, decoded, draw
+from districompile.cli.options import NO_VAE
 from districompile.cli.pipeline import MEETING, attach, open_pipeline
 from districompile.models.sources import import_diffusers, network_name
 from districompile.runtime.load import load
@@ -53,9 +54,8 @@ class DrawingSession:
         quiet_libraries()
         load_extensions(options.extensions)
         self._text = open_pipeline(model, bundle.plan.options)
-        compiled = attach(
-            self._text, options.bundle, options.vae, start_timeout=max(60.0, MEETING * options.timeout), **how
-        )
+        vae = None if options.vae in (None, NO_VAE) else Path(options.vae)  # chosen by the supervisor
+        compiled = attach(self._text, options.bundle, vae, start_timeout=max(60.0, MEETING * options.timeout), **how)
         self._modules: dict[str | None, DistributedModule] = {None: compiled}
         for name in sorted(loras):  # in the same order on all ranks
             self._modules[name] = load(loras[name], warm_up=True, **how)
@@ -153,7 +153,8 @@ class DrawingSession:
         if number is None:
             return
         shown = estimate[0] if estimate and estimate[0].shape == latents.shape else latents
-        pixels = decoded(pipe, shown[:1])
+        # A VAE that is a bundle may know the pictures of a whole call alone
+        pixels = decoded(pipe, shown if self._all_decode else shown[:1])
         if self._first:
             show(number, encoded(pixels, job.format, job.compression)[0])
 

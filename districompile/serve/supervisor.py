@@ -23,7 +23,8 @@ def _launch(start: Start) -> None:
     """Check everything that can be checked before a rank starts, then launch the ranks."""
     from districompile.bundle.bundle import Bundle
     from districompile.cli.common import UsageError, is_bundle, load_extensions, quiet_libraries, source_of
-    from districompile.cli.pipeline import check_vae
+    from districompile.cli.options import NO_VAE
+    from districompile.cli.pipeline import chosen_vae
     from districompile.models.sources import pipeline_location
     from districompile.runtime.load import check_device, check_native_code
     from districompile.runtime.processes.launcher import launch
@@ -42,8 +43,13 @@ def _launch(start: Start) -> None:
     check_device(bundle, options.device)
     check_native_code(bundle, options.native_code)
     pipeline_location(source_of(bundle.manifest, options.model))
-    if options.vae is not None:
-        check_vae(options.vae, bundle.plan.world_size, device=options.device, native_code=options.native_code)
+    drawn = [p for p in bundle.plans.values() if p.options.images == bundle.plan.options.images]
+    vae, note = chosen_vae(options.vae, bundle, drawn, device=options.device, native_code=options.native_code)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+    start = start.model_copy(
+        update={"options": options.model_copy(update={"vae": NO_VAE if vae is None else str(vae)})}
+    )
     loras = _refits(bundle, options, Path(start.address).parent)
     launch(serve_rank, (start.model_dump_json(), loras), bundle.plan.world_size, log_dir=options.log_dir)
 

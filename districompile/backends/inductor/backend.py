@@ -48,7 +48,8 @@ from districompile.backends.inductor.package import (
 from districompile.backends.inductor.pytorch_private import PackageLoader
 from districompile.backends.inductor.split_linear import split_linears
 from districompile.backends.inductor.target import capability, check_here, target_of, torch_version
-from districompile.backends.inductor.workers import WorkerPool, compile_here, default_workers, spare_gpus
+from districompile.backends.inductor.workers import compile_here, default_workers, spare_gpus, worker_pool
+from districompile.backends.worker_pool import WorkerPool
 from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError, BundleError
 from districompile.ir.operators import foreign_operators
@@ -190,8 +191,8 @@ class InductorBackend(Backend):
         """Have packages compiled by workers, if there are any."""
         if self._workers == 1:
             return
-        self._pool = self._pool or WorkerPool(self._workers)
-        futures = self._pool.submit((p.job, self._scratch_path(p)) for p in packages)
+        self._pool = self._pool or worker_pool(self._workers)
+        futures = self._pool.submit([p.job.to_json(), str(self._scratch_path(p))] for p in packages)
         self._futures.update(zip((p.key for p in packages), futures, strict=True))
 
     def unsupported_ops(self, segment: SegmentGraph) -> list[str]:

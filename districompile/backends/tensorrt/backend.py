@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -15,7 +17,7 @@ from districompile.backends.base import Backend, Engine, source_line
 from districompile.backends.onnx import opset17_writer
 from districompile.backends.onnx.export import Translator, kind_of
 from districompile.backends.onnx.proto import OPSET, WEIGHT, Kind, Template, probe_model
-from districompile.backends.tensorrt import v8
+from districompile.backends.tensorrt import v8, worker
 from districompile.backends.tensorrt.builder import BuildOptions, WeightMode, build_engine
 from districompile.backends.tensorrt.collectives import nccl_missing
 from districompile.backends.tensorrt.engine import RuntimeCache, load_engine
@@ -28,6 +30,7 @@ from districompile.backends.tensorrt.library import (
     present_gpu,
     split_targets,
 )
+from districompile.backends.worker_pool import WorkerPool
 from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError
 from districompile.ir.segment import SegmentGraph
@@ -37,6 +40,7 @@ _DTYPES = frozenset({
     torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool,
     torch.float8_e4m3fn,
 })  # fmt: skip
+_MOST_EFFORT = 5
 _REFIT_LOSES_BIAS = "11.3."
 """Known issue in the release notes of TensorRT 11.3.0: an engine built with REFIT may drop the bias of a GEMM."""
 
@@ -60,6 +64,9 @@ class TensorRTBackend(Backend):
         "weights": "source of the weights of an engine: bound (inputs, one copy on a GPU), refit (put into the engine "
         "when it is loaded) or inside (stored in the engine) (default: refit where there is a GPU to build with, else "
         "bound; inside with TensorRT 8.6)",
+        "effort": "how much TensorRT tries when it builds, from 0 (quickly built) to 5 (default: its own, 3)",
+        "workers": "number of processes that build, each with a GPU of its own where the library needs one (default: "
+        "one for each equal GPU here; for tensorrt_rtx one for two cores, at most 8)",
     }
 
     name = "tensorrt"
@@ -69,14 +76,22 @@ class TensorRTBackend(Backend):
     device = "cuda"
 
     def __init__(
-        self, *, flavour: Flavour | None = None, target: str | None = None, weights: WeightMode | None = None
-    ) -> None:
+        self, *, flavour: Flavour | None = None, target: str | None = None, weights: WeightMode | None = None,
+        effort: int | None = None, workers: int | None = None,
+    ) -> None:  # fmt: skip
         check_flavour(flavour)
         if target is not None:
             split_targets(target)
         if weights is not None and weights not in get_args(WeightMode):
             raise BackendError(f"weights={weights}: give one of {', '.join(get_args(WeightMode))}")
+        if effort is not None and not 0 <= effort <= _MOST_EFFORT:
+            raise BackendError(f"effort={effort}: give 0 to {_MOST_EFFORT}")
+        if workers is not None and workers < 1:
+            raise BackendError(f"workers={workers}: give 1 or more")
         self._flavour, self._target, self._weights = flavour, target, weights
+        self._effort, self._workers = effort, workers
+        self._pool: WorkerPool | None = None
+        self._translating, self._building = threading.Lock(), threading.Lock()
         self._gpu = present_gpu()
         self._found: tuple[Library, BuildOptions] | None = None
         self._caches: dict[Path, RuntimeCache] = {}
@@ -108,7 +123,7 @@ class TensorRTBackend(Backend):
                     f"weights=refit: {library.flavour} {library.version} needs a GPU to build engines without weights, "
                     "and there is none here that it runs on: give weights=bound"
                 )
-            self._found = library, BuildOptions(targets, mode)
+            self._found = library, BuildOptions(targets, mode, effort=self._effort)
         return self._found[1]
 
     @property
@@ -178,16 +193,36 @@ class TensorRTBackend(Backend):
                 found.setdefault(f"{node.target} {reason}", text)
         return list(found.values())
 
+    @property
+    def builds_at_once(self) -> int:
+        return self._workers or worker.default_workers(self.library)
+
     def build(self, segment: SegmentGraph, weights: WeightFile, path: Path) -> None:
         onnx = path.with_suffix(".onnx")
-        onnx.write_bytes(self.model(segment, weights).SerializeToString())
-        options = self.options
+        with self._translating:
+            onnx.write_bytes(self.model(segment, weights).SerializeToString())
+            options, sources = self.options, _sources(segment)
+            inside = self.builds_at_once < 2 or segment.collectives
+            if not inside and self._pool is None:
+                self._pool = worker.worker_pool(self.library, self.builds_at_once)
         if self.library.flavour == "tensorrt":
             options = dataclasses.replace(options, timing_cache=path.parent / "timing.cache")
-        build_engine(
-            self.library, onnx, weights.path, path, options,
-            collectives=segment.collectives, sources=_sources(segment),
-        )  # fmt: skip
+        if inside:
+            with self._building:  # a process has one logger
+                notes = build_engine(
+                    self.library, onnx, weights.path, path, options, collectives=segment.collectives, sources=sources
+                )
+        else:
+            assert self._pool is not None
+            (done,) = self._pool.submit([worker.job(self.library, onnx, weights.path, path, options, sources)])
+            notes = done.result()
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+
+    def __del__(self) -> None:
+        pool: WorkerPool | None = self.__dict__.get("_pool")
+        if pool is not None:
+            pool.close()
 
     def model(self, segment: SegmentGraph, weights: WeightFile) -> Any:
         """Return the ONNX model from which the engine of a segment is built."""

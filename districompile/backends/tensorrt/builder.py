@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -30,12 +29,14 @@ class BuildOptions:
     """Options of a build.
 
     ``targets`` are kinds of GPU (``sm89``), or nothing where the library builds for the present one only.
-    ``timing_cache`` is a file that is read and extended, for libraries that time kernels when they build.
+    ``timing_cache`` is a file that is read and extended, for libraries that time kernels when they build. ``effort`` is
+    the library's optimisation level, from 0 to 5.
     """
 
     targets: tuple[str, ...] = ()
     weights: WeightMode = "bound"
     timing_cache: Path | None = None
+    effort: int | None = None
 
 
 @contextlib.contextmanager
@@ -68,20 +69,21 @@ def build_engine(
     *,
     collectives: Sequence[InnerCollective] = (),
     sources: Mapping[str, str] | None = None,
-) -> None:
-    """Parse ``onnx``, whose external data is in ``weights``, and write the engine to ``path``.
+) -> list[str]:
+    """Parse ``onnx``, whose external data is in ``weights``, and write the engine to ``path``. Return notes for users.
 
     Each of ``collectives`` takes the place of an output and an input of the model, and is in the engine afterwards.
     Raises :class:`BackendError` with TensorRT's error, the operator and its source line (``sources``).
     """
     reasons: list[str] = []
+    notes: list[str] = []
     for cached, settings in v8.attempts(options.timing_cache is not None) if library.is_v8 else ((True, None),):
         given = options if cached else dataclasses.replace(options, timing_cache=None)
         plan, config = _built(library, onnx, weights, given, collectives, sources or {}, settings)
         if plan is not None:
             if settings == "float32":
-                why = f"{onnx.stem} computes in float32, with TF32, as it could not be built in float16"
-                warnings.warn(f"{why}: {format_errors(reasons, sources)}", stacklevel=2)
+                what = f"{onnx.stem} computes in float32, with TF32, as it could not be built in float16"
+                notes.append(f"{what}: {format_errors(reasons, sources)}")
             break
         reasons = reasons or library.log.take()  # later ones are of settings that were never asked for
     else:
@@ -91,6 +93,7 @@ def build_engine(
     _write(path, memoryview(plan))
     if given.timing_cache is not None:
         _write(given.timing_cache, memoryview(config.get_timing_cache().serialize()))
+    return notes
 
 
 def _built(
@@ -149,6 +152,8 @@ def _config(library: Library, builder: types.Builder, options: BuildOptions) -> 
     preview = getattr(trt.PreviewFeature, "MULTIDEVICE_RUNTIME_10_16", None)
     if preview is not None:
         config.set_preview_feature(preview, True)
+    if options.effort is not None:
+        config.builder_optimization_level = options.effort
     if options.timing_cache is not None:
         known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
         config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)

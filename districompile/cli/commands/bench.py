@@ -25,6 +25,7 @@ from districompile.cli.common import (
     print_json,
     quiet_libraries,
     source_of,
+    whole_path,
 )
 from districompile.cli.shapes import at_shape
 from districompile.common.outputs import check_file, write_file
@@ -77,8 +78,9 @@ def main(settings: Settings) -> int:
     if settings.original:
         source_of(bundle.manifest, settings.model)  # an error is found before the work
     (shape,) = bundle.plans
-    vae = None if settings.vae is None else settings.vae.resolve()
-    job = dataclasses.replace(settings, bundle=settings.bundle.resolve(), shape=shape, vae=vae)
+    job = dataclasses.replace(
+        settings, bundle=settings.bundle.resolve(), shape=shape, vae=whole_path(settings.vae)
+    )  # fmt: skip
     if settings.image:
         from districompile.cli.commands import bench_image
 

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -18,8 +21,9 @@ from districompile.bundle.bundle import Bundle
 from districompile.cli.bench import Settings
 from districompile.cli.common import console, load_extensions, print_json, quiet_libraries, source_of
 from districompile.cli.generate import Request, as_pictures, draw
+from districompile.cli.options import NO_VAE
 from districompile.cli.picture_clock import DECODE, HOST, SAMPLER, STEP, PictureClock, chrome_events, totals
-from districompile.cli.pipeline import MEETING, attach, check_vae, open_pipeline
+from districompile.cli.pipeline import MEETING, attach, chosen_vae, open_pipeline
 from districompile.common.outputs import write_file
 from districompile.models.sources import pipeline_location
 from districompile.runtime.processes.launcher import launch
@@ -35,9 +39,13 @@ _WORDS = {
 def main(settings: Settings, bundle: Bundle) -> int:
     """Draw pictures on all ranks of ``bundle``, and print where the time goes. The settings are checked."""
     pipeline_location(source_of(bundle.manifest, settings.model))
-    if settings.vae is not None:
-        check_vae(settings.vae, bundle.plan.world_size, device=settings.device, native_code=settings.native_code)
-    results = launch(worker, (settings,), bundle.plan.world_size)
+    vae, note = chosen_vae(
+        settings.vae, bundle, bundle.plans.values(), device=settings.device, native_code=settings.native_code
+    )
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+    job = dataclasses.replace(settings, vae=NO_VAE if vae is None else str(vae))
+    results = launch(worker, (job,), bundle.plan.world_size)
     ranks = [results[r] for r in sorted(results) if results[r] is not None]
     if not ranks or ranks[0]["rank"] != 0:  # another rank under an outer launcher
         return 0
@@ -81,15 +89,16 @@ def worker(job: Settings) -> dict[str, Any]:
     bundle = Bundle.open(job.bundle, verify=False)
     plan = bundle.plan if job.shape is None else bundle.plans[job.shape]
     pipe = open_pipeline(source_of(bundle.manifest, job.model), plan.options)
+    vae = None if job.vae in (None, NO_VAE) else Path(job.vae)
     compiled = attach(
-        pipe, job.bundle, job.vae, verify="quick", transport=job.transport, cuda_graph=job.cuda_graph,
+        pipe, job.bundle, vae, verify="quick", transport=job.transport, cuda_graph=job.cuda_graph,
         device=job.device, native_code=job.native_code, timeout=job.timeout,
         start_timeout=max(60.0, MEETING * job.timeout),
         shapes=None if job.shape is None else [job.shape], warm_up=job.warm_up,
     )  # fmt: skip
     loaded = time.perf_counter()
     first = int(os.environ.get("RANK", "0")) == 0
-    decode = first or job.vae is not None
+    decode = first or vae is not None
     steps = job.steps or _STEPS
 
     def picture(seed: int) -> float:

@@ -91,14 +91,29 @@ def parts_of(settings: Settings) -> list[Settings]:
 
 
 def convert_one(settings: Settings) -> dict[str, Any]:
-    """Convert one module, save its bundle, and print its report unless JSON is asked for. Return the facts."""
+    """Convert one module, save its bundle, and print its report unless JSON is asked for. Return the facts.
+
+    A VAE that belongs into the bundle is converted behind it (:mod:`.convert_vae`).
+    """
+    from districompile.cli.commands import convert_vae
+
     settings, choice = defaults.resolve(settings, defaults.this_machine())
-    target = settings.out or default_out(settings)
     if settings.dump is not None:
         check_folder(settings.dump, "--dump")
     backend = make_backend(settings)
+    vae = convert_vae.wanted_vae(settings, backend)
     if choice.line is not None:
         print(choice.line, file=sys.stderr)
+    facts = _convert_network(settings, choice, backend)
+    if vae is not None:
+        folder = convert_vae.convert_into(settings.out or default_out(settings), vae, settings)
+        facts = facts and {**facts, "vae": None if folder is None else str(folder)}
+    return facts
+
+
+def _convert_network(settings: Settings, choice: defaults.Choice, backend: Backend) -> dict[str, Any]:
+    """Convert one module, with the choices made. The model is no longer in memory when this returns."""
+    target = settings.out or default_out(settings)
     quiet_libraries()
     progress = terminal_progress()
     started = time.perf_counter()
@@ -125,7 +140,8 @@ def convert_one(settings: Settings) -> dict[str, Any]:
     plan = next(iter(plans.values()))  # with the engines that were built
     seconds = {"convert": round(compiled - started, 2), "save": round(time.perf_counter() - compiled, 2)}
     if settings.as_json:
-        return {"bundle": str(target), "seconds": seconds, "shapes": list(plans), "report": Report(plan).to_dict()}
+        return {"bundle": str(target), "seconds": seconds, "shapes": list(plans), "vae": None,
+                "report": Report(plan).to_dict()}  # fmt: skip
     terminal = console()
     terminal.print(Report(plan, explain=False))
     if others:
@@ -284,6 +300,7 @@ _NOT_RECORDED = (
     "add",
     "original",
     "part",
+    "vae",
     "config",
     "variant",
     "dump",

@@ -19,13 +19,21 @@ from typing import Any
 
 from districompile.bundle.manifest import PLAN, PLANS, read_manifest
 from districompile.cli import checks, convert, defaults
-from districompile.cli.common import UsageError, console, is_bundle, load_extensions, print_json, quiet_libraries
+from districompile.cli.common import (
+    UsageError,
+    console,
+    is_bundle,
+    load_extensions,
+    print_json,
+    quiet_libraries,
+    whole_path,
+)
 from districompile.cli.drawing import Job, Refused, Report
 from districompile.cli.options import Conversion
 from districompile.cli.pictures import Targets, check_start, image_format, read_picture
 from districompile.cli.run import Settings
 from districompile.common.outputs import OutputError, check_folder
-from districompile.progress import terminal_progress
+from districompile.progress import Progress, terminal_progress
 from districompile.quality.cases import Case, read_prompts
 from districompile.runtime.processes.launcher import launch
 
@@ -61,7 +69,7 @@ def main(settings: Settings) -> int:
         negative_prompt=settings.negative_prompt, steps=settings.steps, guidance=settings.guidance,
         scheduler=settings.scheduler, loras=loras, image=_absolute(settings.image), mask=_absolute(settings.mask),
         strength=settings.strength, controls=controls, preview_every=settings.preview_every,
-        size=settings.size, shape=settings.shape, grows=settings.shapes == "auto", vae=_absolute(settings.vae),
+        size=settings.size, shape=settings.shape, grows=settings.shapes == "auto", vae=whole_path(settings.vae),
         transport=settings.transport,
         cuda_graph=settings.cuda_graph, device=settings.device, native_code=settings.native_code,
         timeout=settings.timeout, extensions=settings.extension,
@@ -170,7 +178,7 @@ def _record(settings: Settings, manifest: dict[str, Any], model: str, world: int
         "strength": settings.strength,
         "lora": list(settings.lora) or None,
         "control_image": list(settings.control_image) or None,
-        "vae": None if settings.vae is None else str(settings.vae),
+        "vae": settings.vae,
     }
     bundle = {"model": model, "bundle": str(manifest["sha256"]), "backend": manifest["backend"], "processes": world}
     return {**{name: value for name, value in given.items() if value is not None}, **bundle}
@@ -247,6 +255,7 @@ def _bundle_folder(settings: Settings) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("under torchrun give a bundle: run districompile convert first")
     from districompile.cli.commands import convert as converting
+    from districompile.cli.commands import convert_vae
 
     conversion = converting.with_origin(convert.Settings(model=settings.bundle, **given))
     conversion, choice = defaults.resolve(conversion, defaults.this_machine())
@@ -264,12 +273,24 @@ def _bundle_folder(settings: Settings) -> Path:
     if choice.line is not None:
         print(choice.line, file=sys.stderr)
     conversion, known = converting.with_guidance(conversion, choice, progress)
-    program, loaded = converting.compile_model(conversion, progress, known)
-    converting.save(program, folder, backend, conversion, loaded, progress, others=choice.others)
+    vae = convert_vae.wanted_vae(conversion, backend)
+    _convert_network(conversion, folder, backend, choice, known, progress)
+    if vae is not None:
+        convert_vae.convert_into(folder, vae, dataclasses.replace(conversion, as_json=True))
     print(
         f"converted {settings.bundle} for {conversion.ranks} processes; the bundle is kept in {folder}", file=sys.stderr
     )
     return folder
+
+
+def _convert_network(
+    conversion: convert.Settings, folder: Path, backend: Any, choice: defaults.Choice, known: Any, progress: Progress
+) -> None:
+    """Convert a model into the cache. It is no longer in memory when this returns."""
+    from districompile.cli.commands import convert as converting
+
+    program, loaded = converting.compile_model(conversion, progress, known)
+    converting.save(program, folder, backend, conversion, loaded, progress, others=choice.others)
 
 
 def _with_loras(bundle: Path, sha256: str, loras: tuple[tuple[Path, float], ...]) -> Path:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from districompile.cli.generate import (
     start_size,
     with_start,
 )
-from districompile.cli.pipeline import MEETING, attach, check_vae, open_pipeline
+from districompile.cli.pipeline import MEETING, attach, chosen_vae, open_pipeline
 from districompile.cli.schedulers import scheduler_class
 from districompile.cli.shapes import of_size
 from districompile.errors import Error
@@ -60,7 +61,8 @@ def draw_all(job: Job) -> Report | Refused | None:
     quiet_libraries()
     try:
         load_extensions(job.extensions)
-        shapes, plan, pipe, notes, start, mask = _prepare(job)
+        ready = _prepare(job)
+        shapes, plan, pipe, notes = ready.shapes, ready.plan, ready.pipe, ready.notes
         extra = _controls(job, pipe, plan.options)
     except Error as e:
         return Refused(str(e))
@@ -69,7 +71,7 @@ def draw_all(job: Job) -> Report | Refused | None:
     compiled = attach(
         pipe,
         job.bundle,
-        job.vae,
+        ready.vae,
         transport=job.transport,
         cuda_graph=job.cuda_graph,
         device=job.device,
@@ -78,14 +80,14 @@ def draw_all(job: Job) -> Report | Refused | None:
         start_timeout=max(60.0, MEETING * job.timeout),
         shapes=list(shapes) if shapes else AddShapes(job.model, progress=progress),
     )
-    together = job.vae is not None  # then all ranks decode
+    together = ready.vae is not None  # then all ranks decode
     drawn: list[Drawn] = []
     made: list[Image] = []
     for number, cases in _batches(job.cases, plan.options.images):
         full = (*cases, *[cases[-1]] * (plan.options.images - len(cases)))  # the batch size of a call is fixed
         request = Request(
-            cases[0].prompt, job.negative_prompt, job.steps, job.guidance, cases[0].seed, plan.options, full, start,
-            mask, job.strength,
+            cases[0].prompt, job.negative_prompt, job.steps, job.guidance, cases[0].seed, plan.options, full,
+            ready.start, ready.mask, job.strength,
         )  # fmt: skip
         of = f"{number + 1} of {len(job.cases)}: " if len(job.cases) > 1 else ""
         picture = draw(
@@ -95,7 +97,7 @@ def draw_all(job: Job) -> Report | Refused | None:
             decode=first or together,
             title=of,
             extra=extra,
-            on_step=_previewer(job, pipe, cases, first) if first or together else None,
+            on_step=_previewer(job, pipe, cases, first, together) if first or together else None,
         )
         if not first or picture.pixels is None:
             continue
@@ -119,11 +121,25 @@ def draw_all(job: Job) -> Report | Refused | None:
     return Report(tuple(drawn), compiled.transport, tuple(notes), tuple(_warnings(drawn, plan)))
 
 
-def _prepare(job: Job) -> tuple[tuple[str, ...], ExecutionPlan, Any, list[str], Image | None, Image | None]:
-    """Check the job, and load the pipeline: all that may be refused.
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """A job that was checked: the shapes and the plan of the first, the pipeline, and the pictures to start from.
 
-    Return the shapes, the plan of the first, the pipeline, notes, and the pictures to start from. There are none where
-    a shape is to be added; its plan is that of the bundle's first shape with the size that is asked for.
+    There are no shapes where one is to be added; its plan is that of the bundle's first shape with the size that is
+    asked for. ``vae``: the VAE of all ranks. ``notes`` are for the user.
+    """
+
+    shapes: tuple[str, ...]
+    plan: ExecutionPlan
+    pipe: Any
+    vae: Path | None
+    notes: list[str]
+    start: Image | None
+    mask: Image | None
+
+
+def _prepare(job: Job) -> _Ready:
+    """Check the job, and load the pipeline: all that may be refused.
 
     The hashes of the bundle are checked when it is loaded.
     """
@@ -146,9 +162,8 @@ def _prepare(job: Job) -> tuple[tuple[str, ...], ExecutionPlan, Any, list[str], 
         except Exception as e:  # a constructor may raise anything for the configuration of another class
             raise UsageError(f"--scheduler {job.scheduler} does not fit this model: {e}") from e
     pipe = with_start(pipe, job.image is not None, job.mask is not None)
-    if job.vae is not None:
-        ranks, encodes = plan.world_size, job.image is not None
-        check_vae(job.vae, ranks, pipe, device=job.device, native_code=job.native_code, encodes=encodes)
+    vae, note = chosen_vae(job.vae, bundle, [plan], pipe, device=job.device, native_code=job.native_code)
+    notes += [] if note is None else [note]
     if len(job.controls) != control_nets(pipe):
         raise UsageError(
             f"--control-image: the bundle has {control_nets(pipe)} ControlNets, and {len(job.controls)} pictures are "
@@ -164,7 +179,7 @@ def _prepare(job: Job) -> tuple[tuple[str, ...], ExecutionPlan, Any, list[str], 
         raise UsageError(f"--preview-every: the pipeline {type(pipe).__name__} shows no latents that can be decoded")
     _add_loras(job, pipe)
     start, mask = _start(job, pipe, plan.options, notes)
-    return shapes, plan, pipe, notes, start, mask
+    return _Ready(shapes, plan, pipe, vae, notes, start, mask)
 
 
 def chosen_shapes(
@@ -243,11 +258,12 @@ def _batches(cases: tuple[Case, ...], size: int) -> Iterator[tuple[int, tuple[Ca
 
 
 def _previewer(
-    job: Job, pipe: Any, cases: tuple[Case, ...], writes: bool
+    job: Job, pipe: Any, cases: tuple[Case, ...], writes: bool, whole: bool
 ) -> Callable[[int, torch.Tensor], None] | None:
     """Return a function that decodes the unfinished pictures of a call after every few steps.
 
-    Where it ``writes``, it writes them as one picture.
+    Where it ``writes``, it writes them as one picture. ``whole``: the VAE is a bundle, which may know the pictures of
+    a whole call alone.
     """
     target, every = job.targets.preview, job.preview_every
     if target is None or every is None:
@@ -256,7 +272,7 @@ def _previewer(
     def show(steps: int, latents: torch.Tensor) -> None:
         if steps % every:
             return
-        found = as_pictures(decoded(pipe, latents[: len(cases)]))
+        found = as_pictures(decoded(pipe, latents if whole else latents[: len(cases)])[: len(cases)])
         if not writes:
             return
         record = {**job.record, "preview": True, "pictures": [_of(c) for c in cases]}

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from districompile.cli.common import whole_path
 from districompile.cli.serve import Settings
 from districompile.common.outputs import check_folder
 from districompile.errors import Error
@@ -84,7 +85,7 @@ def _ranks(settings: Settings) -> GroupOptions:
             raise Error(f"--lora {text}: there is no file {path}")
         loras[name] = (path, float(scale))
     return GroupOptions(
-        bundle=bundle, vae=None if settings.vae is None else settings.vae.absolute(), model=settings.model,
+        bundle=bundle, vae=whole_path(settings.vae), model=settings.model,
         transport=settings.transport, cuda_graph=settings.cuda_graph,
         device=settings.device, native_code=settings.native_code, timeout=settings.timeout,
         extensions=settings.extension, loras=loras,

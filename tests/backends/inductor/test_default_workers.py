@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from districompile.backends.inductor import workers
+from districompile.cuda.equal_gpus import equal_gpus, seen_alone
 
 GIB = 2**30
 
@@ -40,12 +41,17 @@ def test_workers_follow_cores_and_memory(gpus: list[str], monkeypatch: pytest.Mo
 
 def test_workers_share_equal_gpus(gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert workers.equal_gpus() == [1, 0, 3] and workers.spare_gpus("cuda") == [0, 3]
-    assert [workers.seen_by(i) for i in range(3)] == [{"CUDA_VISIBLE_DEVICES": n} for n in ("0", "3", "0")]
+    assert equal_gpus() == [1, 0, 3] and workers.spare_gpus("cuda") == [0, 3]
+    assert [seen_alone(i) for i in (0, 3)] == [{"CUDA_VISIBLE_DEVICES": n} for n in ("0", "3")]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c,GPU-d")
-    assert workers.seen_by(1) == {"CUDA_VISIBLE_DEVICES": "GPU-d"}
+    seen = workers.worker_pool(2)._environment
+    assert seen is not None
+    assert [seen(i) for i in range(3)] == [{"CUDA_VISIBLE_DEVICES": f"GPU-{n}"} for n in "ada"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=1: f"kind {i}")
-    assert workers.seen_by(1) == {"CUDA_VISIBLE_DEVICES": "GPU-b"} and workers.spare_gpus("cuda") == []
+    alone = workers.worker_pool(2)._environment
+    assert alone is not None
+    assert alone(1) == {"CUDA_VISIBLE_DEVICES": "GPU-b"} and workers.spare_gpus("cuda") == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert workers.seen_by(0) == {}
+    none = workers.worker_pool(2)._environment
+    assert none is not None and none(0) == {}

@@ -285,7 +285,8 @@ def test_a_build_that_fails_is_tried_otherwise(failures: int, tmp_path: Path) ->
         with pytest.raises(BackendError, match="tensorrt cannot build x.onnx: the reason"):
             build_engine(fakes.library_of(trt), *files, options)
     else:
-        build_engine(fakes.library_of(trt), *files, options)
+        notes = build_engine(fakes.library_of(trt), *files, options)
+        assert [n.partition(", as it")[0] for n in notes] == ["x computes in float32, with TF32"] * (failures == 2)
     assert [cache is not None for cache in caches] == [True, False, False][: failures + 1]
     typed = {"FP16", "OBEY_PRECISION_CONSTRAINTS"}
     assert flags == [typed, typed, {"TF32"}][: failures + 1]
