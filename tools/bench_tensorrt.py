@@ -299,10 +299,11 @@ def write_table(page: Path, lines: Sequence[Line]) -> None:
 
 def table(lines: Sequence[Line]) -> str:
     """Return the table: errors of tensorrt, and its displaced step beside that of inductor on the same machine."""
-    keys = dict.fromkeys(
+    found = {
         (line["job"]["network"], line["job"]["dtype"], line["job"]["ranks"])
         for line in lines if line["job"]["backend"] == "tensorrt" and line["figure"] not in ("done", "failed")
-    )  # fmt: skip
+    }  # fmt: skip
+    keys = sorted(found, key=lambda key: (list(NETWORKS).index(key[0]), key[1:]))
     if not keys:
         return "No engine was executed so far."
     rows = ["| network | dtype | ranks | executed on | error, exact | error, displaced | displaced step | inductor |",
@@ -313,10 +314,10 @@ def table(lines: Sequence[Line]) -> str:
         ours = [line for line in own if line["job"]["backend"] == "tensorrt"]
         other = [line for line in own if line["job"]["backend"] == "inductor"]
         first = next(line for line in ours if "version" in line)
-        found = next((line for line in ours if line["figure"] == "errors"), {})
+        known = next((line for line in ours if line["figure"] == "errors"), {})
         segments = [line["segment_error"] for line in ours if "segment_error" in line]
-        exact, displaced = found.get("exact"), found.get("displaced")
-        if not found and segments:
+        exact, displaced = known.get("exact"), known.get("displaced")
+        if not known and segments:
             displaced = max(segments)
         rows.append(
             f"| {NETWORKS[network]} | {dtype} | {ranks} | {first['device']}, {first['flavour']} {first['version']} | "

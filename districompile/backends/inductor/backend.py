@@ -116,12 +116,11 @@ class InductorBackend(Backend):
             raise BackendError(f"workers={workers}: give 1 or more")
         self._channels_last = self._kind == "cuda" if channels_last is None else channels_last
         self._workers = workers if workers is not None else default_workers(self._kind, max_autotune)
-        # The host code of a GPU's program needs no vector instructions, which take a minute to probe, and no
-        # optimising compiler.
-        gpu: dict[str, ConfigValue] = {}
-        if self._kind == "cuda":
-            gpu = {"cpp.vec_isa_ok": False, _OPTIMISE_HOST: "O0", **_FUSION}
-        settings: dict[str, ConfigValue] = {"max_autotune": max_autotune, **gpu, **(inductor_config or {})}
+        # Host code needs no optimising compiler, as kernels are compiled apart. That of a GPU's program needs no vector
+        # instructions either, which take a minute to probe.
+        gpu: dict[str, ConfigValue] = {"cpp.vec_isa_ok": False, **_FUSION} if self._kind == "cuda" else {}
+        host: dict[str, ConfigValue] = {_OPTIMISE_HOST: "O0"}
+        settings: dict[str, ConfigValue] = {"max_autotune": max_autotune, **host, **gpu, **(inductor_config or {})}
         self._settings = tuple(sorted(settings.items(), key=lambda item: item[0]))
         self._attention = flash_attention.select_implementation(attention, self._kind)
         self._autotune = _autotuned(autotune, self._kind)

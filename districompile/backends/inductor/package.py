@@ -249,13 +249,14 @@ def compile_package(job: CompileJob, path: str) -> None:
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from districompile.backends.inductor.torch_patches import Choices, fix_array_declarations, fix_tma_descriptors
+    from districompile.backends.inductor import torch_patches as patches
 
     device = torch.device(job.device)
     module = _Buffered(graph_from_json(job.graph, device), len(job.outputs))
     with FakeTensorMode(), torch.no_grad():
         example = tuple(o.empty(device) for o in (*job.inputs, *job.outputs))
-    with torch.no_grad(), V.set_choices_handler(Choices()), fix_array_declarations(), fix_tma_descriptors():
+    fixed = patches.fix_array_declarations(), patches.fix_tma_descriptors(), patches.light_headers()
+    with torch.no_grad(), V.set_choices_handler(patches.Choices()), fixed[0], fixed[1], fixed[2]:
         program = torch.export.export(module, example, strict=False)
         clear_fake_tensor_cache()  # it holds the strides of convolutions without cuDNN
         compile_program(program, path, dict(job.options))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes to Inductor while it compiles a package: one heuristic, and fixes of two faults.
+"""Changes to Inductor while it compiles a package: one heuristic, a header, and fixes of two faults.
 
 Imports Inductor, which takes seconds: only for processes that compile. Everything that is imported here is private API
 of PyTorch (see :mod:`~districompile.backends.inductor.pytorch_private`). Each change says what happens once it is gone.
@@ -8,14 +8,20 @@ of PyTorch (see :mod:`~districompile.backends.inductor.pytorch_private`). Each c
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
+from torch.utils import cpp_extension
 
 if TYPE_CHECKING:
     from torch._inductor.codegen.simd_kernel_features import SIMDKernelFeatures
@@ -38,6 +44,59 @@ class Choices(InductorChoices):
             return True
         inner = features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction
         return inner and bool(V.graph.sizevars.statically_known_leq(features.reduction_numel, _ROW))
+
+
+_HEADER = "torch/csrc/inductor/aoti_runtime/model_base.h"
+_PARSED = re.compile(
+    r'std::regex re\("\(([a-z|]+)\)\(:\(\[0-9\]\+\)\)\?"\);\s+std::smatch sm;\s+'
+    r"bool matched = std::regex_match\(device_str, sm, re\);"
+)
+_LIGHT = """struct Part {
+    bool matched;
+    std::string text;
+    const std::string& str() const { return text; }
+  };
+  const auto colon = device_str.find(':');
+  const bool indexed = colon != std::string::npos;
+  const Part sm[4] = {
+      {}, {true, device_str.substr(0, colon)}, {}, {indexed, indexed ? device_str.substr(colon + 1) : std::string()}};
+  const bool known = std::string("|KINDS|").find("|" + sm[1].text + "|") != std::string::npos;
+  const bool digits = !sm[3].text.empty() && sm[3].text.find_first_not_of("0123456789") == std::string::npos;
+  const bool matched = known && (digits || !indexed);"""
+
+
+def light_header(text: str) -> str | None:
+    """Return PyTorch's header ``model_base.h`` without ``std::regex``, or None where it has another form."""
+    light, count = _PARSED.subn(lambda found: _LIGHT.replace("KINDS", found[1]), text)
+    return light if count == 1 else None
+
+
+@contextlib.contextmanager
+def light_headers() -> Iterator[None]:
+    """Compile the host code of a package without ``std::regex``: in half the time.
+
+    A header of PyTorch parses the name of a device by a regular expression, whose templates are instantiated in every
+    package: 3.8 of the 8.5 s in which g++ compiles it without optimisation. A copy of the header without it comes first
+    on the search path. The same copy serves all processes, as precompiled headers depend on its place. If
+    ``torch.utils.cpp_extension.include_paths`` or the header is another one, this context does nothing.
+    """
+    original = cpp_extension.include_paths
+    text = next((f.read_text() for p in original() if (f := Path(p, _HEADER)).is_file()), "")
+    light = light_header(text)
+    if light is None:
+        yield
+        return
+    folder = Path(cache_dir(), "districompile", hashlib.sha256(light.encode()).hexdigest()[:16])
+    if not (target := folder / _HEADER).exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{os.getpid()}.part")
+        part.write_text(light)
+        part.replace(target)
+    cpp_extension.include_paths = lambda *args, **kwargs: [str(folder), *original(*args, **kwargs)]
+    try:
+        yield
+    finally:
+        cpp_extension.include_paths = original
 
 
 @contextlib.contextmanager
