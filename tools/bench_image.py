@@ -9,7 +9,8 @@ MODEL is a pipeline folder of diffusers, or ``demo``. Each way runs in processes
 
   eager        the unmodified pipeline on one device
   compiled     the same, with its network compiled by ``torch.compile``
-  ours         each ``--bundle``, by ``districompile bench --image``; ``warm`` says whether it was warmed up at load
+  ours         each ``--bundle``, by ``districompile bench --image``; ``warm`` says whether it was warmed up at load,
+               ``vae`` what ``--vae`` was
   distrifuser  its pipeline on ``--distrifuser-gpus`` GPUs, from a checkout (``--distrifuser``); SDXL alone
 
 One JSON line a way and bundle: ``seconds`` of each picture, ``first_s``, ``median_s`` of the others, ``load_s``, the
@@ -47,7 +48,7 @@ def main() -> int:
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {','.join(WAYS)}")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--pictures", type=int, default=4, help="the first counts by itself")
-    parser.add_argument("--vae", type=Path, help="bundle of the VAE, for ours: all ranks decode")
+    parser.add_argument("--vae", help="for ours: a bundle of the VAE, or none: rank 0 decodes [default: the bundle's]")
     parser.add_argument("--distrifuser", type=Path, help="a checkout of distrifuser")
     parser.add_argument("--distrifuser-gpus", type=int, default=2)
     parser.add_argument("--out", type=Path, help="file of the lines, or of the plot")
@@ -88,7 +89,10 @@ def measured(args: argparse.Namespace, ways: Sequence[str]) -> Iterator[dict[str
         if way == "ours":
             for bundle in args.bundle:
                 for warm in (False, True):
-                    yield {"way": way, "bundle": bundle.name, **common, "warm": warm, **ours(args, bundle, warm)}
+                    yield {
+                        "way": way, "bundle": bundle.name, **common, "warm": warm, "vae": args.vae,
+                        **ours(args, bundle, warm),
+                    }  # fmt: skip
             continue
         processes = args.distrifuser_gpus if way == "distrifuser" else 1
         reason = skipped(way, args)
@@ -114,7 +118,7 @@ def ours(args: argparse.Namespace, bundle: Path, warm: bool) -> dict[str, Any]:
         sys.executable, "-m", "districompile", "bench", str(bundle), "--image", "--steps", str(args.steps),
         "--pictures", str(args.pictures), "--json", *(["--warm-up"] if warm else []),
         *(["--model", args.model] if args.model != "demo" else []),
-        *(["--vae", str(args.vae)] if args.vae is not None else []),
+        *(["--vae", args.vae] if args.vae is not None else []),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT)
     if done.returncode:
