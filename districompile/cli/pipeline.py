@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from districompile.bundle.bundle import Bundle
+from districompile.bundle.hashes import hash_ahead
 from districompile.bundle.own_vae import own_vae
 from districompile.cli.common import UsageError
 from districompile.cli.generate import place
@@ -28,11 +30,14 @@ _OF_LATENTS = ("latent_channels", "scaling_factor", "shift_factor")  # what a VA
 MEETING = 10  # times the timeout: until all ranks have loaded the pipeline, and one has checked the hashes
 
 
-def open_pipeline(model: str, options: PlanOptions) -> Any:
+def open_pipeline(model: str, options: PlanOptions, verified: Bundle | None = None) -> Any:
     """Return the unmodified pipeline of ``model``, without its network, in the dtype of a plan's ``options``.
 
-    Raises :class:`~districompile.models.inputs.ModelError` if there is no whole pipeline.
+    Meanwhile the first process of a machine hashes the files of the bundle ``verified``, for when it is loaded. Raises
+    :class:`~districompile.models.inputs.ModelError` if there is no whole pipeline.
     """
+    if verified is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        hash_ahead(verified.path, verified.manifest["files"])
     return load_pipeline(model, dtype_of(options.dtype or "float32"))
 
 

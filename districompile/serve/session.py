@@ -53,7 +53,7 @@ class DrawingSession:
         self._first = first
         quiet_libraries()
         load_extensions(options.extensions)
-        self._text = open_pipeline(model, bundle.plan.options)
+        self._text = open_pipeline(model, bundle.plan.options, bundle)
         vae = None if options.vae in (None, NO_VAE) else Path(options.vae)  # chosen by the supervisor
         compiled = attach(self._text, options.bundle, vae, start_timeout=max(60.0, MEETING * options.timeout), **how)
         self._modules: dict[str | None, DistributedModule] = {None: compiled}

@@ -155,7 +155,7 @@ def _prepare(job: Job) -> _Ready:
     scheduler = None if job.scheduler is None else scheduler_class(job.scheduler)
     check_steps(pipeline_location(job.model), job.steps, job.scheduler)
     notes = [] if (few := PlanText(plan).few_rows()) is None else [few]
-    pipe = open_pipeline(job.model, plan.options)
+    pipe = open_pipeline(job.model, plan.options, bundle)
     if scheduler is not None:
         try:
             pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
