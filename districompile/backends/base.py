@@ -163,6 +163,9 @@ class Backend(abc.ABC):
         """Return data for the manifest on what built the engines and for which devices, or None."""
         return None
 
+    def begin(self) -> None:  # noqa: B027  (most have nothing to begin)
+        """Start what a conversion will need, such as processes, before its model is loaded and partitioned."""
+
     def prepare(self, segments: Sequence[SegmentGraph]) -> None:  # noqa: B027  (most have nothing to prepare)
         """Prepare for all distinct segments of a conversion, before the first ``unsupported_ops`` or ``build``.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -31,11 +32,12 @@ from districompile.backends.inductor.attention import autotune_attention
 from districompile.backends.inductor.cache import CompileCache, default_folder, processor, source_hash, versions
 from districompile.backends.inductor.compiler import select_compiler
 from districompile.backends.inductor.convolution import autotune_convolutions
-from districompile.backends.inductor.engine import CHANNELS_LAST, MEMORY_FORMATS, InductorEngine
+from districompile.backends.inductor.engine import MEMORY_FORMATS, InductorEngine
 from districompile.backends.inductor.gated import fuse_gated_linears
 from districompile.backends.inductor.kernel_deps import called_kernels, has_kernels
 from districompile.backends.inductor.kernels import hopper
 from districompile.backends.inductor.package import (
+    CHANNELS_LAST,
     AliasedOutput,
     CompileJob,
     ConfigValue,
@@ -44,11 +46,13 @@ from districompile.backends.inductor.package import (
     aliased_outputs,
     image_values,
     lift_input_slices,
+    slice_operand,
+    weight_formats,
 )
 from districompile.backends.inductor.pytorch_private import PackageLoader
 from districompile.backends.inductor.split_linear import split_linears
 from districompile.backends.inductor.target import capability, check_here, target_of, torch_version
-from districompile.backends.inductor.workers import compile_here, default_workers, spare_gpus, worker_pool
+from districompile.backends.inductor.workers import compile_here, default_workers, first_job, spare_gpus, worker_pool
 from districompile.backends.worker_pool import WorkerPool
 from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError, BundleError
@@ -68,7 +72,6 @@ _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 # or the other summand of a residual, with its bias. With the default (4) Inductor would write many of these to memory,
 # and both the padded input of the convolution and the rows to send would read them again.
 _FUSION: dict[str, ConfigValue] = {"realize_reads_threshold": 6}
-_CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
 
 
 class InductorBackend(Backend):
@@ -157,6 +160,15 @@ class InductorBackend(Backend):
             return "the inductor backend needs triton for a GPU: pip install triton"
         reason = select_compiler()[1]
         return reason and f"the inductor backend {reason}"
+
+    def begin(self) -> None:
+        """Start the workers where there are cores to spare: a worker takes half a minute until its first package."""
+        usable = self.build_unavailable_reason() is None and self._pool is None
+        if usable and self._workers > 1 and (os.cpu_count() or 1) >= 2 * self._workers:
+            self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="districompile-")
+            self._pool = worker_pool(self._workers)
+            job = first_job(self._kind, self._all_settings()).to_json()
+            self._pool.submit([job, str(Path(self._scratch.name, f"first{i}.pt2"))] for i in range(self._workers))
 
     def prepare(self, segments: Sequence[SegmentGraph]) -> None:
         """Start the compilation of all segments, the largest first."""
@@ -281,7 +293,7 @@ class InductorBackend(Backend):
         return Path(self._scratch.name) / f"{package.key}.pt2"
 
     def _package(self, segment: SegmentGraph) -> _Package:
-        formats = _weight_formats(segment) if self._channels_last else {}
+        formats = weight_formats(segment) if self._channels_last else {}
         aliased = aliased_outputs(segment)
         kept = [i for i, (name, _) in enumerate(segment.outputs) if name not in aliased]
         written = [segment.outputs[i] for i in kept]
@@ -299,10 +311,8 @@ class InductorBackend(Backend):
         outputs = [Operand(s, self._value_format(name, s)) for name, s in written]
         passed: list[Operand] = []  # the arguments of the program before the weights
         for operand, taken in zip(inputs, slices, strict=True):
-            passed += [operand] if taken is None else [_slice_operand(operand, piece) for piece in taken]
-        compiler = select_compiler()[0]
-        settings = self._settings if compiler is None else (*self._settings, ("cpp.cxx", [None, compiler]))
-        job = CompileJob(graph_to_json(graph), (*passed, *weights), tuple(outputs), self._kind, settings)
+            passed += [operand] if taken is None else [slice_operand(operand, piece) for piece in taken]
+        job = CompileJob(graph_to_json(graph), (*passed, *weights), tuple(outputs), self._kind, self._all_settings())
         key = content_hash(json.dumps([self.version, job.to_json()]))
         named = {
             group: [[name, *operand.to_json()] for (name, _), operand in zip(specs, operands, strict=True)]
@@ -324,6 +334,10 @@ class InductorBackend(Backend):
             has_kernels(graph.graph),
             {**named, "slices": views, "aliased": aliases},
         )
+
+    def _all_settings(self) -> tuple[tuple[str, ConfigValue], ...]:
+        compiler = select_compiler()[0]
+        return self._settings if compiler is None else (*self._settings, ("cpp.cxx", [None, compiler]))
 
     def _value_format(self, name: str, spec: TensorSpec) -> str:
         """Choose the memory format of a value between segments.
@@ -376,23 +390,6 @@ class _Package:
 
 
 _GROUPS = ("inputs", "weights", "outputs")
-
-
-def _slice_operand(whole: Operand, piece: InputSlice) -> Operand:
-    shape = list(whole.spec.shape)
-    shape[piece.dim] = piece.stop - piece.start
-    return Operand(TensorSpec(tuple(shape), whole.spec.dtype), whole.format, whole.spec.shape)
-
-
-def _weight_formats(segment: SegmentGraph) -> dict[str, str]:
-    """Map the weights that only convolutions read to their channels-last format."""
-    placeholders = [n for n in segment.graph.graph.nodes if n.op == "placeholder"][len(segment.inputs) :]
-    formats = {}
-    for (name, spec), node in zip(segment.weights, placeholders, strict=True):
-        known = CHANNELS_LAST.get(len(spec.shape))
-        if known and node.users and all(u.target in _CONVOLUTIONS and u.args[1] is node for u in node.users):
-            formats[name] = known[0]
-    return formats
 
 
 def _check_weight(path: Path, weights: WeightFile, name: str, spec: TensorSpec) -> None:

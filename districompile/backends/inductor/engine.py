@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from districompile.backends.base import Engine, check_input
-from districompile.backends.inductor.package import AliasedOutput, InputSlice, Operand
+from districompile.backends.inductor.package import CHANNELS_LAST, AliasedOutput, InputSlice, Operand
 from districompile.backends.inductor.pytorch_private import PackageLoader
 from districompile.errors import InputError
 from districompile.ir.spec import TensorSpec
 
-CHANNELS_LAST = {
-    4: ("channels_last", torch.channels_last),
-    5: ("channels_last_3d", torch.channels_last_3d),
-}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, **{name: f for name, f in CHANNELS_LAST.values()}}
 
 

@@ -38,8 +38,15 @@ def _overloads(name: str) -> list[OpOverload]:
     return [getattr(packet, overload) for overload in names()]
 
 
+CHANNELS_LAST = {
+    4: ("channels_last", torch.channels_last),
+    5: ("channels_last_3d", torch.channels_last_3d),
+}
+"""The memory format of images and volumes whose channels are innermost, by their dims."""
+
 FORMATS = ("contiguous", "channels_last", "channels_last_3d")
 
+_CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
 _ON_IMAGES = {
     overload
     for name in ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "group_norm", "max_pool2d", "avg_pool2d")
@@ -212,6 +219,24 @@ def image_values(segment: SegmentGraph) -> set[str]:
 def _dims(node: fx.Node) -> int:
     value = node.meta.get("val")
     return value.ndim if isinstance(value, Tensor) else 0
+
+
+def slice_operand(whole: Operand, piece: InputSlice) -> Operand:
+    """Return the operand of one slice of an input."""
+    shape = list(whole.spec.shape)
+    shape[piece.dim] = piece.stop - piece.start
+    return Operand(TensorSpec(tuple(shape), whole.spec.dtype), whole.format, whole.spec.shape)
+
+
+def weight_formats(segment: SegmentGraph) -> dict[str, str]:
+    """Map the weights that only convolutions read to their channels-last format."""
+    placeholders = [n for n in segment.graph.graph.nodes if n.op == "placeholder"][len(segment.inputs) :]
+    formats = {}
+    for (name, spec), node in zip(segment.weights, placeholders, strict=True):
+        known = CHANNELS_LAST.get(len(spec.shape))
+        if known and node.users and all(u.target in _CONVOLUTIONS and u.args[1] is node for u in node.users):
+            formats[name] = known[0]
+    return formats
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 
-from districompile.backends.inductor.package import CompileJob, compile_package
+from districompile.backends.inductor.package import CompileJob, ConfigValue, Operand, compile_package
 from districompile.backends.inductor.pytorch_private import set_compile_threads
 from districompile.backends.worker_pool import WorkerPool, answer_jobs
 from districompile.cuda.equal_gpus import equal_gpus, seen_alone
 from districompile.errors import BackendError
+from districompile.ir.serialize import graph_to_json
+from districompile.ir.spec import TensorSpec
 
 _GPU_MEMORY = 2 * 2**30
 """Bytes on a GPU for each worker: a CUDA context, and the tensors with which Triton times a kernel."""
@@ -52,6 +54,17 @@ def worker_pool(workers: int) -> WorkerPool:
     gpus = gpus[1:] or gpus
     threads = max(1, (os.cpu_count() or 1) // workers)
     return WorkerPool(__name__, workers, [str(threads)], lambda i: seen_alone(gpus[i % len(gpus)]) if gpus else {})
+
+
+def first_job(device: str, options: tuple[tuple[str, ConfigValue], ...]) -> CompileJob:
+    """Return a job that is soon done. With it a worker imports Inductor, and makes what it keeps for all packages."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    positive = graph.call_function(torch.ops.aten.relu.default, (x,))
+    x.meta["val"] = positive.meta["val"] = torch.empty(16, device="meta")
+    graph.output((positive,))
+    one = (Operand(TensorSpec((16,), torch.float32), "contiguous"),)
+    return CompileJob(graph_to_json(torch.fx.GraphModule({}, graph)), one, one, device, options)
 
 
 def compile_here(job: CompileJob, path: Path) -> None:

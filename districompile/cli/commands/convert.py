@@ -120,6 +120,7 @@ def _convert_network(settings: Settings, choice: defaults.Choice, backend: Backe
     settings, known = with_guidance(settings, choice, progress)
     if settings.stop_after is None:
         check_replaceable(target, origin(settings), settings.force)
+        backend.begin()
     trials: tuple[QualityTrial, ...] = ()
     if settings.quality_floor is not None:
         from districompile.cli.quality import reach_floor

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
 
-from districompile.backends.inductor import workers
+from districompile.backends.inductor import InductorBackend, backend, workers
+from districompile.backends.inductor.package import CompileJob
 from districompile.cuda.equal_gpus import equal_gpus, seen_alone
 
 GIB = 2**30
@@ -55,3 +58,32 @@ def test_workers_share_equal_gpus(gpus: list[str], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     none = workers.worker_pool(2)._environment
     assert none is not None and none(0) == {}
+
+
+def test_workers_begin_before_there_are_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where cores are to spare, each gets a job that is soon done, and is kept for the packages."""
+    given: list[object] = []
+
+    class Pool:
+        def submit(self, jobs: Iterable[object]) -> None:
+            given.extend(jobs)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(backend, "worker_pool", lambda count: Pool())
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for count, jobs in ((2, 2), (4, 0), (1, 0)):  # as many as cores, and none at all
+        given.clear()
+        made = InductorBackend("cpu", workers=count, cache="none")
+        made.begin()
+        made.begin()
+        assert len(given) == jobs
+    job = workers.first_job("cpu", (("max_autotune", False),))
+    assert CompileJob.from_json(job.to_json()) == job
+
+
+@pytest.mark.slow
+def test_the_first_job_of_a_worker(tmp_path: Path) -> None:
+    workers.compile_here(workers.first_job("cpu", ()), tmp_path / "first.pt2")
+    assert (tmp_path / "first.pt2").stat().st_size > 1000
