@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from districompile.models.configs import shortened
 from districompile.models.controlled import MARK
-from districompile.models.files import find_variant, read_json
+from districompile.models.files import DEMO, find_variant, read_json
 from districompile.models.inputs import ModelError
 from districompile.models.origin import Origin
 
@@ -80,8 +80,6 @@ def autoencoder_of(model: str) -> str | None:
 
     Raises :class:`ModelError` for a VAE that cannot be converted.
     """
-    from districompile.models.sources import DEMO
-
     given = Origin.of(model.partition(MARK)[0])
     place = given.config if given.file is not None else given.path
     if place is None:  # the configuration of a single file is on the hub

@@ -14,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 from districompile.errors import Error
 from districompile.models.inputs import ModelError
 
+DEMO = Path(__file__).resolve().parent / "demo"
+"""The folder of the demo's pipeline."""
+
 _INDEX = ".safetensors.index.json"
 _LFS = b"version https://git-lfs"
 _NOT_FLOATING = ("I", "U", "BOOL", "C")  # how safetensors' names of other types begin

@@ -28,6 +28,7 @@ from districompile.models import inputs, transformers
 from districompile.models.autoencoder import ENCODER, VaeDecoder, VaeEncoder
 from districompile.models.configs import check_config, shortened
 from districompile.models.controlled import MARK, controlled_pipeline, with_controlnets
+from districompile.models.files import DEMO as DEMO
 from districompile.models.files import check_weight_files, find_variant, first_line, load_fault, read_json
 from districompile.models.imports import import_object, raised
 from districompile.models.inputs import Context, Example, ModelError, Size
@@ -41,7 +42,6 @@ from districompile.models.pretrained import import_diffusers as import_diffusers
 from districompile.models.single_file import check_file, config_folder, read_module, read_pipeline, refuse_pickles
 
 ACCEPTED = "'demo', a diffusers folder, a .safetensors file, a hub id (owner/name), or package.module:factory"
-DEMO = Path(__file__).resolve().parent / "demo"
 
 ExampleMaker = Callable[[Mapping[str, Any], Context, Size, torch.dtype, int], Example]
 _CLASSES: dict[str, ExampleMaker] = {

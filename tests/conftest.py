@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-TURNS = 3  # runs that share the slow tests
+TURNS = 5  # runs that share the slow tests
 _TURN = pytest.StashKey[int]()
 _LEFT_OUT = pytest.StashKey[int]()
 
@@ -36,8 +36,8 @@ def read_seed(text: str) -> int:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--networks", type=int, default=240, help="how many random networks test_fuzz.py shards")
-    parser.addoption("--all", action="store_true", help="run every slow test, not only a third of them")
-    parser.addoption("--turn", type=int, choices=range(TURNS), help="which third of the slow tests [default: by date]")
+    parser.addoption("--all", action="store_true", help="run every slow test, not only a fifth of them")
+    parser.addoption("--turn", type=int, choices=range(TURNS), help="which fifth of the slow tests [default: by date]")
     parser.addoption(
         "--fresh-seed", type=read_seed, metavar="N|random",
         help="draw new examples in property tests; the seed is printed [default: the same examples in every run]",

@@ -182,3 +182,8 @@ def full_precision() -> Iterator[None]:
     finally:
         for s, before in zip(switches, earlier, strict=True):
             s.allow_tf32 = before
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size in bytes of all files below ``folder``."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

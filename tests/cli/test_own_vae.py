@@ -238,13 +238,13 @@ def test_a_bundle_stays_whole_where_its_vae_fails(
     settings = Settings(model=str(home / "tiny"), backend="eager")
     vae = f"{settings.model}/vae"
     if isinstance(failure, Error):
-        assert convert_vae.convert_into(copy, vae, settings) is None
+        assert convert_vae.convert_into(copy, vae, settings, convert.convert_parts) is None
         assert "note: the VAE is not converted, so that the first process decodes alone: too few" in (
             capsys.readouterr().err
         )
         settings = dataclasses.replace(settings, vae=True)
     with pytest.raises(type(failure)):
-        convert_vae.convert_into(copy, vae, settings)
+        convert_vae.convert_into(copy, vae, settings, convert.convert_parts)
     assert tree(copy) == before and {p.name for p in copy.parent.iterdir()} == {"b"}
 
 

@@ -19,7 +19,15 @@ from districompile.bundle.bundle import Bundle, check_replaceable
 from districompile.cli import defaults
 from districompile.cli.backend_options import parse_options
 from districompile.cli.calibration import calibration_calls, example_on, measured_on
-from districompile.cli.common import UsageError, console, is_bundle, load_extensions, print_json, quiet_libraries
+from districompile.cli.common import (
+    UsageError,
+    console,
+    folder_bytes,
+    is_bundle,
+    load_extensions,
+    print_json,
+    quiet_libraries,
+)
 from districompile.cli.convert import Settings, default_out
 from districompile.cli.options import DEFAULT_DTYPE, Conversion
 from districompile.cli.shapes import Shape, shapes_of
@@ -63,10 +71,15 @@ def main(settings: Settings) -> int:
         raise UsageError("--reuse auto: only with --quality-floor, which measures what it chooses")
     if settings.original is not None:
         raise UsageError("--model: only with --add, for a bundle whose model has moved or is a function")
-    made = [convert_one(each) for each in parts_of(settings)]
+    made = convert_parts(settings)
     if settings.as_json and settings.stop_after is None:
         print_json(made[0] if len(made) == 1 else {"bundles": made})
     return 0
+
+
+def convert_parts(settings: Settings) -> list[dict[str, Any]]:
+    """Convert what the model has to be converted as: the parts of a VAE, or one module. Return the facts of each."""
+    return [convert_one(each) for each in parts_of(settings)]
 
 
 def parts_of(settings: Settings) -> list[Settings]:
@@ -106,7 +119,7 @@ def convert_one(settings: Settings) -> dict[str, Any]:
         print(choice.line, file=sys.stderr)
     facts = _convert_network(settings, choice, backend)
     if vae is not None:
-        folder = convert_vae.convert_into(settings.out or default_out(settings), vae, settings)
+        folder = convert_vae.convert_into(settings.out or default_out(settings), vae, settings, convert_parts)
         facts = facts and {**facts, "vae": None if folder is None else str(folder)}
     return facts
 
@@ -332,8 +345,3 @@ def with_origin(settings: Settings) -> Settings:
     given = Origin.of(settings.model)
     model = Origin(given.path, settings.config or given.config, settings.variant or given.variant, given.part)
     return dataclasses.replace(settings, model=str(model), config=None, variant=None)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the size in bytes of all files below ``folder``."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,8 +19,7 @@ from districompile.backends.base import Backend
 from districompile.bundle.bundle import Bundle
 from districompile.bundle.contents import VAE
 from districompile.bundle.own_vae import beside, put_vae
-from districompile.cli.commands import convert
-from districompile.cli.common import UsageError, console
+from districompile.cli.common import UsageError, console, folder_bytes
 from districompile.cli.convert import Settings
 from districompile.cli.options import DEFAULT_DTYPE, Dtype
 from districompile.errors import BackendError, Error
@@ -54,17 +54,18 @@ def wanted_vae(settings: Settings, backend: Backend) -> str | None:
     return found
 
 
-def convert_into(path: Path, model: str, settings: Settings) -> Path | None:
+def convert_into(
+    path: Path, model: str, settings: Settings, convert: Callable[[Settings], Sequence[Any]]
+) -> Path | None:
     """Convert the VAE ``model`` like the bundle at ``path``, and put it there. Return its folder.
 
-    ``settings`` are those of the bundle. Where nobody asked for a VAE, one that cannot be converted is a note.
+    ``settings`` are those of the bundle. ``convert`` converts by settings, and returns something for each part. Where
+    nobody asked for a VAE, one that cannot be converted is a note.
     """
     started = time.perf_counter()
     try:
         with beside(path) as folder:
-            parts = convert.parts_of(_settings(Bundle.open(path, verify=False), model, settings, folder / VAE))
-            for part in parts:
-                convert.convert_one(part)
+            parts = convert(_settings(Bundle.open(path, verify=False), model, settings, folder / VAE))
             put_vae(path, folder)
     except torch.OutOfMemoryError as e:
         raise_or_note(settings, BackendError(f"the GPU has too little memory: {str(e).splitlines()[0]}"))
@@ -76,7 +77,7 @@ def convert_into(path: Path, model: str, settings: Settings) -> Path | None:
     if not settings.as_json:
         names = " and encoder" if len(parts) > 1 else ""
         console().print(
-            f"{path / VAE}: {size(convert.folder_bytes(path / VAE))}, decoder{names} of the VAE, made in {seconds} s",
+            f"{path / VAE}: {size(folder_bytes(path / VAE))}, decoder{names} of the VAE, made in {seconds} s",
             markup=False,
             highlight=False,
         )

@@ -9,8 +9,7 @@ from typing import Any
 
 from districompile.bundle.bundle import Bundle
 from districompile.bundle.own_vae import own_vae
-from districompile.cli.commands.convert import folder_bytes
-from districompile.cli.common import UsageError, console, load_extensions, print_json
+from districompile.cli.common import UsageError, console, folder_bytes, load_extensions, print_json
 from districompile.cli.inspect import Settings
 from districompile.cli.shapes import at_shape
 from districompile.errors import BundleError

@@ -270,13 +270,15 @@ def _bundle_folder(settings: Settings) -> Path:
     quiet_libraries()
     progress = terminal_progress()
     backend = converting.make_backend(conversion)
+    backend.begin()
     if choice.line is not None:
         print(choice.line, file=sys.stderr)
     conversion, known = converting.with_guidance(conversion, choice, progress)
     vae = convert_vae.wanted_vae(conversion, backend)
     _convert_network(conversion, folder, backend, choice, known, progress)
     if vae is not None:
-        convert_vae.convert_into(folder, vae, dataclasses.replace(conversion, as_json=True))
+        own = dataclasses.replace(conversion, as_json=True)
+        convert_vae.convert_into(folder, vae, own, converting.convert_parts)
     print(
         f"converted {settings.bundle} for {conversion.ranks} processes; the bundle is kept in {folder}", file=sys.stderr
     )

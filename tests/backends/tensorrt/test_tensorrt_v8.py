@@ -33,13 +33,19 @@ V8 = fakes.V8
 PARTS = "districompile.backends.tensorrt.backend"
 
 
+def write_nothing(lib: Any, onnx: Path, weights: Path, path: Path, *args: Any, **options: Any) -> list[str]:
+    """Build an engine without content."""
+    path.write_bytes(b"engine")
+    return []
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """TensorRT 8.6 and a Hopper GPU seem to be here. Engines are files without content."""
     found = {"tensorrt": fakes.library_of(V8()), "tensorrt_rtx": "not installed"}
     monkeypatch.setattr(library, "_load", found.__getitem__)
     monkeypatch.setattr(f"{PARTS}.present_gpu", lambda device=None: "sm90")
-    monkeypatch.setattr(f"{PARTS}.build_engine", lambda lib, onnx, weights, path, *a, **k: path.write_bytes(b"engine"))
+    monkeypatch.setattr(f"{PARTS}.build_engine", write_nothing)
     yield
 
 
