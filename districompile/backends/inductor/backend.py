@@ -162,7 +162,7 @@ class InductorBackend(Backend):
         return reason and f"the inductor backend {reason}"
 
     def begin(self) -> None:
-        """Start the workers where there are cores to spare: a worker takes half a minute until its first package."""
+        """Start the workers where there are cores to spare: a worker takes long until its first package is done."""
         usable = self.build_unavailable_reason() is None and self._pool is None
         if usable and self._workers > 1 and (os.cpu_count() or 1) >= 2 * self._workers:
             self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="districompile-")

@@ -76,9 +76,9 @@ def light_headers() -> Iterator[None]:
     """Compile the host code of a package without ``std::regex``: in half the time.
 
     A header of PyTorch parses the name of a device by a regular expression, whose templates are instantiated in every
-    package: 3.8 of the 8.5 s in which g++ compiles it without optimisation. A copy of the header without it comes first
-    on the search path. The same copy serves all processes, as precompiled headers depend on its place. If
-    ``torch.utils.cpp_extension.include_paths`` or the header is another one, this context does nothing.
+    package: g++ takes 7.2 s with and 3.75 s without them, for a program of one operator. A copy of the header without
+    it comes first on the search path. The same copy serves all processes, as precompiled headers depend on its place.
+    If ``torch.utils.cpp_extension.include_paths`` or the header is another one, this context does nothing.
     """
     original = cpp_extension.include_paths
     text = next((f.read_text() for p in original() if (f := Path(p, _HEADER)).is_file()), "")
