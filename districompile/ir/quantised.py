@@ -127,7 +127,10 @@ def _by_units(rows: Tensor, own: Tensor, weight: Tensor, scale: Tensor, dtype: t
 
     The sums are in float32, not in the shorter accumulators of the units (``use_fast_accum``). The units multiply by
     the scales themselves where the result is bfloat16, the one type that they do it for.
+
+    Rows of an image that is not channels-last lie by columns, which the units refuse.
     """
+    rows, weight = rows.contiguous(), weight.contiguous()
     if dtype == torch.bfloat16:
         return torch._scaled_mm(rows, weight.t(), own, scale.reshape(1, -1), out_dtype=dtype, use_fast_accum=False)
     one = torch.ones((), dtype=torch.float32, device=rows.device)
