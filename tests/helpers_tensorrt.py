@@ -19,35 +19,15 @@ class Tensor:
         self.name, self.dtype = name, dtype
 
 
-class Layer:
-    """A layer whose precision can be pinned."""
-
-    def __init__(self, kind: Any, *dtypes: Any) -> None:
-        self.type, self.precision = kind, None
-        self.pinned: dict[int, Any] = {}
-        self._outputs = [Tensor(f"{kind}{i}", dtype) for i, dtype in enumerate(dtypes)]
-        self.num_outputs = len(dtypes)
-
-    def get_output(self, i: int) -> Tensor:
-        return self._outputs[i]
-
-    def set_output_type(self, i: int, dtype: Any) -> None:
-        self.pinned[i] = dtype
-
-
 class Network:
-    def __init__(self, inputs: list[Tensor], layers: list[Layer]) -> None:
-        self._inputs, self._layers = inputs, layers
+    def __init__(self, inputs: list[Tensor]) -> None:
+        self._inputs = inputs
 
     num_inputs = property(lambda self: len(self._inputs))
     num_outputs = 0
-    num_layers = property(lambda self: len(self._layers))
 
     def get_input(self, i: int) -> Tensor:
         return self._inputs[i]
-
-    def get_layer(self, i: int) -> Layer:
-        return self._layers[i]
 
 
 class TimingCache:
@@ -91,7 +71,6 @@ class V8:
     __version__ = "8.6.0"
     INetworkDefinition = object
     DataType = members("FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "FP8")
-    LayerType = members("CONVOLUTION", "REDUCE", "CONSTANT", "CAST", "SHAPE", "SHUFFLE")
     BuilderFlag = members("FP16", "INT8", "REFIT", "TF32", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS")
     NetworkDefinitionCreationFlag = members("EXPLICIT_BATCH", "EXPLICIT_PRECISION")
     TacticSource = members("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")

@@ -169,10 +169,11 @@ def network_of(job: Line, device: Any) -> tuple[Any, dict[str, Any]]:
         return module, gpu_parts.example(module, device, 64, 64)
     from tests.small_models import MODELS
 
-    module, kwargs = MODELS[{"vae": "vae_decoder", "large": "sd15"}.get(name, name)](1, 16, 16)
+    small = {"vae": "vae_decoder", "large": "sd15"}
+    module, kwargs = MODELS[small.get(name, str(name))](1, 16, 16)
     if name == "large":
         with torch.no_grad():
-            module.conv_in.weight *= 3000.0
+            module.get_parameter("conv_in.weight").mul_(3000.0)
 
     def cast(value: Any) -> Any:
         if isinstance(value, dict):

@@ -130,7 +130,8 @@ def _by_units(rows: Tensor, own: Tensor, weight: Tensor, scale: Tensor, dtype: t
 
     Rows of an image that is not channels-last lie by columns, which the units refuse.
     """
-    rows, weight = rows.contiguous(), weight.contiguous()
+    if rows.stride(-1) != 1:
+        rows = rows.clone(memory_format=torch.contiguous_format)
     if dtype == torch.bfloat16:
         return torch._scaled_mm(rows, weight.t(), own, scale.reshape(1, -1), out_dtype=dtype, use_fast_accum=False)
     one = torch.ones((), dtype=torch.float32, device=rows.device)

@@ -104,6 +104,10 @@ def test_a_gpu_multiplies_8_bit_matrices(dtype: torch.dtype, monkeypatch: pytest
         image = torch.empty(2, 32, 9, 6, dtype=dtype, device="cuda")
         y = fp8_conv(image, weight.reshape(48, 32, 1, 1), scale, None, None, [2, 2], [0, 0], [1, 1], 1)
         assert (y.shape, y.dtype) == ((2, 48, 5, 3), dtype) and called.count("aten._scaled_mm.default") == 2
+        # one image that is not channels-last: its pixels lie by columns
+        one = torch.empty(1, 32, 9, 6, dtype=dtype, device="cuda")
+        y = fp8_conv(one, weight.reshape(48, 32, 1, 1), scale, None, None, [1, 1], [0, 0], [1, 1], 1)
+        assert (y.shape, y.dtype) == ((1, 48, 9, 6), dtype) and called.count("aten._scaled_mm.default") == 3
         kernel, own = torch.empty(48, 32, 3, 3, dtype=F8, device="cuda"), torch.empty(1, device="cuda")
         y = fp8_conv(image, kernel, scale, own, None, [1, 1], [1, 1], [1, 1], 1)
         assert (y.shape, y.dtype) == ((2, 48, 9, 6), dtype) and "aten._scaled_mm.default" not in called[-3:]

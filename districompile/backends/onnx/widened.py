@@ -39,6 +39,21 @@ def widened(model: onnx.ModelProto, folder: Path) -> tuple[onnx.ModelProto, froz
     return new, frozenset(narrow)
 
 
+def has_half(model: onnx.ModelProto) -> bool:
+    """Return whether a model without subgraphs has a float16 value."""
+    graph = model.graph
+    values = (*graph.input, *graph.output, *graph.value_info)
+    if any(value.type.tensor_type.elem_type == FLOAT16 for value in values):
+        return True
+    if any(tensor.data_type == FLOAT16 for tensor in graph.initializer):
+        return True
+    attributes = [(node.op_type, attribute) for node in graph.node for attribute in node.attribute]
+    return any(
+        (op == "Cast" and a.name == "to" and a.i == FLOAT16) or (a.HasField("t") and a.t.data_type == FLOAT16)
+        for op, a in attributes
+    )
+
+
 def _widen(tensor: onnx.TensorProto, folder: Path) -> None:
     from onnx import numpy_helper
 

@@ -130,7 +130,7 @@ class TensorRTBackend(Backend):
     def version(self) -> str:
         """Everything that changes an engine file."""
         opset = opset17_writer.OPSET if self.library.is_v8 else OPSET
-        return f"1, opset {opset}, {self.library.flavour} {self.library.version}, {self.options}"
+        return f"{2 if self.library.is_v8 else 1}, opset {opset}, {self.library.flavour} {self.library.version}, {self.options}"
 
     @property
     def collectives_inside(self) -> str | None:
@@ -165,6 +165,9 @@ class TensorRTBackend(Backend):
 
     def prepare(self, segments: Sequence[SegmentGraph]) -> None:
         _ = self.options  # an unavailable target is an error before anything is translated
+        specs = [spec for segment in segments for _, spec in (*segment.inputs, *segment.weights, *segment.outputs)]
+        if self.library.is_v8 and any(spec.dtype == torch.float16 for spec in specs):
+            warnings.warn(v8.NOTE, stacklevel=2)
         self.translator.prepare(segments)
 
     def unsupported_ops(self, segment: SegmentGraph) -> list[str]:
@@ -209,15 +212,13 @@ class TensorRTBackend(Backend):
             options = dataclasses.replace(options, timing_cache=path.parent / "timing.cache")
         if inside:
             with self._building:  # a process has one logger
-                notes = build_engine(
+                build_engine(
                     self.library, onnx, weights.path, path, options, collectives=segment.collectives, sources=sources
                 )
         else:
             assert self._pool is not None
             (done,) = self._pool.submit([worker.job(self.library, onnx, weights.path, path, options, sources)])
-            notes = done.result()
-        for note in notes:
-            warnings.warn(note, stacklevel=2)
+            done.result()
 
     def __del__(self) -> None:
         pool: WorkerPool | None = self.__dict__.get("_pool")

@@ -49,9 +49,9 @@ def beside_weights(onnx: Path, weights: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _read_by(precision: v8.Precision | None, onnx: Path, weights: Path) -> Iterator[tuple[Path, frozenset[str] | None]]:
+def _to_parse(library: Library, onnx: Path, weights: Path) -> Iterator[tuple[Path, frozenset[str] | None]]:
     """Give the file to parse, and the float16 inputs and outputs of a model that had to be widened, else None."""
-    if precision != "float32":
+    if not (library.is_v8 and v8.has_half(onnx)):
         with beside_weights(onnx, weights) as file:
             yield file, None
         return
@@ -69,31 +69,25 @@ def build_engine(
     *,
     collectives: Sequence[InnerCollective] = (),
     sources: Mapping[str, str] | None = None,
-) -> list[str]:
-    """Parse ``onnx``, whose external data is in ``weights``, and write the engine to ``path``. Return notes for users.
+) -> None:
+    """Parse ``onnx``, whose external data is in ``weights``, and write the engine to ``path``.
 
     Each of ``collectives`` takes the place of an output and an input of the model, and is in the engine afterwards.
     Raises :class:`BackendError` with TensorRT's error, the operator and its source line (``sources``).
     """
-    reasons: list[str] = []
-    notes: list[str] = []
-    for cached, settings in v8.attempts(options.timing_cache is not None) if library.is_v8 else ((True, None),):
-        given = options if cached else dataclasses.replace(options, timing_cache=None)
-        plan, config = _built(library, onnx, weights, given, collectives, sources or {}, settings)
-        if plan is not None:
-            if settings == "float32":
-                what = f"{onnx.stem} computes in float32, with TF32, as it could not be built in float16"
-                notes.append(f"{what}: {format_errors(reasons, sources)}")
-            break
-        reasons = reasons or library.log.take()  # later ones are of settings that were never asked for
-    else:
-        raise BackendError(f"{library.flavour} cannot build {onnx.name}: {format_errors(reasons, sources)}")
+    plan, config = _built(library, onnx, weights, options, collectives, sources or {})
+    if plan is None and library.is_v8 and options.timing_cache is not None:
+        # Seen on H200s: the library could not read back what it had kept for its fused regions ("myelinCache.h
+        # deserializeFromBuffer")
+        options = dataclasses.replace(options, timing_cache=None)
+        plan, config = _built(library, onnx, weights, options, collectives, sources or {})
+    if plan is None:
+        raise BackendError(f"{library.flavour} cannot build {onnx.name}: {format_errors(library.log.take(), sources)}")
     if collectives:
         check_collectives(library, plan, collectives, onnx.name)
     _write(path, memoryview(plan))
-    if given.timing_cache is not None:
-        _write(given.timing_cache, memoryview(config.get_timing_cache().serialize()))
-    return notes
+    if options.timing_cache is not None:
+        _write(options.timing_cache, memoryview(config.get_timing_cache().serialize()))
 
 
 def _built(
@@ -103,7 +97,6 @@ def _built(
     options: BuildOptions,
     collectives: Sequence[InnerCollective],
     sources: Mapping[str, str],
-    settings: v8.Precision | None,
 ) -> tuple[types.IHostMemory | None, types.IBuilderConfig]:
     """Parse and build once. Return the plan, or None if the builder failed, and the configuration."""
     trt, log = library.module, library.log
@@ -115,7 +108,7 @@ def _built(
         else builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     )
     parser: types.OnnxParser = trt.OnnxParser(network, log)
-    with _read_by(settings, onnx, weights) as (file, narrow):
+    with _to_parse(library, onnx, weights) as (file, narrow):
         if not parser.parse_from_file(str(file)):
             found = [parser.get_error(i) for i in range(parser.num_errors)]
             errors = [v8.describe_parser_error(e, onnx) if library.is_v8 else _parser_error(e) for e in found]
@@ -126,7 +119,7 @@ def _built(
         if collectives:
             add_collectives(library, network, collectives)
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        if settings is not None:
+        if library.is_v8:
             v8.configure(trt, config, network, narrow)
         return cast("types.IHostMemory | None", builder.build_serialized_network(network, config)), config
 

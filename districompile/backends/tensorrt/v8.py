@@ -3,8 +3,9 @@
 
 - Its ONNX parser reads opset 17 (:mod:`districompile.backends.onnx.opset17`), and takes constants as the weights of
   convolutions. Engines therefore store their weights, and cannot be refitted from ours.
-- Networks have no types: the builder may compute in float16 wherever the flag FP16 is set. Values that the model has
-  in float32 are pinned to it. A network that cannot be built so is widened to float32.
+- Networks have no types: where the flag FP16 is set, the builder may compute anything in float16, and fused regions do
+  so against the precision that is set for a layer (decision 56). Models with float16 are therefore widened to float32,
+  and multiply in TF32.
 - There is no int64. Such inputs and outputs are int32 in the engine, and copied by it.
 - No tactic of cuBLAS or cuDNN is allowed: the versions that it wants are older than those of PyTorch.
 - It runs on GPUs up to Hopper. A builder or a runtime without a GPU ends the process, so that none is made.
@@ -12,14 +13,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from districompile.backends.onnx import widened
 from districompile.backends.onnx.opset17 import to_opset17
-from districompile.backends.onnx.widened import widened
 from districompile.errors import BackendError
 
 NEWEST_GPU = 90
@@ -30,21 +30,10 @@ IMPORT_HINTS = ("libcublas.so.12", "libcublasLt.so.12", "libcudnn.so.8")
 IMPORT_HELP = "pip install nvidia-cublas-cu12 'nvidia-cudnn-cu12<9', which TensorRT 8.6 loads and never calls"
 
 
-Precision = Literal["of the model", "float32"]
-"""What an engine computes in: the dtypes of the model, or float32 throughout, with TF32 for products."""
-
-
-def attempts(cached: bool) -> Iterator[tuple[bool, Precision]]:
-    """Yield ways to build an engine: whether the timing cache is used, and what it computes in.
-
-    Each is tried where the one before failed. Seen on H200s, in float16: the library could not read back what it had
-    kept for its fused regions ("myelinCache.h deserializeFromBuffer"); and a region had a float32 value in float16
-    ("verify_output_type"), which is refused and not computed. In float32 there is nothing to mistake.
-    """
-    if cached:
-        yield True, "of the model"
-    yield False, "of the model"
-    yield False, "float32"
+NOTE = (
+    "TensorRT 8.6 computes models in float16 in float32, with TF32 for products: it would not keep statistics of norms in "
+    "float32. That is slower, and engines store their weights in float32 (docs/tensorrt.md)"
+)
 
 
 def legalised(model: Any) -> Any:
@@ -62,11 +51,18 @@ def unsupported(model: Any) -> str | None:
     return next(iter(reasons.values()), None)
 
 
+def has_half(onnx: Path) -> bool:
+    """Return whether an ONNX file has float16 values, and so has to be widened."""
+    import onnx as library
+
+    return widened.has_half(library.load(str(onnx), load_external_data=False))
+
+
 def write_widened(onnx: Path, weights: Path, target: Path) -> frozenset[str]:
     """Write a model widened to float32, with its weights beside it. Return the names of float16 inputs and outputs."""
     import onnx as library
 
-    model, narrow = widened(library.load(str(onnx), load_external_data=False), weights.parent)
+    model, narrow = widened.widened(library.load(str(onnx), load_external_data=False), weights.parent)
     library.save_model(
         model, str(target), save_as_external_data=True, location="weights.bin", size_threshold=1024,
         convert_attribute=False,
@@ -80,48 +76,20 @@ def create_network(trt: Any, builder: Any) -> Any:
 
 
 def configure(trt: Any, config: Any, network: Any, narrow: frozenset[str] | None) -> None:
-    """Set the precision for a parsed network, and leave out the tactics of other libraries.
+    """Leave out the tactics of other libraries, and set up a network that was widened to float32.
 
-    ``narrow`` are the float16 inputs and outputs of a network that was widened to float32, else None.
+    ``narrow`` are its float16 inputs and outputs, or None for a network that was float32 before.
     """
     ours = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
     if not config.set_tactic_sources(sum(1 << int(source) for source in ours)):
         raise BackendError("TensorRT 8.6 does not do without the tactics of cuBLAS and cuDNN")
-    if narrow is not None:
-        config.set_flag(trt.BuilderFlag.TF32)  # as many digits as float16
-        for tensor in (*_inputs(network), *_outputs(network)):
-            if tensor.name in narrow:
-                tensor.dtype = trt.DataType.HALF
+    if narrow is None:
         return
-    if not _has_half(trt, network):
-        return
-    config.set_flag(trt.BuilderFlag.FP16)
-    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    fixed = (trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.CAST)  # their types are given
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        made = [layer.get_output(k) for k in range(layer.num_outputs)]
-        if layer.type in fixed or any(tensor.dtype != trt.DataType.FLOAT for tensor in made):
-            continue
-        # A fused region may ignore the precision of a reshape, and then fails by itself. It computes nothing anyway
-        if layer.type != trt.LayerType.SHUFFLE:
-            layer.precision = trt.DataType.FLOAT
-        for k in range(layer.num_outputs):
-            layer.set_output_type(k, trt.DataType.FLOAT)
-
-
-def _inputs(network: Any) -> list[Any]:
-    return [network.get_input(i) for i in range(network.num_inputs)]
-
-
-def _outputs(network: Any) -> list[Any]:
-    return [network.get_output(i) for i in range(network.num_outputs)]
-
-
-def _has_half(trt: Any, network: Any) -> bool:
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    made = [layer.get_output(k) for layer in layers for k in range(layer.num_outputs)]
-    return any(tensor.dtype == trt.DataType.HALF for tensor in (*_inputs(network), *made))
+    config.set_flag(trt.BuilderFlag.TF32)  # as many digits as float16
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    for tensor in (*inputs, *(network.get_output(i) for i in range(network.num_outputs))):
+        if tensor.name in narrow:
+            tensor.dtype = trt.DataType.HALF
 
 
 def describe_parser_error(error: Any, onnx: Path) -> str:

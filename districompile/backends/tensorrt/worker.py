@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def default_workers(library: Library) -> int:
 
 
 def worker_pool(library: Library, workers: int) -> WorkerPool:
-    """Return a pool whose jobs are made by :func:`job`. Their results are notes for users."""
+    """Return a pool whose jobs are made by :func:`job`. They have no results."""
     gpus = equal_gpus() if torch.cuda.is_available() and not library.ahead_of_time else []
     return WorkerPool(__name__, workers, environment=lambda i: seen_alone(gpus[i % len(gpus)]) if gpus else {})
 
@@ -43,7 +43,7 @@ def job(
     }  # fmt: skip
 
 
-def _build(given: Mapping[str, Any]) -> Sequence[str]:
+def _build(given: Mapping[str, Any]) -> None:
     fields = given["options"]
     cache = fields["timing_cache"]
     options = BuildOptions(
@@ -51,7 +51,7 @@ def _build(given: Mapping[str, Any]) -> Sequence[str]:
     )
     library = find_library(given["flavour"], present_gpu())
     onnx, weights, path = map(Path, given["files"])
-    return build_engine(library, onnx, weights, path, options, sources=given["sources"])
+    build_engine(library, onnx, weights, path, options, sources=given["sources"])
 
 
 if __name__ == "__main__":

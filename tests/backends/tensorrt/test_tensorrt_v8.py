@@ -33,10 +33,9 @@ V8 = fakes.V8
 PARTS = "districompile.backends.tensorrt.backend"
 
 
-def write_nothing(lib: Any, onnx: Path, weights: Path, path: Path, *args: Any, **options: Any) -> list[str]:
+def write_nothing(lib: Any, onnx: Path, weights: Path, path: Path, *args: Any, **options: Any) -> None:
     """Build an engine without content."""
     path.write_bytes(b"engine")
-    return []
 
 
 @pytest.fixture
@@ -188,17 +187,18 @@ def test_gpus_it_does_not_know() -> None:
     assert "tensorrt 8.6.0 does not run on this GPU (sm100; it knows none beyond sm90)" in str(old.runs_on("sm100"))
 
 
-def test_a_build_sets_what_the_older_interface_needs(tmp_path: Path) -> None:
-    """Explicit batch, no tactics of other libraries, float16 by flag, and float32 values pinned to float32."""
-    d, kinds = V8.DataType, V8.LayerType
-    half = fakes.Layer(kinds.CONVOLUTION, d.HALF)
-    single = fakes.Layer(kinds.REDUCE, d.FLOAT)
-    cast, constant = fakes.Layer(kinds.CAST, d.FLOAT), fakes.Layer(kinds.CONSTANT, d.FLOAT)
-    indices = fakes.Layer(kinds.REDUCE, d.INT32)
-    network = fakes.Network([fakes.Tensor("x", d.HALF)], [half, single, cast, constant, indices])
-    trt = V8(network)
-    for name in ("x.onnx", "weights.safetensors"):
-        (tmp_path / name).write_bytes(b"")
+@pytest.mark.parametrize("half", [False, True])
+def test_a_build_sets_what_the_older_interface_needs(half: bool, tmp_path: Path) -> None:
+    """Explicit batch, and no tactics of other libraries. Models in float16 get TF32 and never the flag FP16."""
+    d = V8.DataType
+    x, i = fakes.Tensor("x", d.FLOAT), fakes.Tensor("i", d.INT32)
+    trt = V8(fakes.Network([x, i]))
+    if half:
+        onnx.save_model(half_model(), str(tmp_path / "x.onnx"), save_as_external_data=True,
+                        location="weights.safetensors", size_threshold=0)  # fmt: skip
+    else:
+        for name in ("x.onnx", "weights.safetensors"):
+            (tmp_path / name).write_bytes(b"")
     options = BuildOptions(("sm90",), "inside", tmp_path / "timing.cache")
     for _ in range(2):
         build_engine(
@@ -206,22 +206,12 @@ def test_a_build_sets_what_the_older_interface_needs(tmp_path: Path) -> None:
         )
     assert (tmp_path / "x.engine").read_bytes() == b"a plan"
     assert trt.network_flags == 1 << V8.NetworkDefinitionCreationFlag.EXPLICIT_BATCH
-    assert trt.config.flags == {"FP16", "OBEY_PRECISION_CONSTRAINTS"}  # and no TF32
+    assert trt.config.flags == ({"TF32"} if half else set())
     assert trt.config.sources == 0b11000
-    assert trt.parsed == ["weights.safetensors", "x.onnx"]
+    # weights of half_model are smaller than what is stored beside a widened model
+    assert trt.parsed == (["x.onnx"] if half else ["weights.safetensors", "x.onnx"])
     assert (tmp_path / "timing.cache").read_bytes() == b"++"
-    assert single.precision == d.FLOAT and single.pinned == {0: d.FLOAT}
-    assert all(layer.precision is None and not layer.pinned for layer in (half, cast, constant, indices))
-
-
-def test_float32_stays_float32(tmp_path: Path) -> None:
-    layer = fakes.Layer(V8.LayerType.CONVOLUTION, V8.DataType.FLOAT)
-    trt = V8(fakes.Network([fakes.Tensor("x", V8.DataType.FLOAT)], [layer]))
-    for name in ("x.onnx", "weights.safetensors"):
-        (tmp_path / name).write_bytes(b"")
-    build_engine(fakes.library_of(trt), tmp_path / "x.onnx", tmp_path / "weights.safetensors", tmp_path / "x.engine",
-                 BuildOptions())  # fmt: skip
-    assert trt.config.flags == set() and layer.precision is None
+    assert x.dtype == (d.HALF if half else d.FLOAT) and i.dtype == d.INT32
 
 
 def half_model() -> onnx.ModelProto:
@@ -265,20 +255,56 @@ def test_a_widened_model_computes_in_float32(tmp_path: Path) -> None:
     assert np.array_equal(j, i)
 
 
-@pytest.mark.parametrize("failures", [1, 2, 3])
-def test_a_build_that_fails_is_tried_otherwise(failures: int, tmp_path: Path) -> None:
-    """First without the timing cache, then in float32. The error is the first one's."""
-    d, kinds = V8.DataType, V8.LayerType
-    half, single = fakes.Layer(kinds.CONVOLUTION, d.HALF), fakes.Layer(kinds.REDUCE, d.FLOAT)
-    cast, moved = fakes.Layer(kinds.CAST, d.FLOAT), fakes.Layer(kinds.SHUFFLE, d.FLOAT)
-    trt = V8(fakes.Network([fakes.Tensor("x", d.HALF)], [half, single, cast, moved]))
+def test_float16_is_found_wherever_it_is(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    half, single = np.ones(3, np.float16), np.ones(3, np.float32)
+
+    def has(nodes: list[Any], kind: int = TensorProto.FLOAT, constant: Any = single) -> bool:
+        ends = [[helper.make_tensor_value_info(name, kind, [3])] for name in "xy"]
+        graph = helper.make_graph(nodes, "g", *ends, [numpy_helper.from_array(constant, "w")])
+        onnx.save(helper.make_model(graph), tmp_path / "x.onnx")
+        return v8.has_half(tmp_path / "x.onnx")
+
+    plain = [helper.make_node("Mul", ["x", "w"], ["y"])]
+    assert not has(plain) and not has([])
+    assert has(plain, TensorProto.FLOAT16, half) and has(plain, constant=half)
+    assert has([helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT16)])
+    assert not has([helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT32)])
+    assert has([helper.make_node("Constant", [], ["y"], value=numpy_helper.from_array(half))])
+
+
+def test_statistics_beyond_float16_are_kept(installed: None, tmp_path: Path) -> None:
+    """What is built of a network in float16 has no float16 value, and float16 inputs and outputs."""
+    import onnxruntime
+
+    program, *_ = converted("vae_decoder", torch.float16)
+    with pytest.warns(UserWarning, match="TensorRT 8.6 computes models in float16 in float32"):
+        program.save(tmp_path / "b", backend=TensorRTBackend())
+    weights = Bundle.open(tmp_path / "b").path / "weights.safetensors"
+    files = sorted((tmp_path / "b" / "engines").glob("*.onnx"))
+    found = 0
+    for i, file in enumerate(files):
+        if not v8.has_half(file):
+            continue
+        found += 1
+        target = tmp_path / f"{i}" / file.name
+        target.parent.mkdir()
+        narrow = v8.write_widened(file, weights, target)
+        assert narrow and not v8.has_half(target)
+        if found == 1:
+            onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+    assert found > 10
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_build_that_fails_is_tried_without_the_cache(failures: int, tmp_path: Path) -> None:
+    """The error is the first one's."""
+    trt = V8(fakes.Network([fakes.Tensor("x", V8.DataType.FLOAT)]))
     caches: list[Any] = []
-    flags: list[set[str]] = []
 
     def build(builder: Any, network: Any, config: Any) -> bytes | None:
         caches.append(config.cache)
-        flags.append({*config.flags})
-        config.flags = {"TF32"}
         config.cache = None  # of the next configuration, which is the same object
         return None if len(caches) <= failures else b"a plan"
 
@@ -287,18 +313,13 @@ def test_a_build_that_fails_is_tried_otherwise(failures: int, tmp_path: Path) ->
     (tmp_path / "x.onnx").write_bytes(half_model().SerializeToString())
     options = BuildOptions(("sm90",), "inside", tmp_path / "timing.cache")
     files = tmp_path / "x.onnx", tmp_path / "weights.safetensors", tmp_path / "x.engine"
-    if failures == 3:
+    if failures == 2:
         with pytest.raises(BackendError, match="tensorrt cannot build x.onnx: the reason"):
             build_engine(fakes.library_of(trt), *files, options)
     else:
-        notes = build_engine(fakes.library_of(trt), *files, options)
-        assert [n.partition(", as it")[0] for n in notes] == ["x computes in float32, with TF32"] * (failures == 2)
-    assert [cache is not None for cache in caches] == [True, False, False][: failures + 1]
-    typed = {"FP16", "OBEY_PRECISION_CONSTRAINTS"}
-    assert flags == [typed, typed, {"TF32"}][: failures + 1]
-    assert single.pinned == moved.pinned == {0: d.FLOAT} and not half.pinned and not cast.pinned
-    assert single.precision == d.FLOAT and moved.precision is None
-    assert files[2].exists() == (failures < 3) and not (tmp_path / "timing.cache").exists()
+        build_engine(fakes.library_of(trt), *files, options)
+    assert [cache is not None for cache in caches] == [True, False]
+    assert files[2].exists() == (failures == 1) and not (tmp_path / "timing.cache").exists()
 
 
 def test_parser_errors_name_the_node(installed: None, tmp_path: Path) -> None:
@@ -309,7 +330,7 @@ def test_parser_errors_name_the_node(installed: None, tmp_path: Path) -> None:
     model = TensorRTBackend().model(segment, write_weights(tmp_path / "weights.safetensors", {}))
     (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
     error = types.SimpleNamespace(node=lambda: 0, desc=lambda: "no such thing")
-    trt = V8(fakes.Network([], []), [error])
+    trt = V8(fakes.Network([]), [error])
     with pytest.raises(BackendError) as failure:
         build_engine(fakes.library_of(trt), tmp_path / "x.onnx", tmp_path / "weights.safetensors",
                      tmp_path / "x.engine", BuildOptions(), sources={"relu": " at net.py:3"})  # fmt: skip
