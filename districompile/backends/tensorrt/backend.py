@@ -129,8 +129,8 @@ class TensorRTBackend(Backend):
     @property
     def version(self) -> str:
         """Everything that changes an engine file."""
-        opset = opset17_writer.OPSET if self.library.is_v8 else OPSET
-        return f"{2 if self.library.is_v8 else 1}, opset {opset}, {self.library.flavour} {self.library.version}, {self.options}"
+        form, opset = (2, opset17_writer.OPSET) if self.library.is_v8 else (1, OPSET)
+        return f"{form}, opset {opset}, {self.library.flavour} {self.library.version}, {self.options}"
 
     @property
     def collectives_inside(self) -> str | None:

@@ -31,8 +31,8 @@ IMPORT_HELP = "pip install nvidia-cublas-cu12 'nvidia-cudnn-cu12<9', which Tenso
 
 
 NOTE = (
-    "TensorRT 8.6 computes models in float16 in float32, with TF32 for products: it would not keep statistics of norms in "
-    "float32. That is slower, and engines store their weights in float32 (docs/tensorrt.md)"
+    "TensorRT 8.6 computes models in float16 in float32, with TF32 for products: it would not keep statistics of norms "
+    "in float32. That is slower, and engines store their weights in float32 (docs/tensorrt.md)"
 )
 
 
