@@ -63,7 +63,10 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # not in every Python 3.10 and 3.11
+            archive.extractall(folder, filter="data")
+        else:
+            archive.extractall(folder)
     (top,) = folder.iterdir()
     return top
 

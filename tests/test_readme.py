@@ -76,9 +76,9 @@ def test_ci_runs_the_test_command() -> None:
     assert len(set_up) == 2 and not any("\n" in text for text in set_up)
     draw, test = set_up
     assert "districompile run demo --gpus 2 --prompt" in draw and draw.endswith('at sunset"')
-    assert test.endswith("-m pytest -q -n 2") and '-e ".[dev]"' in test
+    assert test.endswith("-m pytest -q -n 3") and '-e ".[dev]"' in test
     script = (ROOT / ".ci" / "run").read_text()
-    assert "-m pytest -q -n 2" in script and '-e ".[dev]"' in script
+    assert "-m pytest -q -n 3" in script and '-e ".[dev]"' in script
     assert "torch==2.13.0" in script and "torch==2.13.0" in draw
 
 

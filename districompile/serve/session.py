@@ -21,6 +21,7 @@ from districompile.bundle.bundle import Bundle
 from districompile.cli.common import UsageError, load_extensions, quiet_libraries, source_of
 from districompile.cli.generate import GUIDED, Request, decoded, draw
 from districompile.cli.options import NO_VAE
+from districompile.cli.pictures import PNG_LEVEL
 from districompile.cli.pipeline import MEETING, attach, open_pipeline
 from districompile.models.sources import import_diffusers, network_name
 from districompile.runtime.load import load
@@ -179,7 +180,7 @@ def encoded(pixels: Tensor, kind: Format, compression: int) -> list[str]:
     from PIL import Image
 
     array = (pixels.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    how: dict[str, Any] = {"compress_level": 4} if kind == "png" else {"quality": compression}
+    how: dict[str, Any] = {"compress_level": PNG_LEVEL} if kind == "png" else {"quality": compression}
     files = []
     for values in array:
         data = io.BytesIO()

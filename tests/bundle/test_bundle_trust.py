@@ -119,7 +119,9 @@ def test_a_class_of_ones_own(tmp_path: Path) -> None:
     assert type(dc.load(tmp_path / "b", lockstep=True, trusted_packages=[__name__])(x)) is Result
 
 
-@pytest.mark.parametrize("command", [["verify"], ["verify", "--quality"], ["run", "--prompt", "x"]])
+@pytest.mark.parametrize(
+    "command", [["verify"], pytest.param(["verify", "--quality"], marks=pytest.mark.slow), ["run", "--prompt", "x"]]
+)
 @pytest.mark.parametrize("source", ["os:abort", f"{TRIPWIRE}:Record"])
 def test_a_factory_is_called_on_the_users_word_alone(
     copy: Path, tripwire: Path, command: list[str], source: str, capsys: pytest.CaptureFixture[str]
@@ -253,7 +255,9 @@ def test_native_code() -> None:
     assert InductorBackend("cpu").native_code and TensorRTBackend.native_code
 
 
-@pytest.mark.parametrize("command", [["verify", "--model", "demo"], ["bench"], ["run"]])
+@pytest.mark.parametrize(
+    "command", [["verify", "--model", "demo"], pytest.param(["bench"], marks=pytest.mark.slow), ["run"]]
+)
 def test_native_code_is_refused_on_request(copy: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     edit(copy, manifest={"backend": "inductor"})
     assert main.main([command[0], str(copy), *command[1:], "--no-native-code"]) == 2

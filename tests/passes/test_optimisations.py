@@ -41,7 +41,7 @@ def test_results_are_the_same(name: str) -> None:
         assert count <= plain[ranks][0], optimise
 
 
-@pytest.mark.parametrize("name, ranks", [("sdxl", 2), pytest.param("unet2d", 3, marks=pytest.mark.slow), ("unet2d", 1)])
+@pytest.mark.parametrize("name, ranks", [pytest.param("sdxl", 2, marks=pytest.mark.slow), ("unet2d", 3), ("unet2d", 1)])
 def test_room_for_own_rows(name: str, ranks: int) -> None:
     _, kwargs, want = reference(name, 2, 20, 8)
     graph = captured(name, 2, 20, 8)
@@ -58,6 +58,7 @@ def test_room_for_own_rows(name: str, ranks: int) -> None:
         assert [a.sent_bytes(r) for r in range(ranks)] == [b.sent_bytes(r) for r in range(ranks)]
 
 
+@pytest.mark.slow
 def test_room_is_less_than_a_share_of_the_weights() -> None:
     graph = captured("sdxl", 1, 20, 8)
 
@@ -74,6 +75,7 @@ def test_room_is_less_than_a_share_of_the_weights() -> None:
     assert inserts(room / weights * 0.99) == 0
 
 
+@pytest.mark.slow
 def test_merged_weights_can_be_refitted(tmp_path: Path) -> None:
     module, kwargs, want = reference("sdxl", 1, 12, 8)
     program = dc.convert(module, kwargs=kwargs, ranks=2, optimise="fuse-parallel-linears")

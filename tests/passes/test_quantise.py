@@ -190,7 +190,9 @@ def every_layer(module: nn.Module) -> list[QuantisedLayer]:
     return [QuantisedLayer(f"{n}.weight", n, None, None, scales[n]) for n in names]
 
 
-@pytest.mark.parametrize("made", [unet, lambda: layers(torch.float64), lambda: block(torch.float64)])
+@pytest.mark.parametrize(
+    "made", [pytest.param(unet, marks=pytest.mark.slow), lambda: layers(torch.float64), lambda: block(torch.float64)]
+)
 def test_any_number_of_ranks_computes_what_one_does(made: Any) -> None:
     # In float64 a rounding to 8 bits falls the same way on all ranks, so that a wrong row would show
     module, args = made()

@@ -13,7 +13,11 @@ from tests.reference.runner import ReferenceRunner
 from tests.small_models import captured, first, reference
 
 
-@pytest.mark.parametrize("options", [{}, {"groupnorm": "sync"}, {"optimise": "all"}], ids=["default", "sync", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"groupnorm": "sync"}, marks=pytest.mark.slow), {"optimise": "all"}],
+    ids=["default", "sync", "all"],
+)
 @pytest.mark.parametrize("name", ["sdxl", "unet2d"])
 def test_simulate_gives_the_bits_of_the_reference(name: str, options: dict[str, Any]) -> None:
     _, kwargs, _ = reference(name, 1, 20, 8)

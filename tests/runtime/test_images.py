@@ -214,7 +214,7 @@ def test_a_regular_schedule() -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_on_processes(tmp_path: Path, ranks: int) -> None:
     """All sequences one after another in one process a rank, twice: exact first calls, and the same bits."""
     make(tmp_path / "b", ranks)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.multiprocess
 EXACT = 1e-5
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_that_are_called_differently(tmp_path: Path, ranks: int) -> None:
     make(tmp_path / "b", ranks)
     found = launch(differing_ranks, (str(tmp_path / "b"),), ranks)

@@ -77,6 +77,7 @@ def test_the_example_of_the_page() -> None:
     assert members and all(f"| `{n}" in page for n in members)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_another_transport_end_to_end(tmp_path: Path) -> None:
     """Two processes, over gloo, over a counting object, and over the same by its registered name."""

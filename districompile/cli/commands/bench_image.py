@@ -23,6 +23,7 @@ from districompile.cli.common import console, load_extensions, print_json, quiet
 from districompile.cli.generate import Request, as_pictures, draw
 from districompile.cli.options import NO_VAE
 from districompile.cli.picture_clock import DECODE, HOST, SAMPLER, STEP, PictureClock, chrome_events, totals
+from districompile.cli.pictures import PNG_LEVEL
 from districompile.cli.pipeline import MEETING, attach, chosen_vae, open_pipeline
 from districompile.common.outputs import write_file
 from districompile.models.sources import pipeline_location
@@ -107,7 +108,7 @@ def worker(job: Settings) -> dict[str, Any]:
         pixels = draw(pipe, request, decode=decode).pixels
         if first and pixels is not None:
             for made in as_pictures(pixels):
-                made.save(io.BytesIO(), format="PNG", compress_level=4)
+                made.save(io.BytesIO(), format="PNG", compress_level=PNG_LEVEL)
         return time.perf_counter() - start
 
     seconds = [picture(seed) for seed in range(job.pictures)]
@@ -119,7 +120,7 @@ def worker(job: Settings) -> dict[str, Any]:
         if first and pixels is not None:
             with clock.part(_FILE):
                 for made in as_pictures(pixels):
-                    made.save(io.BytesIO(), format="PNG", compress_level=4)
+                    made.save(io.BytesIO(), format="PNG", compress_level=PNG_LEVEL)
     calls = [] if trace is None else trace.calls
     rows = [] if trace is None else trace.summary()
     rank = int(os.environ.get("RANK", "0"))

@@ -89,7 +89,7 @@ def converted(name: str, dtype: torch.dtype) -> tuple[dc.Program, dict[str, Any]
 @pytest.mark.parametrize(
     "name, dtype",
     [
-        ("vae_decoder", torch.float32),
+        pytest.param("vae_decoder", torch.float32, marks=pytest.mark.slow),
         ("vae_decoder", torch.float16),
         pytest.param("sd15", torch.float32, marks=pytest.mark.slow),
         pytest.param("sdxl", torch.float32, marks=pytest.mark.slow),
