@@ -37,6 +37,10 @@ class TimingCache:
     def serialize(self) -> bytes:
         return self.known + b"+"
 
+    def combine(self, input_cache: TimingCache, ignore_mismatch: bool) -> bool:
+        self.known = b" ".join(sorted({*self.known.split(), *input_cache.known.split()}))
+        return not ignore_mismatch
+
 
 class Config:
     def __init__(self) -> None:

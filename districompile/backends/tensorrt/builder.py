@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from districompile.backends.tensorrt import v8
 from districompile.backends.tensorrt.collectives import add_collectives, check_collectives
 from districompile.backends.tensorrt.library import Library, format_errors, required, set_optional
+from districompile.common.locks import held
 from districompile.errors import BackendError
 from districompile.ir.segment import InnerCollective
 
@@ -87,7 +88,7 @@ def build_engine(
         check_collectives(library, plan, collectives, onnx.name)
     _write(path, memoryview(plan))
     if options.timing_cache is not None:
-        _write(options.timing_cache, memoryview(config.get_timing_cache().serialize()))
+        _keep_timings(config, options.timing_cache)
 
 
 def _built(
@@ -151,6 +152,16 @@ def _config(library: Library, builder: types.Builder, options: BuildOptions) -> 
         known = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
         config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     return config
+
+
+def _keep_timings(config: types.IBuilderConfig, file: Path) -> None:
+    """Add what a build has timed to the file, which other processes extend meanwhile."""
+    with held(file.parent):
+        timed = config.get_timing_cache()
+        known = file.read_bytes() if file.is_file() else b""
+        if known:
+            timed.combine(config.create_timing_cache(known), ignore_mismatch=False)
+        _write(file, memoryview(timed.serialize()))
 
 
 def _write(path: Path, data: memoryview) -> None:

@@ -322,6 +322,24 @@ def test_a_build_that_fails_is_tried_without_the_cache(failures: int, tmp_path: 
     assert files[2].exists() == (failures == 1) and not (tmp_path / "timing.cache").exists()
 
 
+def test_timings_of_builds_at_once_are_all_kept(tmp_path: Path) -> None:
+    trt = V8(fakes.Network([fakes.Tensor("x", V8.DataType.FLOAT)]))
+
+    def build(builder: Any, network: Any, config: Any) -> bytes:
+        (tmp_path / "timing.cache").write_bytes(b"another")  # by another process, meanwhile
+        config.cache.known = b"own"
+        return b"a plan"
+
+    trt.Builder.build_serialized_network = build  # type: ignore[method-assign]
+    for name in ("x.onnx", "weights.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    options = BuildOptions(("sm90",), "inside", tmp_path / "timing.cache")
+    build_engine(
+        fakes.library_of(trt), tmp_path / "x.onnx", tmp_path / "weights.safetensors", tmp_path / "x.engine", options
+    )
+    assert (tmp_path / "timing.cache").read_bytes() == b"another own+"
+
+
 def test_parser_errors_name_the_node(installed: None, tmp_path: Path) -> None:
     def net(x: Tensor) -> Tensor:
         return torch.relu(x)
