@@ -53,7 +53,7 @@ class Machine:
         except BackendError as e:
             return str(e)
         if library is not None and library.is_v8:
-            return f"{backend} {library.version} cannot build most networks in float16"
+            return f"{backend} {library.version} takes long to build, and computes float16 in float32"
         reasons = [None if library is None else library.runs_on(kind) for kind in dict.fromkeys(self.gpus)]
         build = getattr(made, "build_unavailable_reason", None)
         return next((r for r in (*reasons, None if build is None else build()) if r is not None), None)
