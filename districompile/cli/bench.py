@@ -57,7 +57,9 @@ class Settings:
     warm_up: Annotated[
         bool,
         typer.Option(
-            "--warm-up", help="With --image, warm the bundle up while it is loaded.", rich_help_panel=MEASUREMENT
+            "--warm-up",
+            help="With --image, warm up as serve does: load, then draw 2 steps.",
+            rich_help_panel=MEASUREMENT,
         ),
     ] = False
     vae: Vae = None
