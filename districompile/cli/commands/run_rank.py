@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from districompile.bundle.bundle import Bundle
 from districompile.cli import pictures
@@ -82,35 +84,35 @@ def draw_all(job: Job) -> Report | Refused | None:
     )
     together = ready.vae is not None  # then all ranks decode
     drawn: list[Drawn] = []
-    made: list[Image] = []
-    for number, cases in _batches(job.cases, plan.options.images):
-        full = (*cases, *[cases[-1]] * (plan.options.images - len(cases)))  # the batch size of a call is fixed
-        request = Request(
-            cases[0].prompt, job.negative_prompt, job.steps, job.guidance, cases[0].seed, plan.options, full,
-            ready.start, ready.mask, job.strength,
-        )  # fmt: skip
-        of = f"{number + 1} of {len(job.cases)}: " if len(job.cases) > 1 else ""
-        picture = draw(
-            pipe,
-            request,
-            progress,
-            decode=first or together,
-            title=of,
-            extra=extra,
-            on_step=_previewer(job, pipe, cases, first, together) if first or together else None,
-        )
-        if not first or picture.pixels is None:
-            continue
-        pixels, files = picture.pixels[: len(cases)], job.targets.pictures[number : number + len(cases)]
-        finished = save_images(pixels, files, [_record(job, pipe, case, plan) for case in cases])
-        made += finished if job.targets.grid is not None else []
-        drawn.append(
-            Drawn(
-                cases, files, round(picture.seconds, 3), round(picture.calls / picture.seconds, 3),
-                dict(compiled.image_calls), compiled.image_drift,
-                not_finite({"latents": picture.latents, "image": pixels}),
+    with _Writer(keep=job.targets.grid is not None) as writer:
+        for number, cases in _batches(job.cases, plan.options.images):
+            full = (*cases, *[cases[-1]] * (plan.options.images - len(cases)))  # the batch size of a call is fixed
+            request = Request(
+                cases[0].prompt, job.negative_prompt, job.steps, job.guidance, cases[0].seed, plan.options, full,
+                ready.start, ready.mask, job.strength,
+            )  # fmt: skip
+            of = f"{number + 1} of {len(job.cases)}: " if len(job.cases) > 1 else ""
+            picture = draw(
+                pipe,
+                request,
+                progress,
+                decode=first or together,
+                title=of,
+                extra=extra,
+                on_step=_previewer(job, pipe, cases, first, together) if first or together else None,
             )
-        )  # fmt: skip
+            if not first or picture.pixels is None:
+                continue
+            pixels, files = picture.pixels[: len(cases)], job.targets.pictures[number : number + len(cases)]
+            writer.write(pixels, files, [_record(job, pipe, case, plan) for case in cases])
+            drawn.append(
+                Drawn(
+                    cases, files, round(picture.seconds, 3), round(picture.calls / picture.seconds, 3),
+                    dict(compiled.image_calls), compiled.image_drift,
+                    not_finite({"latents": picture.latents, "image": pixels}),
+                )
+            )  # fmt: skip
+        made = writer.finish()
     if not first:
         return None
     if job.targets.grid is not None:
@@ -119,6 +121,37 @@ def draw_all(job: Job) -> Report | Refused | None:
     if plan.ranks > 1:
         notes += _all_exact(drawn)
     return Report(tuple(drawn), compiled.transport, tuple(notes), tuple(_warnings(drawn, plan)))
+
+
+class _Writer:
+    """Write pictures in a thread, while the ranks draw the next ones: a PNG file takes as long as several steps.
+
+    An error is raised behind the next picture, or by :meth:`finish`. Leaving the context waits for what is being
+    written, whatever happened. ``keep``: whether the pictures are asked for afterwards.
+    """
+
+    def __init__(self, keep: bool) -> None:
+        self._keep = keep
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[list[Image]] | None = None
+        self._made: list[Image] = []
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def write(self, pixels: Tensor, files: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
+        self.finish()
+        self._pending = self._pool.submit(save_images, pixels, files, records)
+
+    def finish(self) -> list[Image]:
+        """Wait for what is being written. Return the pictures so far, if they are kept."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._made += pending.result() if self._keep or pending.exception() else []
+        return self._made
 
 
 @dataclasses.dataclass(frozen=True)
