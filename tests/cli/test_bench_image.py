@@ -75,9 +75,11 @@ def test_a_trace_places_calls_in_their_steps() -> None:
 def test_figures_compare_the_first_picture_with_the_others() -> None:
     rank: dict[str, Any] = {
         "rank": 0, "seconds": [3.0, 1.0, 1.2, 1.1], "steps": 4, "calls": {"exact": 3, "displaced": 1}, "load_s": 2.0,
+        "load_parts_s": {"pipeline": 1.0, "bundle": 1.0, "warm-up": 0.0},
         "parts": {"step": 100.0, "host": 5.0}, "run_ms": 70.0, "exposed_ms": 20.0,
     }  # fmt: skip
-    found = figures_of([rank, {**rank, "rank": 1, "load_s": 2.5}])
+    found = figures_of([rank, {**rank, "rank": 1, "load_s": 2.5, "load_parts_s": {"pipeline": 2.5}}])
+    assert found["load_parts_s"] == {"pipeline": 2.5}  # of the slowest rank
     assert (found["first_s"], found["seconds"], found["first_over_others"]) == (3.0, 1.1, 2.727)
     assert found["step_host_ms"] == 10.0 and found["load_s"] == 2.5 and len(found["ranks"]) == 2
     alone = figures_of([{**rank, "seconds": [1.0], "run_ms": None, "exposed_ms": None}])

@@ -64,20 +64,23 @@ def main(settings: Settings, bundle: Bundle) -> int:
 def figures_of(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of whole pictures, from those of all ranks.
 
-    ``first_s`` and ``seconds`` (the median of the others) are of rank 0. ``parts_ms`` are of a picture that waits for
-    the device at each part. ``exposed_ms``: what steps spend on transfers. ``step_host_ms``: on neither engines nor
-    transfers.
+    ``first_s`` and ``seconds`` (the median of the others) are of rank 0, ``load_s`` is of the slowest rank.
+    ``parts_ms`` are of a picture that waits for the device at each part. ``exposed_ms``: what steps spend on transfers.
+    ``step_host_ms``: on neither engines nor transfers.
     """
     first, *later = ranks[0]["seconds"]
     seconds = statistics.median(later or [first])
     parts = ranks[0]["parts"]
+    slowest = max(ranks, key=lambda r: float(r["load_s"]))
     inside = {name: ranks[0][name] for name in ("run_ms", "exposed_ms") if ranks[0][name] is not None}
     if inside:
         inside["step_host_ms"] = round(max(0.0, parts.get(STEP, 0.0) - sum(inside.values())), 3)
     return {
         "processes": len(ranks), "steps": ranks[0]["steps"], "calls": ranks[0]["calls"], "first_s": round(first, 4),
         "seconds": round(seconds, 4), "first_over_others": round(first / seconds, 3),
-        "load_s": round(max(r["load_s"] for r in ranks), 3), "parts_ms": {k: round(v, 3) for k, v in parts.items()},
+        "load_s": round(slowest["load_s"], 3),
+        "load_parts_s": {k: round(v, 3) for k, v in slowest["load_parts_s"].items()},
+        "parts_ms": {k: round(v, 3) for k, v in parts.items()},
         **inside, "ranks": [{"rank": r["rank"], "parts_ms": r["parts"]} for r in ranks],
     }  # fmt: skip
 
@@ -90,6 +93,7 @@ def worker(job: Settings) -> dict[str, Any]:
     bundle = Bundle.open(job.bundle, verify=False)
     plan = bundle.plan if job.shape is None else bundle.plans[job.shape]
     pipe = open_pipeline(source_of(bundle.manifest, job.model), plan.options)
+    opened = time.perf_counter()
     vae = None if job.vae in (None, NO_VAE) else Path(job.vae)
     compiled = attach(
         pipe, job.bundle, vae, verify="quick", transport=job.transport, cuda_graph=job.cuda_graph,
@@ -97,6 +101,7 @@ def worker(job: Settings) -> dict[str, Any]:
         start_timeout=max(60.0, MEETING * job.timeout),
         shapes=None if job.shape is None else [job.shape], warm_up=job.warm_up,
     )  # fmt: skip
+    attached = time.perf_counter()
     first = int(os.environ.get("RANK", "0")) == 0
     decode = first or vae is not None
     steps = job.steps or _STEPS
@@ -129,6 +134,7 @@ def worker(job: Settings) -> dict[str, Any]:
     rank = int(os.environ.get("RANK", "0"))
     found = {
         "rank": rank, "seconds": seconds, "load_s": loaded - began, "steps": steps, "calls": dict(compiled.image_calls),
+        "load_parts_s": {"pipeline": opened - began, "bundle": attached - opened, "warm-up": loaded - attached},
         "parts": totals(parts), "events": chrome_events(rank, parts, calls),
         "run_ms": round(sum(r["run_ms"] for r in rows), 3) if rows else None,
         "exposed_ms": round(sum(r["exposed_ms"] for r in rows), 3) if rows else None,
@@ -160,5 +166,7 @@ def _print(settings: Settings, figures: dict[str, Any]) -> None:
     terminal.print(table)
     say(
         f"a picture: {figures['seconds']:.3f} s; the first: {figures['first_s']:.3f} s "
-        f"({figures['first_over_others']:.2f} times); loading: {figures['load_s']:.1f} s"
+        f"({figures['first_over_others']:.2f} times); loading: {figures['load_s']:.1f} s ("
+        + ", ".join(f"{name} {seconds:.1f}" for name, seconds in figures["load_parts_s"].items() if seconds >= 0.05)
+        + ")"
     )
