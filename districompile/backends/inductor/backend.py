@@ -52,7 +52,9 @@ from districompile.backends.inductor.package import (
 from districompile.backends.inductor.pytorch_private import PackageLoader
 from districompile.backends.inductor.split_linear import split_linears
 from districompile.backends.inductor.target import capability, check_here, target_of, torch_version
-from districompile.backends.inductor.workers import compile_here, default_workers, first_job, spare_gpus, worker_pool
+from districompile.backends.inductor.workers import (
+    compile_here, default_workers, first_job, spare_gpus, way_out, worker_pool,
+)  # fmt: skip
 from districompile.backends.worker_pool import WorkerPool
 from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError, BundleError
@@ -224,8 +226,8 @@ class InductorBackend(Backend):
             try:
                 self._compile(package)
             except BackendError as e:
-                hint = ": try autotune=linear,conv, without custom kernels" if package.custom_kernels else ""
-                raise BackendError(f"segment {segment.name} cannot be compiled by AOTInductor: {e}{hint}") from e
+                reason = f"{e}{way_out(str(e), package.custom_kernels)}"
+                raise BackendError(f"segment {segment.name} cannot be compiled by AOTInductor: {reason}") from e
             shutil.copyfile(self._scratch_path(package), target)
         for kernel in package.kernels:
             if not (path.parent / kernel.file).exists():

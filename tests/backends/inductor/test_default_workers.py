@@ -87,3 +87,9 @@ def test_workers_begin_before_there_are_packages(monkeypatch: pytest.MonkeyPatch
 def test_the_first_job_of_a_worker(tmp_path: Path) -> None:
     workers.compile_here(workers.first_job("cpu", ()), tmp_path / "first.pt2")
     assert (tmp_path / "first.pt2").stat().st_size > 1000
+
+
+def test_a_failed_compilation_has_a_way_out() -> None:
+    assert "-o workers=2" in workers.way_out("InductorError: CUDA out of memory. Tried to allocate 20 MiB", True)
+    assert "autotune=linear,conv" in workers.way_out("no kernel", True)
+    assert workers.way_out("no kernel", False) == ""
