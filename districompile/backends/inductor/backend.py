@@ -30,7 +30,7 @@ from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor import flash_attention, pytorch_private
 from districompile.backends.inductor.attention import autotune_attention
 from districompile.backends.inductor.cache import CompileCache, default_folder, processor, source_hash, versions
-from districompile.backends.inductor.compiler import select_compiler
+from districompile.backends.inductor.compiler import select_compiler, way_out
 from districompile.backends.inductor.convolution import autotune_convolutions
 from districompile.backends.inductor.engine import MEMORY_FORMATS, InductorEngine
 from districompile.backends.inductor.gated import fuse_gated_linears
@@ -52,9 +52,7 @@ from districompile.backends.inductor.package import (
 from districompile.backends.inductor.pytorch_private import PackageLoader
 from districompile.backends.inductor.split_linear import split_linears
 from districompile.backends.inductor.target import capability, check_here, target_of, torch_version
-from districompile.backends.inductor.workers import (
-    compile_here, default_workers, first_job, spare_gpus, way_out, worker_pool,
-)  # fmt: skip
+from districompile.backends.inductor.workers import compile_here, default_workers, first_job, spare_gpus, worker_pool
 from districompile.backends.worker_pool import WorkerPool
 from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError, BundleError

@@ -27,6 +27,13 @@ extern "C" int districompile_probe(int x) { if (x) throw std::runtime_error("x")
 _SHARED = re.compile(rb"lib(std)?c\+\+\.(so|\d+\.dylib)")
 
 
+def way_out(reason: str, custom_kernels: bool) -> str:
+    """Return what a user may do about a compilation that failed, behind a colon; nothing if that is not known."""
+    if "out of memory" in reason.lower():
+        return ": free memory of the GPU, or give fewer processes (-o workers=2)"
+    return ": try autotune=linear,conv, without custom kernels" if custom_kernels else ""
+
+
 @functools.cache
 def select_compiler() -> tuple[str | None, str | None]:
     """Return (compiler, reason).

@@ -67,13 +67,6 @@ def first_job(device: str, options: tuple[tuple[str, ConfigValue], ...]) -> Comp
     return CompileJob(graph_to_json(torch.fx.GraphModule({}, graph)), one, one, device, options)
 
 
-def way_out(reason: str, custom_kernels: bool) -> str:
-    """Return what a user may do about a compilation that failed, behind a colon; nothing if that is not known."""
-    if "out of memory" in reason.lower():
-        return ": free memory of the GPU, or give fewer processes (-o workers=2)"
-    return ": try autotune=linear,conv, without custom kernels" if custom_kernels else ""
-
-
 def compile_here(job: CompileJob, path: Path) -> None:
     """Compile ``job`` in this process. Raises :class:`BackendError`."""
     try:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from districompile.backends.inductor import InductorBackend, backend, workers
+from districompile.backends.inductor.compiler import way_out
 from districompile.backends.inductor.package import CompileJob
 from districompile.cuda.equal_gpus import equal_gpus, seen_alone
 
@@ -90,6 +91,6 @@ def test_the_first_job_of_a_worker(tmp_path: Path) -> None:
 
 
 def test_a_failed_compilation_has_a_way_out() -> None:
-    assert "-o workers=2" in workers.way_out("InductorError: CUDA out of memory. Tried to allocate 20 MiB", True)
-    assert "autotune=linear,conv" in workers.way_out("no kernel", True)
-    assert workers.way_out("no kernel", False) == ""
+    assert "-o workers=2" in way_out("InductorError: CUDA out of memory. Tried to allocate 20 MiB", True)
+    assert "autotune=linear,conv" in way_out("no kernel", True)
+    assert way_out("no kernel", False) == ""
