@@ -118,6 +118,7 @@ def convert_one(settings: Settings) -> dict[str, Any]:
     if choice.line is not None:
         print(choice.line, file=sys.stderr)
     facts = _convert_network(settings, choice, backend)
+    del backend  # its workers hold memory of the GPU
     if vae is not None:
         folder = convert_vae.convert_into(settings.out or default_out(settings), vae, settings, convert_parts)
         facts = facts and {**facts, "vae": None if folder is None else str(folder)}
