@@ -44,6 +44,10 @@ class ValueWarning(UserWarning):
     """Weights are NaN or infinite, or no layer reads them. The result is that of the original module."""
 
 
+class EngineWarning(UserWarning):
+    """Engines compute in other types than the model has, as their library does not do it rightly."""
+
+
 class RanksDifferError(InputError):
     """The ranks were called at different steps, or one refused its inputs. Raised on all ranks."""
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from districompile.bundle.manifest import MANIFEST, names_factory
 from districompile.cli.options import NO_VAE
 from districompile.common import extensions
-from districompile.errors import Error, ValueWarning
+from districompile.errors import EngineWarning, Error, ValueWarning
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +85,7 @@ def quiet_libraries() -> None:
     """Turn off warnings, advice and progress bars of other libraries. Errors still show."""
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("always", category=ValueWarning)
+    warnings.filterwarnings("once", category=EngineWarning)
     for name in ("torch", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("diffusers", "transformers"):

@@ -20,7 +20,7 @@ import typer
 from districompile.cli import bench, checks, convert, doctor, inspect, plan, refit, run, serve, verify
 from districompile.cli.options import command_of
 from districompile.common.interrupts import INTERRUPTED, end_undisturbed
-from districompile.errors import Error, ValueWarning
+from districompile.errors import EngineWarning, Error, ValueWarning
 from districompile.version import __version__
 
 app = typer.Typer(
@@ -165,7 +165,7 @@ def _warn(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     """Our own in one line, as errors are."""
-    own = issubclass(category, ValueWarning)
+    own = issubclass(category, (ValueWarning, EngineWarning))
     print(f"{'warning' if own else category.__name__}: {message}", file=sys.stderr)
 
 

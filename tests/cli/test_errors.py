@@ -19,9 +19,10 @@ from districompile.bundle.bundle import Bundle
 from districompile.cli import main
 from districompile.cli.calls import Calls
 from districompile.cli.checks import check_steps
+from districompile.cli.common import quiet_libraries
 from districompile.cli.timesteps import falling_timesteps, timestep_range
 from districompile.common.tensors import not_finite
-from districompile.errors import BundleError, CaptureError, Error, InputError, ValueWarning
+from districompile.errors import BundleError, CaptureError, EngineWarning, Error, InputError, ValueWarning
 from districompile.ir.spec import TensorSpec
 from tests.helpers_errors import bundle_of_nets, failing, nets_folder  # noqa: F401  (fixtures)
 
@@ -298,3 +299,13 @@ def test_names_that_the_terminal_lacks(tmp_path: Path, monkeypatch: pytest.Monke
         with Output():
             print("\u00e9 \udcff")
     assert (tmp_path / "out").read_text() == "\\xe9 \\udcff\n"
+
+
+def test_a_command_says_once_that_engines_compute_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.showwarning = main._warn
+        quiet_libraries()
+        for _ in range(2):
+            warnings.warn("engines compute in float32", EngineWarning, stacklevel=1)
+            warnings.warn("advice of a library", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: engines compute in float32\n"

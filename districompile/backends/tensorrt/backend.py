@@ -32,7 +32,7 @@ from districompile.backends.tensorrt.library import (
 )
 from districompile.backends.worker_pool import WorkerPool
 from districompile.bundle.weights import WeightFile
-from districompile.errors import BackendError
+from districompile.errors import BackendError, EngineWarning
 from districompile.ir.segment import SegmentGraph
 from districompile.ir.serialize import needed
 
@@ -167,7 +167,7 @@ class TensorRTBackend(Backend):
         _ = self.options  # an unavailable target is an error before anything is translated
         specs = [spec for segment in segments for _, spec in (*segment.inputs, *segment.weights, *segment.outputs)]
         if self.library.is_v8 and any(spec.dtype == torch.float16 for spec in specs):
-            warnings.warn(v8.NOTE, stacklevel=2)
+            warnings.warn(v8.NOTE, EngineWarning, stacklevel=2)
         self.translator.prepare(segments)
 
     def unsupported_ops(self, segment: SegmentGraph) -> list[str]:

@@ -23,7 +23,7 @@ from districompile.backends.tensorrt import TensorRTBackend, builder, library, v
 from districompile.backends.tensorrt.builder import BuildOptions, build_engine
 from districompile.backends.tensorrt.engine import TensorRTEngine
 from districompile.bundle.bundle import Bundle
-from districompile.errors import BackendError, InputError
+from districompile.errors import BackendError, EngineWarning, InputError
 from districompile.models.sources import DEMO
 from districompile.testing import make_segment, write_weights
 from tests import helpers_tensorrt as fakes
@@ -279,7 +279,7 @@ def test_statistics_beyond_float16_are_kept(installed: None, tmp_path: Path) -> 
     import onnxruntime
 
     program, *_ = converted("vae_decoder", torch.float16)
-    with pytest.warns(UserWarning, match="TensorRT 8.6 computes models in float16 in float32"):
+    with pytest.warns(EngineWarning, match="TensorRT 8.6 computes models in float16 in float32"):
         program.save(tmp_path / "b", backend=TensorRTBackend())
     weights = Bundle.open(tmp_path / "b").path / "weights.safetensors"
     files = sorted((tmp_path / "b" / "engines").glob("*.onnx"))
