@@ -45,7 +45,7 @@ class ValueWarning(UserWarning):
 
 
 class EngineWarning(UserWarning):
-    """Engines compute in other types than the model has, as their library does not do it rightly."""
+    """Engines compute in other types than the model has, because their library would compute wrongly in those."""
 
 
 class RanksDifferError(InputError):

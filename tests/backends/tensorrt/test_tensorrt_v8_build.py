@@ -111,7 +111,6 @@ def test_float16_is_found_wherever_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_build_that_fails_is_tried_without_the_cache(failures: int, tmp_path: Path) -> None:
-    """The error is the first one's."""
     trt = V8(fakes.Network([fakes.Tensor("x", V8.DataType.FLOAT)]))
     caches: list[Any] = []
 
