@@ -21,10 +21,10 @@ from districompile.ir.spec import PHASE_CHOICES, PHASES, InputSpec, Phase, names
 from districompile.ir.unit import (
     DISPLACEABLE,
     DRIFT_LIMIT,
-    EXACT_OPTIMISATIONS,
     OPTIMISATIONS,
     CompilationUnit,
     Options,
+    parse_optimise,
     parse_reuse,
 )
 from districompile.models.portable import portable_functions
@@ -115,13 +115,11 @@ def convert(
     """
     load_extensions(extensions)
     rules, added = tuple(rules), pipelines.add_passes(passes)
-    named = optimise.split(",") if isinstance(optimise, str) else optimise
-    chosen = EXACT_OPTIMISATIONS if optimise == "all" else named
     layers = None if isinstance(quantise, str) else tuple(quantise)
     bits = quantise if isinstance(quantise, str) else "fp8" if layers else "none"
     options = _options(
-        ranks, cfg, groupnorm, displace, warmup_steps, segments, strict, tuple(k for k in chosen if k), drift_limit,
-        reuse, transfer_bits, bits,
+        ranks, cfg, groupnorm, displace, warmup_steps, segments, strict, parse_optimise(optimise), drift_limit, reuse,
+        transfer_bits, bits,
     )  # fmt: skip
     calls = [(args, dict(kwargs or {})), *calibration][bool(calibration) :]
     bars = tasks(progress)

@@ -279,7 +279,7 @@ class Conversion:
             metavar="PASSES",
             help="Optimisation passes, separated by commas: cse, fuse-parallel-linears, hoist-fetches, "
             "in-place-gather, cache-conditioning; or all of these, which change no result. exchange-before-norm "
-            "changes displaced steps a little, and is in all for --phases exact.",
+            "changes displaced steps a little, and is in all for --phases exact: else all,exchange-before-norm.",
             show_default=f"none; with GPUs {OPTIMISE}",
             rich_help_panel=PIPELINE,
         ),

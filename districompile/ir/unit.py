@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, fx
@@ -78,6 +79,13 @@ class Options:
         if (self.reuse is not None and self.reuse < 2) or (self.reuse_level is not None and self.reuse_level < 1):
             text = reuse_text(self.reuse, self.reuse_level)
             raise ConvertError(f"reuse {text}: one step in at least 2 is full, and levels count from 1: try deep=2")
+
+
+def parse_optimise(given: Sequence[str] | str) -> tuple[str, ...]:
+    """Read names of optimisations, or one text of them with commas. ``all`` stands for those that change no result."""
+    names = given.split(",") if isinstance(given, str) else given
+    every = (EXACT_OPTIMISATIONS if name == "all" else (name,) for name in names if name)
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(every)))
 
 
 def parse_reuse(text: str) -> tuple[int | None, int | None]:

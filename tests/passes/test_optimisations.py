@@ -10,7 +10,7 @@ from torch import Tensor
 
 import districompile as dc
 from districompile.bundle.refit import refit
-from districompile.ir.unit import EXACT_OPTIMISATIONS
+from districompile.ir.unit import EXACT_OPTIMISATIONS, OPTIMISATIONS, parse_optimise
 from districompile.passes.in_place_gather import InPlaceGather
 from tests.small_models import captured, first, reference, relative_error
 
@@ -92,6 +92,13 @@ def test_merged_weights_can_be_refitted(tmp_path: Path) -> None:
         assert relative_error(first(unet(**kwargs)), want) <= 1e-5
     reference.cache_clear()
     captured.cache_clear()
+
+
+def test_all_may_stand_beside_others() -> None:
+    assert parse_optimise("all") == parse_optimise(["all", "cse"]) == EXACT_OPTIMISATIONS
+    assert parse_optimise("all,exchange-before-norm") == OPTIMISATIONS
+    assert parse_optimise("exchange-before-norm,cse,cse") == ("exchange-before-norm", "cse")
+    assert parse_optimise("") == parse_optimise(()) == ()
 
 
 def test_unknown_optimisations_are_named() -> None:
