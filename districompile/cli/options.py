@@ -278,8 +278,8 @@ class Conversion:
         typer.Option(
             metavar="PASSES",
             help="Optimisation passes, separated by commas: cse, fuse-parallel-linears, hoist-fetches, "
-            "in-place-gather, cache-conditioning; or all of these, which change no result. exchange-before-norm "
-            "changes displaced steps a little, and is in all for --phases exact: else all,exchange-before-norm.",
+            "in-place-gather, cache-conditioning; or all of these, which change no result. "
+            "all,exchange-before-norm changes displaced steps a little; for --phases exact it is what all means.",
             show_default=f"none; with GPUs {OPTIMISE}",
             rich_help_panel=PIPELINE,
         ),
