@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import operator
 import tempfile
@@ -152,10 +153,14 @@ def check_rule(op: Any, cut_points: Iterable[Sequence[float]] = CUT_POINTS, tole
 
 
 def check_rules(module: ModuleType | str) -> list[Rule]:
-    """Check every rule whose function is defined in ``module`` (:func:`check_rule`); return the rules."""
-    name = module if isinstance(module, str) else module.__name__
-    rules = [r for r in all_rules() if r.function.__module__ == name]
-    assert rules, f"{name} registers no rule"
+    """Check every rule whose function is defined in ``module`` (:func:`check_rule`); return the rules.
+
+    A module given by its name is imported, as that is what registers its rules.
+    """
+    if isinstance(module, str):
+        module = importlib.import_module(module)
+    rules = [r for r in all_rules() if r.function.__module__ == module.__name__]
+    assert rules, f"{module.__name__} registers no rule"
     for found in rules:
         check_rule(found.op)
     return rules

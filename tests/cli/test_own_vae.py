@@ -46,6 +46,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_one_backend_builds_network_and_vae(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its workers are at work already when the VAE begins."""
+    made, make = [], convert.make_backend
+    monkeypatch.setattr(convert, "make_backend", lambda settings: made.append(settings.backend) or make(settings))
+    command = ["convert", str(home / "tiny"), *OPTIONS, "--vae", "--json", "--out", str(tmp_path / "b")]
+    assert main.main(command) == 0
+    assert made == ["eager"] and own_vae(Bundle.open(tmp_path / "b")) == (tmp_path / "b" / "vae", None)
+
+
 @pytest.fixture
 def copy(home: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(home / "b", tmp_path / "b"))
@@ -228,7 +239,7 @@ def test_a_bundle_stays_whole_where_its_vae_fails(
     rewrite(copy, vae={})
     before = tree(copy)
 
-    def fail(settings: Settings) -> Any:
+    def fail(settings: Settings, backend: Any) -> Any:
         assert settings.size == ("64x64",) and settings.backend == "eager" and settings.gpus == 2
         assert settings.out is not None
         settings.out.mkdir()

@@ -176,7 +176,7 @@ class InductorBackend(Backend):
             return
         read = {name for s in segments for name, _ in s.inputs}
         made = {name for s in segments for name, _ in s.outputs if name in read}
-        self._images |= made & {name for s in segments for name in image_values(s)}
+        self._images = made & {name for s in segments for name in image_values(s)}
         new = [s for s in segments if id(s) not in self._plans and not self.unsupported_ops(s)]
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="districompile-")

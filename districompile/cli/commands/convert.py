@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -77,9 +78,16 @@ def main(settings: Settings) -> int:
     return 0
 
 
-def convert_parts(settings: Settings) -> list[dict[str, Any]]:
-    """Convert what the model has to be converted as: the parts of a VAE, or one module. Return the facts of each."""
-    return [convert_one(each) for each in parts_of(settings)]
+def convert_parts(settings: Settings, backend: Backend | None = None) -> list[dict[str, Any]]:
+    """Convert what the model has to be converted as: the parts of a VAE, or one module. Return the facts of each.
+
+    ``backend`` is that of an earlier conversion with the same options. Its workers are at work already.
+    """
+    made = []
+    for each in parts_of(settings):
+        facts, backend = convert_one(each, backend)
+        made.append(facts)
+    return made
 
 
 def parts_of(settings: Settings) -> list[Settings]:
@@ -103,26 +111,29 @@ def parts_of(settings: Settings) -> list[Settings]:
     ]
 
 
-def convert_one(settings: Settings) -> dict[str, Any]:
-    """Convert one module, save its bundle, and print its report unless JSON is asked for. Return the facts.
+def convert_one(settings: Settings, backend: Backend | None = None) -> tuple[dict[str, Any], Backend]:
+    """Convert one module, save its bundle, and print its report unless JSON is asked for. Return the facts, and the
+    backend.
 
-    A VAE that belongs into the bundle is converted behind it (:mod:`.convert_vae`).
+    ``backend`` is used if it is the one of the settings. A VAE that belongs into the bundle is converted behind it
+    (:mod:`.convert_vae`), by the same backend.
     """
     from districompile.cli.commands import convert_vae
 
     settings, choice = defaults.resolve(settings, defaults.this_machine())
     if settings.dump is not None:
         check_folder(settings.dump, "--dump")
-    backend = make_backend(settings)
+    if backend is None or backend.name != settings.backend_name:
+        backend = make_backend(settings)
     vae = convert_vae.wanted_vae(settings, backend)
     if choice.line is not None:
         print(choice.line, file=sys.stderr)
     facts = _convert_network(settings, choice, backend)
-    del backend  # its workers hold memory of the GPU
     if vae is not None:
-        folder = convert_vae.convert_into(settings.out or default_out(settings), vae, settings, convert_parts)
+        again = functools.partial(convert_parts, backend=backend)
+        folder = convert_vae.convert_into(settings.out or default_out(settings), vae, settings, again)
         facts = facts and {**facts, "vae": None if folder is None else str(folder)}
-    return facts
+    return facts, backend
 
 
 def _convert_network(settings: Settings, choice: defaults.Choice, backend: Backend) -> dict[str, Any]:

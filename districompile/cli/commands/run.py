@@ -8,6 +8,7 @@ do, and they check what depends on the bundle's plan and on diffusers (:mod:`dis
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -278,7 +279,8 @@ def _bundle_folder(settings: Settings) -> Path:
     _convert_network(conversion, folder, backend, choice, known, progress)
     if vae is not None:
         own = dataclasses.replace(conversion, as_json=True)
-        convert_vae.convert_into(folder, vae, own, converting.convert_parts)
+        again = functools.partial(converting.convert_parts, backend=backend)
+        convert_vae.convert_into(folder, vae, own, again)
     print(
         f"converted {settings.bundle} for {conversion.ranks} processes; the bundle is kept in {folder}", file=sys.stderr
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -195,3 +196,17 @@ def test_a_package_beside_an_unfit_compiler_runs(compiler: str, tmp_path: Path) 
     segment = make_segment(lambda x: x.cos() * 3, inputs)
     got = run_segment(InductorBackend("cpu"), segment, inputs, {}, tmp_path)
     assert error(got["y0"], inputs["x"].cos() * 3) < 1e-5
+
+
+def test_a_backend_for_several_models_knows_the_images_of_each() -> None:
+    """Values of two models may have one name, and be an image in one of them."""
+    backend = InductorBackend("cpu", channels_last=True, workers=1, cache="none")
+    for x, w, kind in ((torch.randn(1, 8, 4, 4), torch.randn(8, 8, 1, 1), "channels_last"),
+                       (torch.randn(1, 8, 8), torch.randn(8, 8), "contiguous")):  # fmt: skip
+        compute = torch.nn.functional.conv2d if x.ndim == 4 else torch.nn.functional.linear
+        first = make_segment(lambda v, w, f=compute: f(v, w), {"sample": x}, {"w": w})
+        first = dataclasses.replace(first, outputs=(("value", first.outputs[0][1]),))
+        second = make_segment(lambda v, w, f=compute: f(v, w), {"value": x}, {"w": w})
+        backend.prepare([first, second])
+        [(_, package)] = [p for p in backend._plans.values() if p[0] is second]
+        assert package.operands["inputs"] == [["value", *Operand(TensorSpec(tuple(x.shape), x.dtype), kind).to_json()]]
