@@ -3,7 +3,7 @@
 
 Prints one JSON line for each size, with microseconds by configuration; "baseline" is PyTorch's.
 
-    python tools/bench_kernels.py [--only attention,projection,gated,split,convolutions] [--dtype float16]
+    python tools/bench_kernels.py [--only attention,projection,gated,split,convolutions,fp8] [--dtype float16]
 
   attention     PyTorch's choice, FlashAttention-3 with the keys in 1, 2 and 3 parts where it is installed, and the
                 custom kernel by sizes of blocks. Sizes: two ranks' share of the layers of SDXL at the latents 480, 256
@@ -13,8 +13,10 @@ Prints one JSON line for each size, with microseconds by configuration; "baselin
   gated         a gated linear layer, as a linear layer and a pointwise kernel, and as one kernel
   split         a linear layer and a copy of two thirds of its result, two linear layers, and one with two results
   convolutions  3 x 3, by cuDNN, by im2col (with the time to write the matrix), and by tiles of the custom kernel
+  fp8           layers in 8 bits: linear layers, gated ones and convolutions, by the libraries (cuDNN convolves in 16
+                bits) and by tiles of the custom kernel. "sixteen" is the fastest that 16 bits have for that size
 
-The last three have the rows of two ranks at the latents 128, 256 and 480. All configurations of a size are timed in
+The last four have the rows of two ranks at the latents 128, 256 and 480. All configurations of a size are timed in
 turns.
 """
 
@@ -31,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
-from districompile.backends.inductor import attention, autotune, convolution, flash_attention, gated, split_linear
+from districompile.backends.inductor import attention, autotune, convolution, flash_attention, fp8, gated, split_linear
 from districompile.backends.inductor.kernels import hopper
 from districompile.backends.inductor.kernels.launch import unavailable_reason
 
@@ -41,7 +43,7 @@ ATTENTION = (
     (256, 1024, 20), (128, 1024, 20), (2048, 4096, 8), (512, TEXT, 20), (2048, TEXT, 10), (2048, TEXT, 20),
     (8192, TEXT, 10), (7200, TEXT, 20), (28800, TEXT, 10),
 )  # fmt: skip
-PARTS = ("attention", "projection", "gated", "split", "convolutions")
+PARTS = ("attention", "projection", "gated", "split", "convolutions", "fp8")
 ROWS = ((512, 1280), (2048, 640), (2048, 1280), (8192, 640), (7200, 1280), (28800, 640))
 
 
@@ -63,12 +65,12 @@ def main() -> None:
         raise SystemExit(f"the custom kernels cannot be used here: {reason}")
     dtype = getattr(torch, args.dtype)
     parts: dict[str, Callable[[torch.dtype], None]] = dict(
-        zip(PARTS, (attend, project, gate, split, convolve), strict=True)
+        zip(PARTS, (attend, project, gate, split, convolve, eight_bits), strict=True)
     )
     for name in args.only.split(","):
         if name not in parts:
             raise SystemExit(f"no part named {name!r}; there are: {', '.join(parts)}")
-        if name in ("gated", "convolutions") and (reason := hopper.unavailable_reason()) is not None:
+        if name in ("gated", "convolutions", "fp8") and (reason := hopper.unavailable_reason()) is not None:
             raise SystemExit(f"{name} cannot be measured here: {reason}")
         parts[name](dtype)
 
@@ -115,11 +117,42 @@ def convolve(dtype: torch.dtype) -> None:
         row("convolutions", {"in": inner, "out": outer, "height": height, "width": width}, select)
 
 
-def row(part: str, size: dict[str, int], select: Callable[[], object]) -> None:
+def eight_bits(dtype: torch.dtype) -> None:
+    """Time layers in 8 bits, and the best that 16 bits have for the same sizes."""
+    for rows, inner in ROWS:
+        for columns, gating in ((inner, False), (3 * inner, False), (8 * inner, True)):
+            size = {"rows": rows, "inner": inner, "columns": columns, "gated": gating}
+            sixteen = shortest(partial(gated.best_tile, rows, inner, columns, True, dtype)) if gating else None
+            select = partial(fp8.best_linear, rows, inner, columns, True, gating, dtype)
+            row("fp8", size, select, sixteen or product_time(rows, inner, columns, dtype))
+    for inner, outer, height, width in CONVOLUTIONS:
+        image, filters = (1, inner, height + 2, width), (outer, inner, 3, 3)
+        sixteen = shortest(partial(convolution.best_convolution, image, filters, (1, 1), (0, 1), dtype, True, True))
+        select = partial(fp8.best_convolution, image, filters, (0, 1), True, dtype)
+        row("fp8", {"in": inner, "out": outer, "height": height, "width": width}, select, sixteen)
+
+
+def shortest(select: Callable[[], object]) -> float:
+    """Return the ms of the fastest configuration that a selection compares."""
+    with autotune.recorded_timings() as times:
+        select()
+    return min(times.values())
+
+
+def product_time(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+    """Return the ms of a matrix product by the library."""
+    x, weight = (torch.randn(n, inner, dtype=dtype, device="cuda") for n in (rows, columns))
+    with autotune.recorded_timings() as times:
+        autotune.best_config("a product", partial(torch.mm, x, weight.t()), {})
+    return times[None]
+
+
+def row(part: str, size: dict[str, int], select: Callable[[], object], sixteen: float | None = None) -> None:
     """Print one line: the configuration that a conversion would select, and all timings that it compares."""
     with autotune.recorded_timings() as times:
         selected = select()
     us = {"baseline" if key is None else str(key): round(1e3 * ms, 2) for key, ms in times.items()}
+    us |= {} if sixteen is None else {"sixteen": round(1e3 * sixteen, 2)}
     print(
         json.dumps({"part": part, **size, "selected": selected, "us": us, "gpu": torch.cuda.get_device_name()}),
         flush=True,

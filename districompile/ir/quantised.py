@@ -73,7 +73,7 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) ->
     values, own = quantise_features(x, -1)
     if own.dtype == torch.float32 and has_f8_units(x.device) and _fits_units(weight):
         rows = values.reshape(-1, weight.shape[1])
-        y = _by_units(rows, own.reshape(-1, 1), weight, scale, x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+        y = multiply(rows, own.reshape(-1, 1), weight, scale, x.dtype).reshape(*x.shape[:-1], weight.shape[0])
     else:
         y = torch.nn.functional.linear(values.to(own.dtype), weight.to(own.dtype)) * own * scale
     return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
@@ -122,21 +122,30 @@ def _as_floats(values: Tensor, weight: Tensor, x: Tensor) -> tuple[tuple[Tensor,
     return (values.to(x.dtype) / 256, weight.to(x.dtype) / 256), 65536.0
 
 
-def _by_units(rows: Tensor, own: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply by the 8-bit units: ``rows`` (M, I) with scales ``own`` (M, 1), ``weight`` (O, I) with ``scale`` (O).
+def multiply(rows: Tensor, own: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply ``rows`` (M, I) with scales ``own`` (M, 1) by ``weight`` (O, I) with ``scale`` (O), on a GPU.
 
-    The sums are in float32, not in the shorter accumulators of the units (``use_fast_accum``). The units multiply by
-    the scales themselves where the result is bfloat16, the one type that they do it for.
+    Rows and weight are in 8 bits. The sums are in float32, not in the shorter accumulators of the units
+    (``use_fast_accum``). The units multiply by the scales themselves where the result is bfloat16, the one type that
+    they do it for.
 
-    Rows of an image that is not channels-last lie by columns, which the units refuse.
+    The result is bfloat16 for ``dtype`` bfloat16, and otherwise float32.
     """
-    if rows.stride(-1) != 1:
-        rows = rows.clone(memory_format=torch.contiguous_format)
-    if dtype == torch.bfloat16:
-        return torch._scaled_mm(rows, weight.t(), own, scale.reshape(1, -1), out_dtype=dtype, use_fast_accum=False)
+    if dtype != torch.bfloat16:
+        return multiply_unscaled(rows, weight) * own * scale
+    rows = _by_rows(rows)
+    return torch._scaled_mm(rows, weight.t(), own, scale.reshape(1, -1), out_dtype=dtype, use_fast_accum=False)
+
+
+def multiply_unscaled(rows: Tensor, weight: Tensor) -> Tensor:
+    """Multiply values alone by the 8-bit units of a GPU: ``rows`` (M, I), ``weight`` (O, I) -> (M, O) in float32."""
     one = torch.ones((), dtype=torch.float32, device=rows.device)
-    y = torch._scaled_mm(rows, weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=False)
-    return y * own * scale
+    return torch._scaled_mm(_by_rows(rows), weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=False)
+
+
+def _by_rows(rows: Tensor) -> Tensor:
+    """Return the same, row by row in memory. An image that is not channels-last lies by columns, which units refuse."""
+    return rows if rows.stride(-1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def has_f8_units(device: torch.device) -> bool:

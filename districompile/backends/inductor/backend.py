@@ -33,6 +33,7 @@ from districompile.backends.inductor.cache import CompileCache, default_folder, 
 from districompile.backends.inductor.compiler import select_compiler, way_out
 from districompile.backends.inductor.convolution import autotune_convolutions
 from districompile.backends.inductor.engine import MEMORY_FORMATS, InductorEngine
+from districompile.backends.inductor.fp8 import select_fp8_kernels
 from districompile.backends.inductor.gated import fuse_gated_linears
 from districompile.backends.inductor.kernel_deps import called_kernels, has_kernels
 from districompile.backends.inductor.kernels import hopper
@@ -305,6 +306,7 @@ class InductorBackend(Backend):
             autotune_convolutions(graph.graph, im2col="conv" in self._autotune, custom_kernels=custom)
         if custom:
             fuse_gated_linears(graph.graph)
+            select_fp8_kernels(graph.graph)
         calls_flash = autotune_attention(graph.graph, self._attention, self._custom_attention)
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
         weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]

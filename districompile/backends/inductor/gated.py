@@ -50,7 +50,7 @@ def lower_for_inductor(x: Tensor, weight: Tensor, bias: Tensor | None, columns: 
 def fuse_gated_linears(graph: fx.Graph) -> None:
     """Replace each 16-bit gated linear layer in ``graph`` by one operator, where the custom kernel is faster here."""
     for node in list(graph.nodes):
-        linear = _gated_linear(node)
+        linear = gated_linear_of(node)
         if linear is None:
             continue
         x, weight, *rest = linear.args
@@ -59,21 +59,30 @@ def fuse_gated_linears(graph: fx.Graph) -> None:
         columns = best_tile(rows, *reversed(weight.meta["val"].shape), bias is not None, x.meta["val"].dtype)
         if columns is None:
             continue
-        with graph.inserting_before(node):
-            result = graph.call_function(GATED_LINEAR, (x, weight, bias, columns))
-        result.meta = dict(node.meta)
-        node.replace_all_uses_with(result)
-        for old in (node, *node.all_input_nodes, *_halves(node), linear):
-            if not old.users and old in graph.nodes:
-                graph.erase_node(old)
+        replace_gated(node, linear, GATED_LINEAR, (x, weight, bias, columns))
+
+
+def replace_gated(node: fx.Node, linear: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    """Call ``target`` in place of the product ``node`` of the halves of ``linear``."""
+    graph = node.graph
+    with graph.inserting_before(node):
+        result = graph.call_function(target, args)
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    for old in (node, *node.all_input_nodes, *_halves(node), linear):
+        if not old.users and old in graph.nodes:
+            graph.erase_node(old)
 
 
 def _halves(node: fx.Node) -> list[fx.Node]:
     return [x for n in node.all_input_nodes for x in (n.all_input_nodes if n.target is _GELU else [n])]
 
 
-def _gated_linear(node: fx.Node) -> Any:
-    """Return the linear layer whose halves ``node`` multiplies, the second through GELU, if nothing else reads it."""
+def gated_linear_of(node: fx.Node, target: Any = _LINEAR) -> Any:
+    """Return the 16-bit linear layer whose halves ``node`` multiplies, the second through GELU.
+
+    ``target`` is the operator of the layer. None: there is no such layer, or something else reads it too.
+    """
     if node.target is not _MUL or len(node.all_input_nodes) != 2 or node.kwargs:
         return None
     operands: list[Any] = list(node.args)
@@ -86,7 +95,7 @@ def _gated_linear(node: fx.Node) -> Any:
     if None in halves or gate.args[0] is not value.args[0] or any(len(n.users) != 1 for n in (value, gate)):
         return None
     linear = value.args[0]
-    if linear.target is not _LINEAR or linear.kwargs or len(linear.users) != 2:
+    if linear.target is not target or linear.kwargs or len(linear.users) != 2:
         return None
     x, shape = linear.args[0].meta["val"], linear.meta["val"].shape
     half = shape[-1] // 2

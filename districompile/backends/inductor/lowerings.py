@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from districompile.backends.inductor import attention, gated
+from districompile.backends.inductor import attention, fp8, gated
 from districompile.backends.inductor.convolution import (
     IM2COL_CONVOLUTION,
     KERNEL_CONVOLUTION,
@@ -203,5 +203,6 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
     ops.normalize.default: normalize,
     torch.ops.aten.linear.default: linear, IM2COL_CONVOLUTION: im2col, KERNEL_CONVOLUTION: lower_for_inductor,
     gated.GATED_LINEAR: gated.lower_for_inductor, attention.KERNEL_ATTENTION: attention.lower_for_inductor,
-    attention.PROJECTED_ATTENTION: attention.lower_projected_for_inductor, **PADDINGS,
+    attention.PROJECTED_ATTENTION: attention.lower_projected_for_inductor, fp8.KERNEL_LINEAR: fp8.lower_linear,
+    fp8.KERNEL_GATED_LINEAR: fp8.lower_gated_linear, fp8.KERNEL_CONV: fp8.lower_conv, **PADDINGS,
 }  # fmt: skip

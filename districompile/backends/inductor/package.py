@@ -46,18 +46,18 @@ CHANNELS_LAST = {
 
 FORMATS = ("contiguous", "channels_last", "channels_last_3d")
 
-_CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
+_CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default, ops.fp8_conv.default}
 _ON_IMAGES = {
     overload
     for name in ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "group_norm", "max_pool2d", "avg_pool2d")
     for overload in _overloads(name)
-} | {ops.moments.default, ops.normalize.default}
+} | {ops.moments.default, ops.normalize.default, ops.fp8_conv.default}
 _MOVE_DIMS = {
     overload
     for name in ("permute", "transpose", "reshape", "view", "_unsafe_view", "unflatten", "flatten", "movedim", "linear",
                  "matmul", "bmm", "scaled_dot_product_attention")
     for overload in _overloads(name)
-} | {ops.moments.default}  # fmt: skip
+} | {ops.moments.default, ops.fp8_linear.default}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ def test_a_block_holds_some_steps(tile: tuple[int, int]) -> None:
 def test_both_sides_know_the_same_sizes() -> None:
     text = Path(hopper.__file__).with_name("products.cu").read_text()
     found = {name: int(n) for name, n in re.findall(r"constexpr int (\w+) = (\d+);", text)}
-    assert (found["PIXELS"], found["INNER"], found["CLUSTER"]) == (hopper._PIXELS, hopper._INNER, hopper._CLUSTER)
+    assert (found["PIXELS"], found["STEP"], found["CLUSTER"]) == (hopper._PIXELS, hopper._STEP, hopper._CLUSTER)
     assert 128 * (1 + found["CONSUMERS"]) == hopper._THREADS
     [fields] = re.findall(r"struct Sizes \{(.*?)\};", text, re.DOTALL)
     declared = re.sub(r"//.*", "", fields).replace("int", "").replace(";", ",")
@@ -96,7 +96,9 @@ def test_a_kernel_of_another_version_is_compiled_here(
 ) -> None:
     kernel, asked = Kernel(160, 1, False, False, torch.float16), list[Kernel]()
     monkeypatch.setattr(hopper, "_function_of", lambda kernel, device: asked.append(kernel))
-    hopper.load_kernels(tmp_path, [kernel.file.replace("products1", "products0")], torch.device("cuda"))
+    hopper.load_kernels(
+        tmp_path, [kernel.file.replace(f"products{hopper._VERSION}", "products0")], torch.device("cuda")
+    )
     assert asked == [kernel] and provided == {}
 
 
@@ -118,7 +120,7 @@ def test_a_kernel_that_the_driver_does_not_take_is_compiled_here(
 
 def test_without_a_compiler(provided: dict[Kernel, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "_no_compiler", lambda: "there is no compiler")
-    name = Kernel(160, 1, False, False, torch.float16).file.replace("products1", "products0")
+    name = Kernel(160, 1, False, False, torch.float16).file.replace(f"products{hopper._VERSION}", "products0")
     hopper.compile_kernel.cache_clear()
     with pytest.raises(BackendError, match=f"{name} cannot be used here: there is no compiler: convert again"):
         hopper.load_kernels(tmp_path, [name], torch.device("cuda"))

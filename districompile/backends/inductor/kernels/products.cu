@@ -1,15 +1,20 @@
-// 16-bit matrix products and convolutions on Hopper GPUs. Tiles need not be powers of two, and one thread copies ahead
-// of the threads that multiply.
+// Matrix products and convolutions of 16-bit or 8-bit numbers on Hopper GPUs. Tiles need not be powers of two, and one
+// thread copies ahead of the threads that multiply.
 //
 // A block of three warp groups computes tiles of 128 pixels by PARTS x COLUMNS columns of a convolution of x (batch,
 // height, width, channels) with weight (columns, taps x channels). A matrix product is a convolution of an image of one
 // row with a kernel of one pixel. One thread of the first warp group lets the tensor memory accelerator copy the
-// operands of the other two, STAGES steps of 64 channels ahead, also past the end of a tile. A copy has pixels of several
+// operands of the other two, STAGES steps of 128 bytes ahead, also past the end of a tile. A copy has pixels of several
 // rows, and zeros outside of the image. A cluster is two blocks with the same columns and consecutive pixels: each block
 // copies half of the weights to both, which halves the reads from the L2 cache.
 //
-// Compile-time constants: COLUMNS (a multiple of 16, up to 256), PARTS (1 or 2; 2 if GATED), STAGES, GATED, BIAS, and
-// the header wgmma.cuh for COLUMNS columns of float16 or bfloat16. Sizes are arguments.
+// Numbers of 8 bits (float8_e4m3fn) are multiplied by a scale of their column of the weight, and by one of their pixel or
+// of all pixels. The tensor cores keep few bits of a sum of their products. So their sums of one step are added up in
+// float32, which takes as many registers again: PARTS x COLUMNS is at most 160.
+//
+// Compile-time constants: COLUMNS (a multiple of 16, up to 256), PARTS (1 or 2; 2 if GATED), STAGES, GATED, BIAS, BYTES
+// (of an operand, 1 or 2), and the header wgmma.cuh for COLUMNS columns of a type, and float16 or bfloat16 results. Sizes
+// are arguments.
 #include "wgmma.cuh"
 
 using u16 = unsigned short;
@@ -17,13 +22,14 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 
 constexpr int PIXELS = 128;      // of a tile
-constexpr int INNER = 64;        // channels of a step: 128 bytes, the widest row of a swizzled copy
+constexpr int STEP = 128;        // bytes of the channels of a step: the widest row of a swizzled copy
+constexpr int INNER = STEP / BYTES;
 constexpr int CLUSTER = 2;
 constexpr int CONSUMERS = 2;     // warp groups, each of 64 pixels
 constexpr int THREADS = 128 * (1 + CONSUMERS);
 constexpr int GROUP = 8;         // clusters in a row that use the same block of columns, which then stays in the cache
-constexpr u32 X_BYTES = PIXELS * INNER * 2;
-constexpr u32 WEIGHT_BYTES = COLUMNS * INNER * 2;
+constexpr u32 X_BYTES = PIXELS * STEP;
+constexpr u32 WEIGHT_BYTES = COLUMNS * STEP;
 constexpr u32 STAGE_BYTES = X_BYTES + PARTS * WEIGHT_BYTES;
 constexpr u32 BARRIERS = STAGES * STAGE_BYTES;
 
@@ -35,6 +41,7 @@ struct Sizes {
     int channels, taps, across;  // taps: pixels of the kernel; across: pixels of a row of it
     int above, left;             // zeros around x
     int shift;                   // a tile has 1 << shift pixels of a row, and PIXELS >> shift rows
+    int each;                    // whether each pixel has a scale, or one is that of all
 };
 
 __device__ __forceinline__ u32 cluster_rank() {
@@ -136,10 +143,10 @@ __device__ __forceinline__ Tile tile_at(int number, int pairs, int blocks, const
 }
 
 // Compute out (pixels, columns), with bias if BIAS. If GATED, weight has twice as many columns, and the first half of the
-// product is multiplied by the GELU of the second.
+// product is multiplied by the GELU of the second. The scales are those of 8-bit numbers.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1) product(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const u16* bias,
-    u16* out, const __grid_constant__ Sizes sizes) {
+    u16* out, const float* pixel_scale, const float* column_scale, const __grid_constant__ Sizes sizes) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const u32 base = (u32)__cvta_generic_to_shared(memory);
     const u32 full = base + BARRIERS, empty = full + 8 * STAGES;
@@ -208,54 +215,89 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
                 #pragma unroll
                 for (int i = 0; i < COLUMNS / 8; ++i) {
                     float added[2] = {0, 0};
-                    if (BIAS) unpack(*(const u32*)(here + 8 * i), added);
+                    if (BIAS && BYTES == 2) unpack(*(const u32*)(here + 8 * i), added);
                     y[part][4 * i] = y[part][4 * i + 2] = added[0];
                     y[part][4 * i + 1] = y[part][4 * i + 3] = added[1];
                 }
             }
             #pragma unroll
             for (int part = 0; part < PARTS; ++part) hold(y[part]);
+#if BYTES == 2
+            auto& sums = y;
             u32 before = 0;
+#else
+            float sums[PARTS][COLUMNS / 2];  // of one step
+#endif
             for (int step = 0; step < steps; ++step) {
                 u32 from = base + stage * STAGE_BYTES;
                 wait(full + 8 * stage, parity);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
                 #pragma unroll
-                for (int i = 0; i < INNER / 16; ++i) {
+                for (int i = 0; i < STEP / 32; ++i) {
                     u64 a = descriptor(from + consumer * (X_BYTES / CONSUMERS)) + 2 * i;
                     #pragma unroll
                     for (int part = 0; part < PARTS; ++part)
-                        wgmma(y[part], a, descriptor(from + X_BYTES + part * WEIGHT_BYTES) + 2 * i);
+                        wgmma(sums[part], a, descriptor(from + X_BYTES + part * WEIGHT_BYTES) + 2 * i, i);
                 }
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#if BYTES == 2
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                 if (step > 0 && lane < CLUSTER) arrive(empty + 8 * before, lane);
                 before = stage;
+#else
+                // The other warp group multiplies meanwhile
+                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                #pragma unroll
+                for (int part = 0; part < PARTS; ++part) hold(sums[part]);
+                if (lane < CLUSTER) arrive(empty + 8 * stage, lane);
+                #pragma unroll
+                for (int part = 0; part < PARTS; ++part)
+                    #pragma unroll
+                    for (int i = 0; i < COLUMNS / 2; ++i) y[part][i] += sums[part][i];
+#endif
                 if (++stage == STAGES) { stage = 0; parity ^= 1; }
             }
+#if BYTES == 2
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             #pragma unroll
             for (int part = 0; part < PARTS; ++part) hold(y[part]);
             if (lane < CLUSTER) arrive(empty + 8 * before, lane);
+#endif
 
             bool inside[2];
             u64 pixel[2];
+            float own[2];  // scales of the pixels
             #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 int number = height + 8 * half;
                 int row = tile.row + (number >> sizes.shift), column = tile.column + (number & (1 << sizes.shift) - 1);
                 inside[half] = tile.image < sizes.batch && row < sizes.height && column < sizes.width;
-                pixel[half] = (((u64)tile.image * sizes.height + row) * sizes.width + column) * sizes.columns;
+                u64 place = ((u64)tile.image * sizes.height + row) * sizes.width + column;
+                pixel[half] = place * sizes.columns;
+                own[half] = BYTES == 2 || !inside[half] ? 1.0f : pixel_scale[sizes.each ? place : 0];
             }
+            // The two columns of this thread among 8 i to 8 i + 7, before gating
+            auto pair_at = [&](int part, int i, int half) {
+                float2 found = make_float2(y[part][4 * i + 2 * half], y[part][4 * i + 2 * half + 1]);
+                if (BYTES == 1) {
+                    int column = tile.first + part * (GATED ? sizes.columns : COLUMNS) + 8 * i + 2 * (lane % 4);
+                    float2 scale = *(const float2*)(column_scale + column);
+                    float added[2] = {0, 0};
+                    if (BIAS) unpack(*(const u32*)(bias + column), added);
+                    found.x = fmaf(found.x, own[half] * scale.x, added[0]);
+                    found.y = fmaf(found.y, own[half] * scale.y, added[1]);
+                }
+                return found;
+            };
             #pragma unroll
             for (int part = 0; part < (GATED ? 1 : PARTS); ++part) {
-                auto word_at = [&](int i, int half) {  // the two columns of this thread among 8 i to 8 i + 7
-                    float low = y[part][4 * i + 2 * half], high = y[part][4 * i + 2 * half + 1];
+                auto word_at = [&](int i, int half) {
+                    float2 found = pair_at(part, i, half);
                     if (GATED) {
-                        low *= gelu(y[PARTS - 1][4 * i + 2 * half]);
-                        high *= gelu(y[PARTS - 1][4 * i + 2 * half + 1]);
+                        float2 gate = pair_at(PARTS - 1, i, half);
+                        found.x *= gelu(gate.x), found.y *= gelu(gate.y);
                     }
-                    return pack(low, high);
+                    return pack(found.x, found.y);
                 };
                 const int left = tile.first + part * COLUMNS;
                 #pragma unroll
