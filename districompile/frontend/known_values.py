@@ -30,6 +30,11 @@ _QUESTIONS = {
 }  # fmt: skip
 _DRAWN = ("rand", "normal", "uniform", "bernoulli", "multinomial", "poisson", "exponential", "cauchy", "geometric",
           "dropout", "rrelu", "gumbel", "empty")  # fmt: skip
+# Of the layout of a tensor. An export asks some hundred thousand of these questions about a large network.
+_LAYOUT = {
+    "stride", "storage_offset", "_is_view", "size", "numel", "untyped_storage", "is_inference", "is_conj", "is_neg",
+    "dim", "is_floating_point", "is_contiguous", "is_complex", "element_size", "get_device",
+}  # fmt: skip
 _LARGEST = 1 << 20  # elements of a tensor that is computed twice
 _DATA = cast(Any, Tensor.data).__get__
 
@@ -50,8 +55,15 @@ class KnownValues(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func == _DATA:
-            return args[0].detach()
+        name = getattr(func, "__name__", "")
+        if name in _LAYOUT:
+            return func(*args, **kwargs)
+        if name == "__get__":
+            if func == _DATA:
+                return args[0].detach()
+            found = func(*args, **kwargs)
+            if not isinstance(found, Tensor):  # as x.mT is
+                return found
         leaves = pytree.tree_leaves((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         known = all(t in self._values for t in tensors)
@@ -60,7 +72,6 @@ class KnownValues(TorchFunctionMode):
                 return self._compute(func, args, kwargs)
         writes = _writes(func, kwargs)
         result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
         symbolic = any(isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool) for x in leaves)
         drawn = any(word in name for word in _DRAWN)
         if not known or symbolic or drawn or not (tensors or func in _MAKERS):
@@ -103,4 +114,4 @@ def _writes(func: Any, kwargs: Mapping[str, Any]) -> bool:
     """Return whether a function of PyTorch may write to its arguments, by its name."""
     name = getattr(func, "__name__", "")
     in_place = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-    return in_place or "__set__" in repr(func) or bool(kwargs.keys() & {"out", "inplace"})
+    return in_place or name == "__set__" or bool(kwargs.keys() & {"out", "inplace"})
