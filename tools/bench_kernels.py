@@ -5,7 +5,7 @@ Prints one JSON line for each size, with microseconds by configuration; "baselin
 
     python tools/bench_kernels.py [--only attention,projection,gated,split,convolutions,fp8] [--dtype float16]
 
-  attention     PyTorch's choice, FlashAttention-3 with the keys in 1, 2 and 3 parts where it is installed, and the
+  attention     PyTorch's choice, FlashAttention-3 and -4 where installed, with the keys in 1, 2 and 3 parts, and the
                 custom kernel by sizes of blocks. Sizes: two ranks' share of the layers of SDXL at the latents 480, 256
                 and 128; four and eight ranks' share of those of 20 heads at 128; Stable Diffusion 1.5 at 64 (8 heads,
                 here of 64 elements); and attention to a text at 128, 256 and 480
@@ -85,14 +85,14 @@ def attend(dtype: torch.dtype) -> None:
             64,
             keys,
             dtype,
-            flash_attention.unavailable_reason("cuda") is None,
+            flash_attention.select_libraries("auto", "cuda"),
         )
         row("attention", {"queries": queries, "keys": keys, "heads": heads}, partial(select, True))
 
 
 def project(dtype: torch.dtype) -> None:
     for queries, keys, heads in (size for size in ATTENTION if size[1] <= TEXT):
-        flash = flash_attention.unavailable_reason("cuda") is None
+        flash = flash_attention.select_libraries("auto", "cuda")
         separate = attention.best_attention(1, heads, queries, 64, keys, dtype, flash, True)
         select = partial(attention.best_projection_config, 1, heads, queries, 64, keys, 64 * heads, dtype, separate)
         row("projection", {"queries": queries, "keys": keys, "heads": heads}, select)

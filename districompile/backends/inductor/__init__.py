@@ -9,7 +9,8 @@ engine.py           run a package
 lowerings.py        lower composites to the form that Inductor fuses best
 autotune.py         time alternatives and select the fastest
 attention.py        select a kernel for attention
-flash_attention.py  FlashAttention-3, as an operator
+flash_attention.py  FlashAttention-3 and -4, as an operator
+fp8.py              select a custom kernel for layers in 8 bits
 convolution.py      select im2col or a custom kernel for convolutions
 gated.py            fuse gated linear layers into a custom kernel
 split_linear.py     split linear layers whose columns go to two places

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Select a kernel for each attention of a graph: PyTorch's, FlashAttention-3, or a custom kernel.
+"""Select a kernel for each attention of a graph: PyTorch's, that of a library, or a custom kernel.
 
 The fastest depends on how queries and heads fill the GPU, and on the number of keys. Each size is timed once. The
 custom kernels (:mod:`districompile.backends.inductor.kernels.triton_kernels`) are for few keys, such as those of a
@@ -23,9 +23,8 @@ from districompile.backends.inductor.kernels.launch import unavailable_reason
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _TRANSPOSE = torch.ops.aten.transpose.int
-_MAX_WIDTH = 256  # of a head, in elements, for FlashAttention-3
+_MAX_WIDTH = 256  # of a head, in elements, for the libraries
 _CUSTOM_MAX_WIDTH = 128
-_SPLITS = (1, 2, 3)  # parts of the keys that are computed at once, where the queries alone do not fill the GPU
 _FEW = 128  # keys
 # Sizes of a block of queries and of keys (0: all keys at once); warps, stages
 _FOR_FEW = ((64, 0, 4, 1), (128, 0, 8, 1))
@@ -40,7 +39,7 @@ flash_attention.LIB.define("kernel_attention(Tensor q, Tensor k, Tensor v, float
 
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[int]) -> Tensor:
     """Compute attention of (batch, length, heads, width) into the same layout; on any device."""
-    return flash_attention.sdpa_fallback(q, k, v, scale, 1)
+    return flash_attention.sdpa_fallback(q, k, v, scale)
 
 
 flash_attention.LIB.impl("kernel_attention", kernel_attention, "CompositeImplicitAutograd")
@@ -52,7 +51,7 @@ flash_attention.LIB.define(
 def projected_attention(x: Tensor, weight: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[int]) -> Tensor:
     """Compute attention with ``linear(x, weight)`` as queries; on any device."""
     q = torch.nn.functional.linear(x, weight).reshape(*x.shape[:2], *k.shape[2:])
-    return flash_attention.sdpa_fallback(q, k, v, scale, 1)
+    return flash_attention.sdpa_fallback(q, k, v, scale)
 
 
 flash_attention.LIB.impl("product_attention", projected_attention, "CompositeImplicitAutograd")
@@ -84,36 +83,37 @@ def lower_projected_for_inductor(
     return result
 
 
-def autotune_attention(graph: fx.Graph, implementation: flash_attention.Implementation, custom_kernels: bool) -> bool:
-    """Replace each attention in ``graph`` by the fastest kernel on this GPU.
+def autotune_attention(
+    graph: fx.Graph, libraries: tuple[int, ...], custom_kernels: bool, *, forced: bool = False
+) -> set[int]:
+    """Replace each attention in ``graph`` by the fastest kernel on this GPU. Return the libraries that are called.
 
-    Returns whether any became FlashAttention-3. ``implementation`` is the resolved option ``attention``;
+    ``libraries`` are versions of FlashAttention, of which the only one is used for all if ``forced``;
     ``custom_kernels`` says whether custom kernels take part. Only plain attention (no mask, not causal) of 16-bit heads
     of up to 256 elements, a multiple of 8, can be replaced. The operands of the replacement are (batch, length, heads,
     width), with a stride of 1 in the last dim.
     """
-    found = False
+    found = set()
     for node in list(graph.nodes):
         scale = _scale(node) if node.target is _SDPA else None
         if scale is None:
             continue
         q, k = (x.meta["val"] for x in node.args[:2])
-        forced = implementation == "flash3"
-        tried = implementation == "auto", custom_kernels
-        config = (1,) if forced else best_attention(*q.shape, k.shape[2], q.dtype, *tried)
+        tried = libraries, custom_kernels
+        config = (*libraries, 1) if forced else best_attention(*q.shape, k.shape[2], q.dtype, *tried)
         if custom_kernels and not forced and _fuse_projection(graph, node, scale, config):
             continue
         if config is None:
             continue
-        flash = len(config) == 1
+        flash = len(config) == 2
         with graph.inserting_before(node):
             swapped = [graph.call_function(_TRANSPOSE, (x, 1, 2)) for x in node.args[:3]]
-            target, last = (flash_attention.FLASH, config[0]) if flash else (KERNEL_ATTENTION, list(config))
-            result = graph.call_function(_TRANSPOSE, (graph.call_function(target, (*swapped, scale, last)), 1, 2))
+            target, last = (flash_attention.FLASH, config) if flash else (KERNEL_ATTENTION, (list(config),))
+            result = graph.call_function(_TRANSPOSE, (graph.call_function(target, (*swapped, scale, *last)), 1, 2))
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
-        found |= flash
+        found |= {config[0]} if flash else set()
     return found
 
 
@@ -183,9 +183,9 @@ def best_projection_config(
     def unfused() -> Tensor:
         q = torch.nn.functional.linear(x, weight).view(batch, queries, heads, width)
         if config is None:
-            return flash_attention.sdpa_fallback(q, k, v, scale, 1)
-        if len(config) == 1:
-            return flash_attention.flash3(q, k, v, scale, config[0])
+            return flash_attention.sdpa_fallback(q, k, v, scale)
+        if len(config) == 2:
+            return flash_attention.by_library(q, k, v, scale, *config)
         return operators.attention(q, k, v, scale, list(config))
 
     configs = {
@@ -196,21 +196,24 @@ def best_projection_config(
 
 @remembered
 def best_attention(
-    batch: int, heads: int, queries: int, width: int, keys: int, dtype: torch.dtype, flash: bool, custom: bool
-) -> tuple[int, ...] | None:
+    batch: int, heads: int, queries: int, width: int, keys: int, dtype: torch.dtype, libraries: tuple[int, ...],
+    custom: bool,
+) -> tuple[int, ...] | None:  # fmt: skip
     """Return the fastest kernel for this size on this GPU.
 
-    (number of parts of the keys,) is FlashAttention-3; (block of queries, block of keys, warps, stages) is a custom
-    kernel; None is PyTorch's. ``flash`` and ``custom`` say which take part.
+    (version, number of parts of the keys) is a FlashAttention; (block of queries, block of keys, warps, stages) is a
+    custom kernel; None is PyTorch's. ``libraries`` and ``custom`` say which take part.
     """
     custom = custom and width <= _CUSTOM_MAX_WIDTH and unavailable_reason() is None
-    if not torch.cuda.is_available() or not (flash or custom):
+    if not torch.cuda.is_available() or not (libraries or custom):
         return None
     q, k, v = (torch.randn(batch, n, heads, width, dtype=dtype, device="cuda") for n in (queries, keys, keys))
     scale = 1 / math.sqrt(width)
-    configs: dict[tuple[int, ...], Callable[[], object]] = {}
-    if flash:
-        configs = {(n,): functools.partial(flash_attention.flash3, q, k, v, scale, n) for n in _SPLITS}
+    configs: dict[tuple[int, ...], Callable[[], object]] = {
+        (version, n): functools.partial(flash_attention.by_library, q, k, v, scale, version, n)
+        for version in libraries
+        for n in flash_attention.LIBRARIES[version].offered_splits()
+    }
     if custom:
         from districompile.backends.inductor.kernels import operators
 

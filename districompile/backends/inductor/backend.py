@@ -66,7 +66,7 @@ DeviceKind = Literal["cuda", "cpu"]
 AUTOTUNABLE = ("linear", "conv", "custom-kernels")
 """Kinds of operator that the option ``autotune`` takes."""
 
-_FORMAT = "districompile inductor 5"
+_FORMAT = "districompile inductor 6"
 _OPTIMISE_HOST = "aot_inductor.compile_wrapper_opt_level"
 # The number of reads above which Inductor writes an expression to memory. The normalised input of a convolution reads
 # the table of its group norm and the result of the previous convolution with its bias. It also reads the time embedding
@@ -80,7 +80,7 @@ class InductorBackend(Backend):
 
     :data:`OPTION_HELP` describes the options. ``inductor_config`` holds further settings of
     ``torch._inductor.config`` by name; they take precedence over those of this backend. Raises :class:`BackendError`
-    for an unknown value of an option, and for ``attention="flash3"`` where FlashAttention-3 cannot be used.
+    for an unknown value of an option, and for a FlashAttention that cannot be used.
     """
 
     name = "inductor"
@@ -93,8 +93,8 @@ class InductorBackend(Backend):
         "device": "kind of device to compile for: cuda or cpu (default: cuda if there is a GPU, else cpu)",
         "max_autotune": "let Inductor time several kernels for each matrix product and convolution: slower to compile, "
         "usually faster to run (default: false)",
-        "attention": "kernels for attention: torch (PyTorch's choice), flash3 (FlashAttention-3), or auto (the fastest "
-        "by timing, of those that this machine has) (default: auto)",
+        "attention": "kernels for attention: torch (PyTorch's choice), flash3, flash4 (FlashAttention-3, -4), or "
+        "auto (the fastest by timing, of those that this machine has) (default: auto)",
         "autotune": "what else to choose by timing, any of linear, conv, custom-kernels; or all, or none (default: all "
         "on a GPU, none on a CPU)",
         "channels_last": "store weights of convolutions with their channels innermost; on a CPU each process then has "
@@ -126,7 +126,8 @@ class InductorBackend(Backend):
         host: dict[str, ConfigValue] = {_OPTIMISE_HOST: "O0"}
         settings: dict[str, ConfigValue] = {"max_autotune": max_autotune, **host, **gpu, **(inductor_config or {})}
         self._settings = tuple(sorted(settings.items(), key=lambda item: item[0]))
-        self._attention = flash_attention.select_implementation(attention, self._kind)
+        self._libraries = flash_attention.select_libraries(attention, self._kind)
+        self._forced = attention not in ("auto", "torch")
         self._autotune = _autotuned(autotune, self._kind)
         self._custom_attention = attention == "auto" and "custom-kernels" in self._autotune
         # Engines differ by the version of torch, by the device and by the options
@@ -266,8 +267,7 @@ class InductorBackend(Backend):
         if {*outputs, *aliased} != set(segment) or any(alias.source not in inputs for alias in aliased.values()):
             raise BackendError(f"{path} is another segment: it gives {(*outputs, *aliased)}, not {tuple(segment)}")
         check_here(kind, target, built, device)
-        if calls:
-            flash_attention.load(device)
+        flash_attention.load_packages(calls, device)
         if str(device) == "cuda":  # without an index
             device = torch.device("cuda", torch.cuda.current_device())
         hopper.load_kernels(path.parent, kernels, device)
@@ -307,7 +307,7 @@ class InductorBackend(Backend):
         if custom:
             fuse_gated_linears(graph.graph)
             select_fp8_kernels(graph.graph)
-        calls_flash = autotune_attention(graph.graph, self._attention, self._custom_attention)
+        called = autotune_attention(graph.graph, self._libraries, self._custom_attention, forced=self._forced)
         inputs = [Operand(s, self._value_format(name, s)) for name, s in segment.inputs]
         weights = [Operand(s, formats.get(name, "contiguous")) for name, s in segment.weights]
         outputs = [Operand(s, self._value_format(name, s)) for name, s in written]
@@ -331,7 +331,7 @@ class InductorBackend(Backend):
         return _Package(
             key,
             job,
-            calls_flash,
+            tuple(flash_attention.LIBRARIES[v].package for v in sorted(called)),
             called_kernels(graph.graph),
             has_kernels(graph.graph),
             {**named, "slices": views, "aliased": aliases},
@@ -377,7 +377,7 @@ class _Package:
 
     key: str
     job: CompileJob
-    calls_flash: bool
+    calls: tuple[str, ...]
     kernels: tuple[hopper.Kernel, ...]
     custom_kernels: bool
     operands: dict[str, object]
@@ -386,7 +386,7 @@ class _Package:
         """Return the content of the JSON file beside the package."""
         return {
             "format": _FORMAT, "package": f"{self.key}.pt2", "device": kind, "target": target_of(kind),
-            "torch": torch_version(), "calls": [flash_attention.PACKAGE] if self.calls_flash else [],
+            "torch": torch_version(), "calls": list(self.calls),
             "kernels": [kernel.file for kernel in self.kernels], **self.operands,
         }  # fmt: skip
 

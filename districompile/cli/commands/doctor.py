@@ -21,7 +21,7 @@ from districompile.models.sources import DEMO
 from districompile.progress import terminal_progress
 
 PACKAGES = ("districompile", "torch", "numpy", "safetensors", "onnx", "onnxscript", "onnxruntime", "tensorrt",
-            "tensorrt_rtx", "diffusers", "transformers", "accelerate", "flash_attn_3", "triton",
+            "tensorrt_rtx", "diffusers", "transformers", "accelerate", "flash_attn_3", "flash-attn-4", "triton",
             "cuda-bindings")  # fmt: skip
 # Backends, and the devices on which the tests executed them
 BACKENDS = {

@@ -1,10 +1,13 @@
-"""Attention by FlashAttention-3: what is handed to it, and what is said where it is missing. On the CPU its operator is
-PyTorch's attention; the last test runs the library, where there is a GPU and it is installed."""
+"""Attention by FlashAttention-3 and -4: what is handed to them, and what is said where they are missing. On the CPU
+their operator is PyTorch's attention; the last test runs the libraries, where there is a GPU and they are installed."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +60,18 @@ def _graph(dtype: torch.dtype, length: int, width: int, **kwargs: Any) -> fx.Gra
 )
 def test_what_is_handed_over(dtype: torch.dtype, length: int, width: int, kwargs: Any, taken: bool) -> None:
     graph = _graph(dtype, length, width, **kwargs)
-    assert attention.autotune_attention(graph, "flash3", custom_kernels=False) == taken
+    assert attention.autotune_attention(graph, (4,), custom_kernels=False, forced=True) == ({4} if taken else set())
     calls = [n for n in graph.nodes if n.target is _FLASH]
     assert len(calls) == taken
     if taken:
         scale: Any = calls[0].args[3]
-        assert scale == pytest.approx(kwargs.get("scale", 1 / math.sqrt(width)))
+        assert scale == pytest.approx(kwargs.get("scale", 1 / math.sqrt(width))) and calls[0].args[4:] == (4, 1)
 
 
 @pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 @pytest.mark.slow
 def test_an_engine_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash_attention, "select_implementation", lambda asked, kind: asked)
-    monkeypatch.setattr(attention, "best_attention", lambda *size: (2,))
+    monkeypatch.setattr(attention, "best_attention", lambda *size: (3, 2))
     inputs, weights = {"x": torch.randn(1, 1024, 128).half()}, {"w": torch.randn(384, 128).half() / 10}
     segment = make_segment(_attend, inputs, weights)
     got = run_segment(InductorBackend("cpu"), segment, inputs, weights, tmp_path)
@@ -83,34 +85,36 @@ def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's kernels take 1, the library's, and ours, what is said here."""
     graph, takes, asked = _graph(torch.float16, 16, 8), dict[Any, float](), list[Any]()
 
-    def library(q: Tensor, k: Tensor, v: Tensor, scale: float, splits: int) -> Tensor:
+    def library(q: Tensor, k: Tensor, v: Tensor, scale: float, version: int, splits: int) -> Tensor:
         if splits == 3:
             raise RuntimeError("no heads of 8 in this build\nand a stack")
-        return flash_attention.sdpa_fallback(q, k, v, scale, splits)
+        return flash_attention.sdpa_fallback(q, k, v, scale)
 
     def replay(call: Any) -> Any:
-        return lambda: takes.get(call.args[-1] if call.func is library else 0, 1.0)
+        return lambda: takes.get(10 * call.args[-2] + call.args[-1] if call.func is library else 0, 1.0)
 
     def choose(**given: float) -> Any:
         takes.clear()
         takes.update({int(k[1:]): v for k, v in given.items()})
-        with pytest.warns(UserWarning, match=r"for heads of 8 torch.float16 \(3,\) is not used here: no heads of 8"):
-            return attention.best_attention.__wrapped__(1, 2, 16, 8, 16, torch.float16, True, False)
+        with pytest.warns(UserWarning, match=r"for heads of 8 torch.float16 \(3, 3\) is not used here: no heads of 8"):
+            return attention.best_attention.__wrapped__(1, 2, 16, 8, 16, torch.float16, (3, 4), False)
 
     draw = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *size, dtype, device: draw(*size).to(dtype))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(flash_attention, "flash3", library)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(flash_attention, "by_library", library)
     monkeypatch.setattr(autotune, "_replay", replay)
-    assert choose(_1=0.8, _2=0.9) == (1,) and choose(_1=0.9, _2=0.8) == (2,)
-    assert choose(_1=1.1, _2=1.2) is None and choose(_1=0.99, _2=1.2) is None
+    assert choose(_31=0.8, _32=0.9) == (3, 1) and choose(_31=0.9, _32=0.8) == (3, 2)
+    assert choose(_31=0.8, _41=0.7) == (4, 1)
+    assert choose(_31=1.1, _32=1.2) is None and choose(_31=0.99, _32=1.2) is None
 
     def slower(*size: Any) -> None:
         asked.append(size)
 
     monkeypatch.setattr(attention, "best_attention", slower)
-    assert not attention.autotune_attention(graph, "auto", custom_kernels=True)
-    assert asked == [(1, 2, 16, 8, 16, torch.float16, True, True)]
+    assert not attention.autotune_attention(graph, (3,), custom_kernels=True)
+    assert asked == [(1, 2, 16, 8, 16, torch.float16, (3,), True)]
 
 
 def test_what_computes_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,59 +135,95 @@ def test_ours_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, weights = {"x": torch.randn(1, 16, 16).half()}, {"w": torch.randn(48, 16).half()}
     segment = make_segment(_attend, inputs, weights)
     want = segment.graph(*inputs.values(), *weights.values())[0]
-    assert not attention.autotune_attention(segment.graph.graph, "torch", custom_kernels=True)
+    assert not attention.autotune_attention(segment.graph.graph, (), custom_kernels=True)
     segment.graph.recompile()
     [call] = [n for n in segment.graph.graph.nodes if n.target is attention.KERNEL_ATTENTION]
     assert call.args[4] == [64, 0, 4, 1]
     assert error(segment.graph(*inputs.values(), *weights.values())[0], want) < 2e-3
 
 
-def test_chosen_where_it_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (
-        flash_attention.select_implementation("auto", "cpu")
-        == flash_attention.select_implementation("torch", "cpu")
-        == "torch"
-    )
-    with pytest.raises(BackendError, match="attention=flash3 needs a GPU: give attention=torch"):
-        flash_attention.select_implementation("flash3", "cpu")
-    with pytest.raises(BackendError, match="attention=fast: give one of auto, torch, flash3"):
-        flash_attention.select_implementation("fast", "cpu")  # type: ignore[arg-type]
+def gpu(monkeypatch: pytest.MonkeyPatch, major: int, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert flash_attention.select_implementation("auto", "cuda") == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+
+
+def test_chosen_where_it_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    select = flash_attention.select_libraries
+    assert select("auto", "cpu") == select("torch", "cpu") == ()
+    with pytest.raises(BackendError, match="attention=flash3 needs a GPU: give attention=torch"):
+        select("flash3", "cpu")
+    with pytest.raises(BackendError, match="attention=fast: give one of auto, torch, flash3, flash4"):
+        select("fast", "cpu")  # type: ignore[arg-type]
+    installed: set[str] = set()
+    monkeypatch.setattr(flash_attention, "_installed", installed.__contains__)
+    gpu(monkeypatch, 9, "NVIDIA H100")
+    assert select("auto", "cuda") == select("torch", "cuda") == ()
+    with pytest.raises(BackendError, match=r"flash_attn_3, which is not installed: .*github.com/Dao-AILab"):
+        select("flash3", "cuda")
+    with pytest.raises(BackendError, match=r'flash-attn-4, which is not installed: .*pip install "districompile\[att'):
+        select("flash4", "cuda")
+    installed |= {"flash_attn_3._C", "flash_attn.cute"}
+    assert select("auto", "cuda") == (3, 4) and select("flash4", "cuda") == (4,) and select("torch", "cuda") == ()
+    assert [flash_attention.LIBRARIES[v].offered_splits() for v in (3, 4)] == [(1, 2, 3), (1,)]
+    gpu(monkeypatch, 8, "NVIDIA A100")
+    assert select("auto", "cuda") == (4,)
     with pytest.raises(BackendError, match="for Hopper GPUs, and this is an NVIDIA A100"):
-        flash_attention.select_implementation("flash3", "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(flash_attention, "PACKAGE", "not_a_package")
-    assert flash_attention.select_implementation("auto", "cuda") == "torch"
-    with pytest.raises(BackendError, match="not_a_package, which is not installed"):
-        flash_attention.select_implementation("flash3", "cuda")
-    monkeypatch.setattr(flash_attention, "PACKAGE", "json")
-    assert flash_attention.select_implementation("auto", "cuda") == "auto"
+        select("flash3", "cuda")
+    gpu(monkeypatch, 7, "Tesla V100")
+    with pytest.raises(BackendError, match=r"for compute capability 8.0 and above, and this is an Tesla V100"):
+        select("flash4", "cuda")
+    gpu(monkeypatch, 10, "NVIDIA B200")
+    assert flash_attention.LIBRARIES[4].offered_splits() == (1, 2, 3)
+
+
+def test_a_package_that_cannot_be_found_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not flash_attention._installed("not_a_package.cute") and flash_attention._installed("json.decoder")
 
 
 def test_missing_where_an_engine_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    flash_attention.load(torch.device("cpu"))
-    monkeypatch.setattr(flash_attention, "PACKAGE", "not_a_package")
-    with pytest.raises(dc.Error, match="not_a_package cannot be imported.*attention=torch"):
-        flash_attention.load(torch.device("cuda"))
+    flash_attention.load_packages(["flash_attn_3", "flash-attn-4"], torch.device("cpu"))
+    for version, package in ((3, "flash_attn_3"), (4, "flash-attn-4")):
+        given = dataclasses.replace(flash_attention.LIBRARIES[version], module="not_a_package")
+        monkeypatch.setitem(flash_attention.LIBRARIES, version, given)
+        with pytest.raises(dc.Error, match=f"FlashAttention-{version}, and {package} cannot be im.*attention=torch"):
+            flash_attention.load_packages([package], torch.device("cuda"))
+    with pytest.raises(dc.Error, match="calls flash_attn_9, which this version does not know"):
+        flash_attention.load_packages(["flash_attn_9"], torch.device("cuda"))
+
+
+def test_version_4_is_called_as_its_package_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its function gives a pair, of which the second may be None."""
+    given: list[Any] = []
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, num_splits: int) -> Any:
+        given.append((softmax_scale, num_splits))
+        return flash_attention.sdpa_fallback(q, k, v, softmax_scale), None
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    made = types.ModuleType("flash_attn.cute")
+    made.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", made)
+    q, k, v = (torch.randn(1, 8, 2, 16) for _ in range(3))
+    got = flash_attention.by_library(q, k, v, 0.5, 4, 1)
+    assert torch.equal(got, flash_attention.sdpa_fallback(q, k, v, 0.5)) and given == [(0.5, 1)]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    flash_attention.unavailable_reason("cuda") is not None, reason=str(flash_attention.unavailable_reason("cuda"))
-)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("start", "splits"), [(0, 1), (0, 2), (3, 1)])
-def test_the_library_agrees(dtype: torch.dtype, start: int, splits: int) -> None:
+@pytest.mark.parametrize("version", flash_attention.LIBRARIES)
+def test_the_library_agrees(dtype: torch.dtype, start: int, version: int, splits: int) -> None:
     """Keys and values of one product, as engines hand them over; those that are not at 16 bytes are copied."""
+    reason = flash_attention.unavailable_reason(version, "cuda")
+    if reason is not None or splits not in flash_attention.LIBRARIES[version].offered_splits():
+        pytest.skip(reason or f"no {splits} parts on this GPU")
     packed = torch.randn(2, 1500, 2 * 5 * 64 + start, device="cuda").to(dtype)[..., start:].view(2, 1500, 2, 5, 64)
     q, k, v = torch.randn(2, 700, 5, 64, device="cuda").to(dtype), packed[:, :, 0], packed[:, :, 1]
-    _FLASH(q, k, v, 0.2, splits)
+    _FLASH(q, k, v, 0.2, version, splits)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = _FLASH(q, k, v, 0.2, splits)
+        got = _FLASH(q, k, v, 0.2, version, splits)
     graph.replay()
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.2).transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from districompile.backends.inductor import fp8
+from districompile.backends.inductor import autotune, fp8
 from districompile.backends.inductor.backend import InductorBackend
 from districompile.backends.inductor.kernel_deps import called_kernels, has_kernels
 from districompile.backends.inductor.kernels import fp8 as kernels
@@ -221,6 +222,54 @@ def _exact(x: Tensor, w: Tensor, own: Tensor, scale: Tensor, bias: Tensor | None
 def _operands(columns: int, pixels: int, bias: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     own, scale = torch.rand(pixels, device="cuda") / 99 + 1e-3, torch.rand(columns, device="cuda") / 99 + 1e-3
     return own, scale, torch.randn(columns, device="cuda", dtype=dtype) if bias else None
+
+
+def _emulated(x: Tensor, w: Tensor, own: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """What :func:`kernels.tiled_convolution` computes."""
+    kernel, padding, _, bfloat16 = rest
+    weight = w.reshape(w.shape[0], *kernel, x.shape[-1])
+    return _exact(x, weight, own, scale, bias, padding).to(_TYPES[bfloat16]).contiguous()
+
+
+def _emulated_gate(x: Tensor, w: Tensor, own: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """What :func:`kernels.tiled_gated_linear` computes."""
+    value, gate = _exact(x[None, None], w[:, None, None], own, scale, bias, 0)[0, 0].chunk(2, -1)
+    return (value * torch.nn.functional.gelu(gate)).to(_TYPES[rest[-1]])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("dtype", _TYPES)
+@pytest.mark.parametrize(
+    ("choose", "size", "ways"),
+    [
+        (fp8.best_linear, (70, 48, 640, True, False), 3),
+        (fp8.best_linear, (70, 48, 160, False, True), 1),
+        (fp8.best_convolution, ((2, 32, 9, 7), (160, 32, 3, 3), (0, 1), True), 2),
+    ],
+)
+def test_what_is_compared_when_choosing_agrees(
+    choose: Any, size: tuple[Any, ...], ways: int, dtype: torch.dtype, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU and without a clock. A kernel that computes something else is left out with a warning."""
+    for name in ("randn", "rand", "empty"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *s, make=make, dtype=torch.float32, **_: make(*s).to(dtype))
+    monkeypatch.setattr(fp8, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(fp8, "launch", lambda name, grid, tensors, *rest, **_: tensors["out"].zero_())  # only timed
+    monkeypatch.setattr(fp8, "multiply_unscaled", lambda rows, weight: rows.float() @ weight.float().t())
+    monkeypatch.setattr(
+        fp8, "multiply", lambda rows, own, weight, scale, dtype: (rows.float() @ weight.float().t()) * own * scale
+    )
+    factor = 1.1 if wrong else 1.0
+    monkeypatch.setattr(kernels, "tiled_convolution", lambda *given: _emulated(*given) * factor)
+    monkeypatch.setattr(kernels, "tiled_gated_linear", lambda *given: _emulated_gate(*given) * factor)
+    monkeypatch.setattr(autotune, "_replay", lambda call: call() is None or (lambda: 1.0))
+    with autotune.recorded_timings() as times, contextlib.ExitStack() as stack:
+        if wrong:
+            stack.enter_context(pytest.warns(UserWarning, match="in 8 bits .* its result is wrong"))
+        assert choose.__wrapped__(*size, dtype) is None
+    assert len(times) == 1 + (0 if wrong else ways)
 
 
 @needs_kernel

@@ -138,7 +138,7 @@ def test_which_queries_are_made_where_they_are_needed(
     weights = {"w": torch.randn(inner, 40).half() / 6, **({"b": torch.randn(inner).half()} if bias else {})}
     segment = make_segment(attend, inputs, weights)
     want = segment.graph(*inputs.values(), *weights.values())[0]
-    assert not attention.autotune_attention(segment.graph.graph, "torch", custom_kernels=True)
+    assert not attention.autotune_attention(segment.graph.graph, (), custom_kernels=True)
     segment.graph.recompile()
     segment.graph.graph.lint()
     found = [n for n in segment.graph.graph.nodes if n.target is attention.PROJECTED_ATTENTION]
@@ -156,7 +156,7 @@ def test_keys_that_are_the_queries_are_left_alone(monkeypatch: pytest.MonkeyPatc
 
     weights = {"w": torch.randn(48, 40).half()}
     graph = make_segment(attend, {"x": torch.randn(2, 5, 40).half()}, weights).graph.graph
-    attention.autotune_attention(graph, "torch", custom_kernels=True)
+    attention.autotune_attention(graph, (), custom_kernels=True)
     assert not [n for n in graph.nodes if n.target is attention.PROJECTED_ATTENTION]
 
 
@@ -254,8 +254,8 @@ def test_products_with_two_results_agree(dtype: torch.dtype) -> None:
 
 _16 = torch.float16
 _CHOICES: list[tuple[Any, tuple[Any, ...], int]] = [
-    (attention.best_attention, (1, 2, 70, 32, 30, _16, False, True), 2),
-    (attention.best_attention, (1, 2, 70, 32, 140, _16, False, True), 2),
+    (attention.best_attention, (1, 2, 70, 32, 30, _16, (), True), 2),
+    (attention.best_attention, (1, 2, 70, 32, 140, _16, (), True), 2),
     (attention.best_projection_config, (1, 2, 70, 32, 30, 64, _16, None), 2),
     (attention.best_projection_config, (1, 2, 70, 32, 30, 64, _16, (64, 0, 4, 1)), 2),
     (split_linear.best_split_config, (70, 64, 256, 128, _16, True), 3),
