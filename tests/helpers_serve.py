@@ -66,7 +66,9 @@ class Artists:
         self.memory, self.pids = {0: 1000, 1: 2000}, {0: 10, 1: 11}
         self.restarts = 0
 
-    async def draw(self, job: Drawing, preview: Preview, cancel: asyncio.Event) -> Drawn:
+    async def draw(
+        self, job: Drawing, preview: Preview, cancel: asyncio.Event, free: asyncio.Event | None = None
+    ) -> Drawn:
         self.jobs.append(job)
         for step in range(job.steps):
             while self.hold and not cancel.is_set():

@@ -24,6 +24,7 @@ def rank(start: Start, number: int) -> None:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(start.address)
     quiet, cancelled, lock = threading.Event(), threading.Event(), threading.Lock()
+    making = threading.Event()
 
     def say(**message: Any) -> None:
         with lock:
@@ -57,6 +58,12 @@ def rank(start: Start, number: int) -> None:
         elif number == 0:
             say(type="preview", id=job.id, number=0, image="early")
             outcome["drawn"] = Drawn(images=(f"{job.prompt} {job.seed}",), seconds=0.1, encoding=0.1).model_dump()
+            if job.prompt == "large":  # its file is made when "next" comes
+                making.clear()
+                say(type="free", id=job.id)
+                making.wait(20)
+            elif job.prompt == "next":
+                making.set()
         say(type="done", id=job.id, **outcome)
 
     while (message := receive(connection)) is not None and message["type"] != "end":

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from districompile.serve.api import ApiError
@@ -37,7 +37,9 @@ class Artists(Protocol):
     @property
     def troubled(self) -> bool: ...
 
-    async def draw(self, job: Drawing, preview: Preview, cancel: asyncio.Event) -> Drawn: ...
+    async def draw(
+        self, job: Drawing, preview: Preview, cancel: asyncio.Event, free: asyncio.Event | None = None
+    ) -> Drawn: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Ticket:
         self.outcome: str | None = None
         self.accepted = time.perf_counter()
         self.started: float | None = None
+        self.shown = 0  # pictures
         self.waited = 0.0  # seconds in the queue, or for the ranks
         self.drawing = 0.0  # seconds of the pipeline
         self.encoding = 0.0  # seconds of making files
@@ -98,7 +101,7 @@ class Ticket:
 
 
 class Dispatcher:
-    """Accept requests, and have them drawn in order.
+    """Accept requests, and have them drawn in order. The next one is drawn while the files of the last are made.
 
     ``bound``: how many may wait besides the one being drawn. ``limit``: seconds that the drawing of one request may
     take.
@@ -110,6 +113,7 @@ class Dispatcher:
         self._changed = asyncio.Event()
         self._tickets: dict[str, Ticket] = {}
         self._task: asyncio.Task[None] | None = None
+        self._answering: set[asyncio.Task[None]] = set()  # requests that were drawn, and whose files are being made
         self._recent = 0.0  # seconds that a request took, lately
         self.running: Ticket | None = None
         self.ending = False
@@ -172,17 +176,17 @@ class Dispatcher:
         self.ending = True
         self._changed.set()
         limit = time.monotonic() + within
-        while (self.running is not None or self._waiting) and time.monotonic() < limit:
+        while (self.running is not None or self._waiting or self._answering) and time.monotonic() < limit:
             await asyncio.sleep(0.02)
         for name in list(self._tickets):
             self.cancel(name, "ending")
 
     async def close(self) -> None:
         """Stop having requests drawn."""
-        if self._task is not None:
-            self._task.cancel()
+        for task in (*filter(None, [self._task]), *self._answering):
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+                await task
 
     async def _work(self) -> None:
         while True:
@@ -205,47 +209,84 @@ class Dispatcher:
             ticket.waited = ticket.started - ticket.accepted
             timer = asyncio.get_running_loop().call_later(self._limit, ticket.cancel, "too_long")
             try:
-                await self._draw(ticket)
-            except Exception:  # a defect fails one request, not those that wait
-                traceback.print_exc()
+                drawings = await self._draw(ticket)
             finally:
-                timer.cancel()
                 self.running = None
-                self._tickets.pop(ticket.name, None)
-                ticket.fail(ApiError(500, "The drawing was not made.", code="failed"))  # unless it was answered
                 took = time.perf_counter() - ticket.started
                 self._recent = took if not self._recent else 0.7 * self._recent + 0.3 * took
+            answering = asyncio.create_task(self._answer(ticket, drawings, timer))
+            self._answering.add(answering)
+            answering.add_done_callback(self._answering.discard)
 
-    async def _draw(self, ticket: Ticket) -> None:
-        """Have all pictures of a request drawn, and answer it."""
-        left = ticket.count
-        for number, job in enumerate(ticket.jobs):
-            if ticket.stop.is_set():
-                return
-
-            def preview(at: int, image: str, job: Drawing = job, number: int = number) -> None:
-                ticket.show(Event("preview", image, number * job.previews + at, job.seed))
-
+    async def _draw(self, ticket: Ticket) -> list[asyncio.Task[bool]]:
+        """Have all pictures of a request drawn. Return its drawings when the ranks are free, in order."""
+        drawings: list[asyncio.Task[bool]] = []
+        for number in range(len(ticket.jobs)):
+            if ticket.stop.is_set() or any(d.done() and not _succeeded(d) for d in drawings):
+                break
+            free = asyncio.Event()
+            drawing = asyncio.create_task(self._draw_one(ticket, number, free, drawings[-1] if drawings else None))
+            drawings.append(drawing)
+            freed = asyncio.create_task(free.wait())
             try:
-                drawn = await self._group.draw(job, preview, ticket.stop)
-            except Refused as e:
-                ticket.fail(ApiError(400, f"The pipeline refused: {e}", code="refused"))
-                return
-            except Stopped as e:
-                ticket.fail(ApiError(500, f"The ranks gave the drawing up: {e}", code="failed"))
-                return
-            except GroupLost as e:
-                ticket.fail(ApiError(500, f"The drawing was lost: {e}. The ranks start again.", code="rank_lost"))
-                return
-            ticket.drawing += drawn.seconds
-            ticket.encoding += drawn.encoding
-            if drawn.not_finite:
-                names = " and the ".join(drawn.not_finite)
-                ticket.fail(ApiError(500, f"The {names} has NaN or infinite values: convert the model with --dtype "
-                                     "float32 or bfloat16", code="not_finite"))  # fmt: skip
-                return
-            self.on_drawn(ticket, drawn)
-            for place, image in enumerate(drawn.images[:left]):
-                ticket.show(Event("picture", image, ticket.count - left + place, job.seed + place))
-            left -= len(drawn.images)
-        ticket.finish()
+                await asyncio.wait({drawing, freed}, return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError:  # the server ends
+                for each in drawings:
+                    each.cancel()
+                raise
+            finally:
+                freed.cancel()
+        return drawings
+
+    async def _draw_one(
+        self, ticket: Ticket, number: int, free: asyncio.Event, before: asyncio.Task[bool] | None
+    ) -> bool:
+        """Have one drawing of a request made, and show it behind the one ``before``. Return whether that succeeded."""
+        job = ticket.jobs[number]
+
+        def preview(at: int, image: str) -> None:
+            ticket.show(Event("preview", image, number * job.previews + at, job.seed))
+
+        try:
+            drawn = await self._group.draw(job, preview, ticket.stop, free)
+        except Refused as e:
+            ticket.fail(ApiError(400, f"The pipeline refused: {e}", code="refused"))
+            return False
+        except Stopped as e:
+            ticket.fail(ApiError(500, f"The ranks gave the drawing up: {e}", code="failed"))
+            return False
+        except GroupLost as e:
+            ticket.fail(ApiError(500, f"The drawing was lost: {e}. The ranks start again.", code="rank_lost"))
+            return False
+        if before is not None and not await before:
+            return False
+        ticket.drawing += drawn.seconds
+        ticket.encoding += drawn.encoding
+        if drawn.not_finite:
+            names = " and the ".join(drawn.not_finite)
+            ticket.fail(ApiError(500, f"The {names} has NaN or infinite values: convert the model with --dtype "
+                                 "float32 or bfloat16", code="not_finite"))  # fmt: skip
+            return False
+        self.on_drawn(ticket, drawn)
+        for place, image in enumerate(drawn.images[: ticket.count - ticket.shown]):
+            ticket.show(Event("picture", image, ticket.shown, job.seed + place))
+            ticket.shown += 1
+        return True
+
+    async def _answer(self, ticket: Ticket, drawings: Sequence[asyncio.Task[bool]], timer: asyncio.TimerHandle) -> None:
+        """Answer a request when its drawings are done."""
+        try:
+            if all([await drawing for drawing in drawings]) and len(drawings) == len(ticket.jobs):
+                ticket.finish()
+        except Exception:  # a defect fails one request, not those that wait
+            traceback.print_exc()
+        finally:
+            timer.cancel()
+            for drawing in drawings:
+                drawing.cancel()
+            self._tickets.pop(ticket.name, None)
+            ticket.fail(ApiError(500, "The drawing was not made.", code="failed"))  # unless it was answered
+
+
+def _succeeded(drawing: asyncio.Task[bool]) -> bool:
+    return not drawing.cancelled() and drawing.exception() is None and drawing.result()

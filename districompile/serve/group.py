@@ -47,14 +47,23 @@ class Stopped(Error):
 
 @dataclasses.dataclass
 class _Current:
-    """The drawing that the ranks work on."""
+    """A drawing that the ranks work on, or whose files rank 0 still makes. ``free``: the ranks can draw another."""
 
     job: Drawing
     preview: Preview
     pending: set[int]
+    free: asyncio.Event
     outcomes: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     ended: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-    first: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # rank 0 has ended it
+    first: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # rank 0 is free
+
+    def left(self, rank: int) -> None:
+        """Take it that a rank does not compute this drawing any more."""
+        self.pending.discard(rank)
+        if rank == 0:
+            self.first.set()
+        if not self.pending:
+            self.free.set()
 
 
 class _Run:
@@ -104,7 +113,7 @@ class Group:
         self._failures = 0
         self._ending = False
         self._run: _Run | None = None
-        self._current: _Current | None = None
+        self._drawings: dict[str, _Current] = {}
         self._ready, self._started = asyncio.Event(), asyncio.Event()
         self._scratch: Path | None = None
         self._server: asyncio.Server | None = None
@@ -147,18 +156,24 @@ class Group:
 
     # Drawing
 
-    async def draw(self, job: Drawing, preview: Preview, cancel: asyncio.Event) -> Drawn:
+    async def draw(
+        self, job: Drawing, preview: Preview, cancel: asyncio.Event, free: asyncio.Event | None = None
+    ) -> Drawn:
         """Have the ranks draw, one drawing at a time. Set ``cancel`` to end it between two steps.
+
+        ``free`` is set when the ranks can draw another. Rank 0 makes the files of this one meanwhile.
 
         Raises :class:`Refused`, :class:`Stopped`, and :class:`GroupLost` if a rank is lost before the drawing is done.
         """
         run = self._run
         if run is None or not self.ready:
             raise GroupLost(self.problem or "the ranks are not loaded")
-        assert self._current is None, "one drawing at a time"
-        current = self._current = _Current(job, preview, set(run.writers))
-        waits = [asyncio.create_task(e.wait()) for e in (current.ended, run.lost, cancel, current.first)]
-        ended, lost, cancelled, first = waits
+        assert all(other.free.is_set() for other in self._drawings.values()), "one drawing at a time"
+        current = _Current(job, preview, set(run.writers), free or asyncio.Event())
+        self._drawings[job.id] = current
+        events = (current.ended, run.lost, cancel, current.first, current.free)
+        waits = [asyncio.create_task(e.wait()) for e in events]
+        ended, lost, cancelled, first, freed = waits
         try:
             self._send(run, {"type": "draw", "job": job.model_dump(mode="json")})
             limit: float | None = None
@@ -170,18 +185,20 @@ class Group:
                     run.lose(f"{late} did not end a drawing in time")
                     break
                 done, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                if cancelled in done:
+                if cancelled in done and not current.free.is_set():
                     self._send(run, {"type": "cancel", "id": job.id})
                     limit = time.monotonic() + _CANCEL
                 if first in done:
                     limit = time.monotonic() + _STRAGGLE
+                if freed in done:
+                    limit = None  # making the files takes as long as it takes
             if not current.ended.is_set():
                 await self._reason_of(run)
                 raise GroupLost(run.reason or "a rank ended")
         finally:
             for wait in waits:
                 wait.cancel()
-            self._current = None
+            del self._drawings[job.id]
         return _result(current.outcomes[0])
 
     def _send(self, run: _Run, message: dict[str, Any]) -> None:
@@ -330,7 +347,7 @@ class Group:
 
     def _take(self, run: _Run, rank: int, message: dict[str, Any]) -> None:
         """Take a message of a rank."""
-        kind, current = message["type"], self._current
+        kind, current = message["type"], self._drawings.get(str(message.get("id")))
         if kind == "beat":
             run.memory[rank] = int(message["memory"])
         elif kind == "ready":
@@ -343,15 +360,15 @@ class Group:
                 self._ready.set()
                 self._started.set()
                 self.changed()
-        elif current is not None and message.get("id") == current.job.id:
+        elif current is not None:
             if kind == "preview" and rank == 0:
                 current.preview(int(message["number"]), str(message["image"]))
+            elif kind == "free":  # the files follow
+                current.left(rank)
             elif kind == "done":
                 current.outcomes[rank] = message
-                current.pending.discard(rank)
-                if rank == 0:
-                    current.first.set()
-                if not current.pending:
+                current.left(rank)
+                if current.free.is_set() and 0 in current.outcomes:
                     current.ended.set()
 
 

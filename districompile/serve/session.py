@@ -95,10 +95,11 @@ class DrawingSession:
             previews="callback_on_step_end" in accepted and hasattr(getattr(pipe, "vae", None), "decode"),
         )
 
-    def draw(self, job: Drawing, cancelled: Callable[[], bool], show: Show) -> Drawn | None:
-        """Draw the pictures of one call of the pipeline. Rank 0 returns them, and other ranks None.
+    def draw(self, job: Drawing, cancelled: Callable[[], bool], show: Show) -> Callable[[], Drawn] | None:
+        """Draw the pictures of one call of the pipeline. Rank 0 returns what makes their files, and other ranks None.
 
-        ``cancelled`` is asked on rank 0 before each step. ``show`` is called there for each preview.
+        What makes the files may be called in any thread, also during the next drawing. ``cancelled`` is asked on rank 0
+        before each step. ``show`` is called there for each preview.
 
         Raises :class:`Cancelled`, :class:`districompile.errors.RanksDifferError` on the other ranks of a cancelled
         drawing, and :class:`districompile.errors.Error` for a request that the pipeline refuses.
@@ -135,18 +136,9 @@ class DrawingSession:
                 hook.remove()
         if not self._first or picture.pixels is None:
             return None
-        started = time.perf_counter()
         tensors = {"latents": picture.latents, "image": picture.pixels}
-        calls = unet.image_calls
-        return Drawn(
-            images=tuple(encoded(picture.pixels, job.format, job.compression)),
-            seconds=picture.seconds,
-            encoding=time.perf_counter() - started,
-            exact=calls["exact"],
-            displaced=calls["displaced"],
-            reused=calls.get("reused"),
-            not_finite=tuple(n for n, t in tensors.items() if t is not None and not bool(t.isfinite().all())),
-        )
+        not_finite = tuple(n for n, t in tensors.items() if t is not None and not bool(t.isfinite().all()))
+        return functools.partial(_as_files, picture.pixels, job, picture.seconds, dict(unet.image_calls), not_finite)
 
     def _preview(self, pipe: Any, job: Drawing, estimate: list[Tensor], show: Show, done: int, latents: Tensor) -> None:
         total = int(getattr(pipe, "num_timesteps", 0) or job.steps)
@@ -163,6 +155,17 @@ class DrawingSession:
         """Close all modules together with the other ranks."""
         for module in self._modules.values():
             module.close()
+
+
+def _as_files(
+    pixels: Tensor, job: Drawing, seconds: float, calls: Mapping[str, int], not_finite: tuple[str, ...]
+) -> Drawn:
+    started = time.perf_counter()
+    images = tuple(encoded(pixels, job.format, job.compression))
+    return Drawn(
+        images=images, seconds=seconds, encoding=time.perf_counter() - started, exact=calls["exact"],
+        displaced=calls["displaced"], reused=calls.get("reused"), not_finite=not_finite,
+    )  # fmt: skip
 
 
 def preview_at(done: int, total: int, count: int) -> int | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import queue
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from districompile.errors import Error, LaunchError, RanksDifferError
 from districompile.runtime.processes.control import Control
-from districompile.serve.jobs import Drawing, Start
+from districompile.serve.jobs import Drawing, Drawn, Start
 
 
 class Orders:
@@ -51,22 +53,37 @@ def serve_rank(start: str, loras: dict[str, str]) -> None:
 
     session = DrawingSession(orders.options, {name: Path(folder) for name, folder in loras.items()}, rank == 0)
     control.send({"type": "ready", "facts": session.facts.model_dump(mode="json")})
-    while (job := received.jobs.get()) is not None:
-        name = job.id
 
-        def show(number: int, image: str, name: str = name) -> None:
-            control.send({"type": "preview", "id": name, "number": number, "image": image})
+    def done(job: str, **outcome: Any) -> None:
+        control.send({"type": "done", "id": job, **outcome})
 
-        outcome: dict[str, Any]
+    def finish(job: str, drawn: Callable[[], Drawn]) -> None:
         try:
-            drawn = session.draw(job, lambda name=name: received.cancelled(name), show)  # type: ignore[misc]
-            outcome = {"outcome": "drawn", "drawn": None if drawn is None else drawn.model_dump(mode="json")}
-        except (Cancelled, RanksDifferError) as e:
-            outcome = {"outcome": "stopped", "error": str(e)}
-        except LaunchError:
-            raise
-        except Error as e:
-            outcome = {"outcome": "refused", "error": " ".join(str(e).split())}
-        received.forget(name)
-        control.send({"type": "done", "id": name, **outcome})
+            outcome = {"outcome": "drawn", "drawn": drawn().model_dump(mode="json")}
+        except Exception as e:  # of the library for pictures: it is this drawing that fails
+            outcome = {"outcome": "refused", "error": f"the file cannot be made: {type(e).__name__}: {e}"}
+        done(job, **outcome)
+
+    # A PNG file takes as long as several steps: the ranks draw the next picture meanwhile
+    with ThreadPoolExecutor(1, "districompile-files") as files:
+        while (job := received.jobs.get()) is not None:
+            name = job.id
+
+            def show(number: int, image: str, name: str = name) -> None:
+                control.send({"type": "preview", "id": name, "number": number, "image": image})
+
+            try:
+                drawn = session.draw(job, lambda name=name: received.cancelled(name), show)  # type: ignore[misc]
+                if drawn is None:
+                    done(name, outcome="drawn", drawn=None)
+                else:
+                    control.send({"type": "free", "id": name})
+                    files.submit(finish, name, drawn)
+            except (Cancelled, RanksDifferError) as e:
+                done(name, outcome="stopped", error=str(e))
+            except LaunchError:
+                raise
+            except Error as e:
+                done(name, outcome="refused", error=" ".join(str(e).split()))
+            received.forget(name)
     session.close()

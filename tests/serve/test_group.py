@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +115,66 @@ def test_the_queue_outlives_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatcher.start()
         tickets = [dispatcher.accept(p, [job(p)], 1) for p in ("die", "a star", "a moon")]
 
-        async def answer(ticket: Ticket) -> str:
-            while (event := await ticket.events.get()).kind not in ("end", "error"):
-                pass
-            return event.error.code or "" if event.error is not None else "drawn"
-
-        assert [await answer(t) for t in tickets] == ["rank_lost", "drawn", "drawn"]
+        assert [(await answer(t))[-1] for t in tickets] == ["rank_lost", "drawn", "drawn"]
         assert group.restarts == 1
         await dispatcher.close()
+
+    with_group(work)
+
+
+async def answer(ticket: Ticket) -> list[str]:
+    """Return the pictures of a request, and how it ended."""
+    found = []
+    while (event := await ticket.events.get()).kind not in ("end", "error"):
+        found += [event.image] if event.kind == "picture" else []
+    return [*found, (event.error.code or "") if event.error is not None else "drawn"]
+
+
+@contextlib.asynccontextmanager
+async def dispatching(group: Group) -> AsyncIterator[Dispatcher]:
+    dispatcher = Dispatcher(group, bound=5)
+    group.changed = dispatcher.changed
+    dispatcher.start()
+    yield dispatcher
+    await dispatcher.close()
+
+
+def test_the_next_drawing_begins_while_files_are_made() -> None:
+    """The file of "large" is made when "next" is drawn. Otherwise it would take 20 seconds."""
+
+    async def work(group: Group) -> None:
+        free = asyncio.Event()
+        first = asyncio.create_task(group.draw(job("large"), lambda *shown: None, asyncio.Event(), free))
+        await free.wait()
+        assert not first.done() and (await draw(group, "next"))[0] == "next 1"
+        assert (await first).images == ("large 1",)
+        async with dispatching(group) as dispatcher:
+            tickets = [dispatcher.accept("both", [job("large", 2), job("next", 3)], 2)]
+            tickets += [dispatcher.accept(p, [job(p, 4)], 1) for p in ("large", "next")]
+            answers = [await answer(t) for t in tickets]
+            assert answers == [["large 2", "next 3", "drawn"], ["large 4", "drawn"], ["next 4", "drawn"]]
+            await until(lambda: dispatcher.running is None and not dispatcher._tickets)
+
+    with_group(work)
+
+
+def test_ranks_that_are_lost_while_files_are_made_fail_both() -> None:
+    async def work(group: Group) -> None:
+        async with dispatching(group) as dispatcher:
+            tickets = [dispatcher.accept(p, [job(p)], 1) for p in ("large", "die", "a star")]
+            assert [(await answer(t))[-1] for t in tickets] == ["rank_lost", "rank_lost", "drawn"]
+
+    with_group(work)
+
+
+def test_the_end_waits_for_files() -> None:
+    async def work(group: Group) -> None:
+        async with dispatching(group) as dispatcher:
+            ticket = dispatcher.accept("large", [job("large")], 1)
+            await until(lambda: dispatcher._answering)
+            began = time.monotonic()
+            await dispatcher.end(0.3)
+            assert 0.25 < time.monotonic() - began < 5 and await answer(ticket) == ["ending"]
 
     with_group(work)
 
