@@ -148,7 +148,7 @@ def work(way: str, job: Mapping[str, Any]) -> dict[str, Any]:
     """Load a pipeline and draw, in this process."""
     import torch
 
-    from districompile.cli.generate import as_pictures
+    from districompile.cli.generate import as_bytes, as_pictures
     from districompile.cli.pictures import PNG_LEVEL
 
     began = time.perf_counter()
@@ -165,7 +165,7 @@ def work(way: str, job: Mapping[str, Any]) -> dict[str, Any]:
                 prompt=PROMPT, num_inference_steps=job["steps"], output_type="pt",
                 generator=torch.Generator("cpu").manual_seed(number), **scale, **sizes,
             ).images  # fmt: skip
-        for made in as_pictures(pixels.float().cpu()):  # as `bench --image` does
+        for made in as_pictures(as_bytes(pixels.float())):  # as `bench --image` does
             made.save(io.BytesIO(), format="PNG", compress_level=PNG_LEVEL)
         seconds.append(time.perf_counter() - start)
     first, *later = seconds

@@ -60,9 +60,9 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """``pixels`` (B, 3, H, W) in 0..1, or None where only latents were asked for; ``latents`` after the last step, or
-    None where the pipeline does not show them; ``calls`` of the network and the ``seconds`` they took together with the
-    sampler."""
+    """``pixels`` (B, 3, H, W) in 0..1 as float32, where they were decoded, or None where only latents were asked for;
+    ``latents`` after the last step, or None where the pipeline does not show them; ``calls`` of the network and the
+    ``seconds`` they took together with the sampler."""
 
     pixels: Tensor | None
     latents: Tensor | None
@@ -292,37 +292,39 @@ def decoded(pipe: Any, latents: Tensor) -> Tensor:
 
 
 def _pixels(result: Any) -> Tensor:
-    """Return the images, or the frames, of a pipeline's output as float32 tensors on the CPU: (B, 3, H, W), or
-    (B, F, 3, H, W). Arrays of pipelines have the colours last."""
+    """Return the images, or the frames, of a pipeline's output as float32: (B, 3, H, W), or (B, F, 3, H, W).
+
+    They stay where they are. Arrays of pipelines have the colours last."""
     found = getattr(result, "images", None)
     found = getattr(result, "frames", None) if found is None else found
     if isinstance(found, list) and found and isinstance(found[0], Tensor):
         found = torch.stack(found)
     if isinstance(found, Tensor):
-        return found.detach().float().cpu()
+        return found.detach().float()
     return torch.as_tensor(found).float().movedim(-1, -3)
 
 
-def as_pictures(pixels: Tensor) -> list[Image]:
-    """Convert images (B, 3, H, W) with values in 0..1 to pictures. NaN and infinite values become black.
+def as_bytes(pixels: Tensor) -> Tensor:
+    """Convert images (B, 3, H, W) with values in 0..1 to 8 bits (B, H, W, 3) on the CPU.
 
-    Raises :class:`UsageError` for videos.
+    A GPU does it before they are copied. NaN and infinite values become black. Raises :class:`UsageError` for videos.
     """
-    from PIL import Image
-
     if pixels.ndim != 4:
         raise UsageError("the pipeline draws videos, and run writes pictures: call the pipeline from Python")
+    values = (pixels.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+    return values.permute(0, 2, 3, 1).contiguous().cpu()
 
-    array = (pixels.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(values.squeeze()) for values in array]
+
+def as_pictures(images: Tensor) -> list[Image]:
+    """Convert images in 8 bits (B, H, W, 3) to pictures (:func:`as_bytes`)."""
+    from PIL import Image
+
+    return [Image.fromarray(values.squeeze()) for values in images.numpy()]
 
 
-def save_images(pixels: Tensor, paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> list[Image]:
-    """Write images (B, 3, H, W) with values in 0..1 to ``paths``, each atomically and with its record.
-
-    Return the pictures.
-    """
-    made = as_pictures(pixels)
+def save_images(images: Tensor, paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> list[Image]:
+    """Write images in 8 bits (B, H, W, 3) to ``paths``, each atomically and with its record. Return the pictures."""
+    made = as_pictures(images)
     for picture, path, record in zip(made, paths, records, strict=True):
         pictures.write_picture(path, picture, record)
     return made

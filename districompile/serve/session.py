@@ -19,7 +19,7 @@ from torch import Tensor
 
 from districompile.bundle.bundle import Bundle
 from districompile.cli.common import UsageError, load_extensions, quiet_libraries, source_of
-from districompile.cli.generate import GUIDED, Request, decoded, draw
+from districompile.cli.generate import GUIDED, Request, as_bytes, as_pictures, decoded, draw
 from districompile.cli.options import NO_VAE
 from districompile.cli.pictures import PNG_LEVEL
 from districompile.cli.pipeline import MEETING, attach, open_pipeline
@@ -138,7 +138,8 @@ class DrawingSession:
             return None
         tensors = {"latents": picture.latents, "image": picture.pixels}
         not_finite = tuple(n for n, t in tensors.items() if t is not None and not bool(t.isfinite().all()))
-        return functools.partial(_as_files, picture.pixels, job, picture.seconds, dict(unet.image_calls), not_finite)
+        images = as_bytes(picture.pixels)
+        return functools.partial(_as_files, images, job, picture.seconds, dict(unet.image_calls), not_finite)
 
     def _preview(self, pipe: Any, job: Drawing, estimate: list[Tensor], show: Show, done: int, latents: Tensor) -> None:
         total = int(getattr(pipe, "num_timesteps", 0) or job.steps)
@@ -149,7 +150,7 @@ class DrawingSession:
         # A VAE that is a bundle may know the pictures of a whole call alone
         pixels = decoded(pipe, shown if self._all_decode else shown[:1])
         if self._first:
-            show(number, encoded(pixels, job.format, job.compression)[0])
+            show(number, encoded(as_bytes(pixels), job.format, job.compression)[0])
 
     def close(self) -> None:
         """Close all modules together with the other ranks."""
@@ -158,12 +159,12 @@ class DrawingSession:
 
 
 def _as_files(
-    pixels: Tensor, job: Drawing, seconds: float, calls: Mapping[str, int], not_finite: tuple[str, ...]
+    images: Tensor, job: Drawing, seconds: float, calls: Mapping[str, int], not_finite: tuple[str, ...]
 ) -> Drawn:
     started = time.perf_counter()
-    images = tuple(encoded(pixels, job.format, job.compression))
+    files = tuple(encoded(images, job.format, job.compression))
     return Drawn(
-        images=images, seconds=seconds, encoding=time.perf_counter() - started, exact=calls["exact"],
+        images=files, seconds=seconds, encoding=time.perf_counter() - started, exact=calls["exact"],
         displaced=calls["displaced"], reused=calls.get("reused"), not_finite=not_finite,
     )  # fmt: skip
 
@@ -178,16 +179,13 @@ def preview_at(done: int, total: int, count: int) -> int | None:
     return places.index(done) if done in places else None
 
 
-def encoded(pixels: Tensor, kind: Format, compression: int) -> list[str]:
-    """Return images (B, 3, H, W) with values in 0 to 1 as files in base64. NaN and infinite values become black."""
-    from PIL import Image
-
-    array = (pixels.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+def encoded(images: Tensor, kind: Format, compression: int) -> list[str]:
+    """Return images in 8 bits (B, H, W, 3) as files in base64 (:func:`~districompile.cli.generate.as_bytes`)."""
     how: dict[str, Any] = {"compress_level": PNG_LEVEL} if kind == "png" else {"quality": compression}
     files = []
-    for values in array:
+    for picture in as_pictures(images):
         data = io.BytesIO()
-        Image.fromarray(values.squeeze()).save(data, format=kind.upper(), **how)
+        picture.save(data, format=kind.upper(), **how)
         files.append(base64.b64encode(data.getvalue()).decode())
     return files
 

@@ -99,10 +99,10 @@ def test_images_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     image = pytest.importorskip("PIL.Image")
     from districompile.cli import generate
 
-    pixels = torch.rand(2, 3, 8, 6)
+    images = generate.as_bytes(torch.rand(2, 3, 8, 6))
     written = [tmp_path / "a.png", tmp_path / "a-1.png"]
     records = [{"seed": 0}, {"seed": 1}]
-    generate.save_images(pixels, written, records)
+    generate.save_images(images, written, records)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-1.png", "a.png"]
     assert image.open(written[0]).size == (6, 8)
 
@@ -112,7 +112,7 @@ def test_images_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = written[0].read_bytes()
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(Error, match="a.png cannot be written: No space left on device"):
-        generate.save_images(pixels, written, records)
+        generate.save_images(images, written, records)
     assert written[0].read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 

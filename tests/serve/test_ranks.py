@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import districompile as dc
-from districompile.cli.generate import Request, draw
+from districompile.cli.generate import Request, as_bytes, draw
 from districompile.models.sources import load_pipeline
 from districompile.serve.session import encoded
 
@@ -113,7 +113,7 @@ def reference(model: Path, bundle: Path, seed: int) -> str:
     pipe.unet = unet
     picture = draw(pipe, Request("a star", None, STEPS, None, seed, unet.plan.options))
     assert picture.pixels is not None
-    return encoded(picture.pixels, "png", 100)[0]
+    return encoded(as_bytes(picture.pixels), "png", 100)[0]
 
 
 def pixels(data: str) -> torch.Tensor:

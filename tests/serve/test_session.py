@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import districompile as dc
-from districompile.cli.generate import decoded
+from districompile.cli.generate import as_bytes, decoded
 from districompile.serve.session import _decodes_together, _estimates, encoded, preview_at
 
 
@@ -33,7 +33,7 @@ def test_previews_are_numbered_in_order_and_come_before_the_end(total: int, coun
 def test_files_are_of_the_format_and_black_where_nothing_is_known(kind: Any, name: str) -> None:
     pixels = torch.ones(2, 3, 8, 16)
     pixels[1] = torch.nan
-    files = [Image.open(io.BytesIO(base64.b64decode(text))) for text in encoded(pixels, kind, 90)]
+    files = [Image.open(io.BytesIO(base64.b64decode(text))) for text in encoded(as_bytes(pixels), kind, 90)]
     assert [f.format for f in files] == [name] * 2 and files[0].size == (16, 8)
     assert [f.convert("RGB").getpixel((3, 3)) for f in files] == [(255,) * 3, (0,) * 3]
 

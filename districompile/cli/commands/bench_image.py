@@ -20,7 +20,7 @@ from rich.table import Table
 from districompile.bundle.bundle import Bundle
 from districompile.cli.bench import Settings
 from districompile.cli.common import console, load_extensions, print_json, quiet_libraries, source_of
-from districompile.cli.generate import Request, as_pictures, draw
+from districompile.cli.generate import Request, as_bytes, as_pictures, draw
 from districompile.cli.options import NO_VAE
 from districompile.cli.picture_clock import DECODE, HOST, SAMPLER, STEP, PictureClock, chrome_events, totals
 from districompile.cli.pictures import PNG_LEVEL
@@ -115,7 +115,7 @@ def worker(job: Settings) -> dict[str, Any]:
         start = time.perf_counter()
         pixels = draw(pipe, request, decode=decode).pixels
         if first and pixels is not None:
-            for made in as_pictures(pixels):
+            for made in as_pictures(as_bytes(pixels)):
                 made.save(io.BytesIO(), format="PNG", compress_level=PNG_LEVEL)
         return time.perf_counter() - start
 
@@ -127,7 +127,7 @@ def worker(job: Settings) -> dict[str, Any]:
         pixels = draw(pipe, request, decode=decode).pixels
         if first and pixels is not None:
             with clock.part(_FILE):
-                for made in as_pictures(pixels):
+                for made in as_pictures(as_bytes(pixels)):
                     made.save(io.BytesIO(), format="PNG", compress_level=PNG_LEVEL)
     calls = [] if trace is None else trace.calls
     rows = [] if trace is None else trace.summary()

@@ -21,6 +21,7 @@ from districompile.cli.common import UsageError, load_extensions, quiet_librarie
 from districompile.cli.drawing import Drawn, Job, Refused, Report
 from districompile.cli.generate import (
     Request,
+    as_bytes,
     as_pictures,
     can_preview,
     check_guidance,
@@ -104,7 +105,7 @@ def draw_all(job: Job) -> Report | Refused | None:
             if not first or picture.pixels is None:
                 continue
             pixels, files = picture.pixels[: len(cases)], job.targets.pictures[number : number + len(cases)]
-            writer.write(pixels, files, [_record(job, pipe, case, plan) for case in cases])
+            writer.write(as_bytes(pixels), files, [_record(job, pipe, case, plan) for case in cases])
             drawn.append(
                 Drawn(
                     cases, files, round(picture.seconds, 3), round(picture.calls / picture.seconds, 3),
@@ -142,9 +143,9 @@ class _Writer:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def write(self, pixels: Tensor, files: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, images: Tensor, files: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
         self.finish()
-        self._pending = self._pool.submit(save_images, pixels, files, records)
+        self._pending = self._pool.submit(save_images, images, files, records)
 
     def finish(self) -> list[Image]:
         """Wait for what is being written. Return the pictures so far, if they are kept."""
@@ -305,9 +306,10 @@ def _previewer(
     def show(steps: int, latents: torch.Tensor) -> None:
         if steps % every:
             return
-        found = as_pictures(decoded(pipe, latents if whole else latents[: len(cases)])[: len(cases)])
+        pixels = decoded(pipe, latents if whole else latents[: len(cases)])[: len(cases)]
         if not writes:
             return
+        found = as_pictures(as_bytes(pixels))
         record = {**job.record, "preview": True, "pictures": [_of(c) for c in cases]}
         with contextlib.suppress(Error):  # a full disk must not end the image
             pictures.write_picture(target, pictures.grid_of(found, len(found)), record)

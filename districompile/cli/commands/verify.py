@@ -288,7 +288,7 @@ def measure_drift(
         for module in (loaded.module, compiled):
             setattr(pipe, network_name(pipe), module)
             pictures.append(draw(pipe, request, progress, extra=extra))
-        expected, actual = (p.pixels for p in pictures)
+        expected, actual = (None if p.pixels is None else p.pixels.cpu() for p in pictures)
         before, after = (p.latents if p.latents is not None else p.pixels for p in pictures)
         of, peak = "image", 1.0
     else:
