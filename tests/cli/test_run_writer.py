@@ -12,9 +12,10 @@ import torch
 
 from districompile.cli import pictures
 from districompile.cli.commands.run_rank import _Writer
+from districompile.cli.generate import as_bytes
 from districompile.errors import Error
 
-PIXELS = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+PIXELS = as_bytes(torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture
