@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
+import re
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +51,21 @@ def test_it_compiles_without_a_gpu(dtype: torch.dtype, gated: bool) -> None:
         kernel = kernels.fp8_kernel(columns, gated, gated, dtype)
         assert hopper.compile_kernel(kernel)[:4] == b"\x7fELF"
         assert Kernel.of_file(kernel.file) == (kernel, hopper._VERSION)
+
+
+def test_its_machine_code(tmp_path: Path) -> None:
+    """The 8-bit units multiply, the first product of a step replaces the sums before it, and each sum is added up."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    triton = importlib.util.find_spec("triton")
+    tool = Path(triton.origin or "").parent / "backends" / "nvidia" / "bin" / "nvdisasm" if triton is not None else None
+    if tool is None or not tool.is_file():
+        pytest.skip("triton, which brings nvdisasm, is not installed")
+    (tmp_path / "k.cubin").write_bytes(hopper.compile_kernel(kernels.fp8_kernel(160, False, True, torch.float16)))
+    ran = subprocess.run([tool, "-c", tmp_path / "k.cubin"], capture_output=True, text=True, check=True, timeout=60)
+    products = re.findall(r"(\w?GMMA)\.(\S+) (R\d+), (\S+), (\w+)", ran.stdout)
+    assert len(products) == 4 and {p[:2] for p in products} == {("QGMMA", "64x160x32.F32.E4M3.E4M3")}
+    assert [p[4] == "RZ" for p in products] == [True, False, False, False]
+    assert len(re.findall(r"\bFADD\b", ran.stdout)) >= 80 and not re.search(r"\b(LDL|STL)\b", ran.stdout)
 
 
 def test_names_of_files_are_apart() -> None:
