@@ -22,7 +22,7 @@ from districompile.backends.inductor.kernels import fp8 as kernels
 from districompile.backends.inductor.kernels.hopper import unavailable_reason
 from districompile.backends.inductor.kernels.launch import blocks_of, launch
 from districompile.ir.ops import ops
-from districompile.ir.quantised import fp8_conv, fp8_linear, multiply, multiply_unscaled, quantise_features, to_f8
+from districompile.ir.quantised import fp8_conv, fp8_linear, multiply, quantise_features, to_f8
 
 _MULTIPLE = 16  # of which the tensor memory accelerator and the libraries need the numbers of channels to be
 _HALF = (torch.float16, torch.bfloat16)
@@ -169,11 +169,15 @@ def best_linear(rows: int, inner: int, columns: int, bias: bool, gated: bool, dt
     x, weight = _random(rows, inner), _random(columns, inner)
     own, scale, added = _scales(rows, columns, bias, dtype)
     size, block = rows * columns // 2, 512
+    one = torch.ones((), device="cuda")  # which a program makes once
 
     def separate() -> Tensor:
         """What the libraries do, and one pass over their result, which adds the bias, gates, and rounds."""
         scaled = dtype == torch.bfloat16
-        product = multiply(x, own[:, None], weight, scale, dtype) if scaled else multiply_unscaled(x, weight)
+        if scaled:
+            product = multiply(x, own[:, None], weight, scale, dtype)
+        else:
+            product = torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=False)
         if not gated:
             return product.to(dtype)
         out = torch.empty(size, dtype=dtype, device="cuda")

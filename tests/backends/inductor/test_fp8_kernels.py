@@ -271,15 +271,17 @@ def test_what_is_compared_when_choosing_agrees(
     choose: Any, size: tuple[Any, ...], ways: int, dtype: torch.dtype, wrong: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the CPU and without a clock. A kernel that computes something else is left out with a warning."""
-    for name in ("randn", "rand", "empty"):
+    for name in ("randn", "rand", "empty", "ones"):
         make = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *s, make=make, dtype=torch.float32, **_: make(*s).to(dtype))
     monkeypatch.setattr(fp8, "unavailable_reason", lambda: None)
     monkeypatch.setattr(fp8, "launch", lambda name, grid, tensors, *rest, **_: tensors["out"].zero_())  # only timed
-    monkeypatch.setattr(fp8, "multiply_unscaled", lambda rows, weight: rows.float() @ weight.float().t())
-    monkeypatch.setattr(
-        fp8, "multiply", lambda rows, own, weight, scale, dtype: (rows.float() @ weight.float().t()) * own * scale
-    )
+
+    def product(rows: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+        return rows.float() @ weight.float()
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    monkeypatch.setattr(fp8, "multiply", lambda x, own, w, scale, dtype: (x.float() @ w.float().t()) * own * scale)
     factor = 1.1 if wrong else 1.0
     monkeypatch.setattr(kernels, "tiled_convolution", lambda *given: _emulated(*given) * factor)
     monkeypatch.setattr(kernels, "tiled_gated_linear", lambda *given: _emulated_gate(*given) * factor)
