@@ -52,7 +52,7 @@ def rank(start: Start, number: int) -> None:
         elif number == 1 and job.prompt == "nonsense":
             say(type="done")
             say(unknown=True)
-        elif job.prompt == "supervisor":
+        elif number == 1 and job.prompt == "supervisor":  # one thread: lines of two would mix
             print('{"error": "rank 1 failed: no memory"}', flush=True)
             os._exit(2)
         elif number == 0:

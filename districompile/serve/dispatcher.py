@@ -113,6 +113,7 @@ class Dispatcher:
         self._changed = asyncio.Event()
         self._tickets: dict[str, Ticket] = {}
         self._task: asyncio.Task[None] | None = None
+        self._before: asyncio.Task[bool] | None = None  # the drawing before the present one
         self._answering: set[asyncio.Task[None]] = set()  # requests that were drawn, and whose files are being made
         self._recent = 0.0  # seconds that a request took, lately
         self.running: Ticket | None = None
@@ -230,6 +231,10 @@ class Dispatcher:
             freed = asyncio.create_task(free.wait())
             try:
                 await asyncio.wait({drawing, freed}, return_when=asyncio.FIRST_COMPLETED)
+                # Files of one drawing may be left to make, not of more: those would be requests beyond the bound
+                if self._before is not None:
+                    await asyncio.wait({self._before})
+                self._before = drawing
             except asyncio.CancelledError:  # the server ends
                 for each in drawings:
                     each.cancel()

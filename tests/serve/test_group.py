@@ -158,6 +158,21 @@ def test_the_next_drawing_begins_while_files_are_made() -> None:
     with_group(work)
 
 
+def test_files_do_not_pile_up() -> None:
+    """Where files take longer than drawings, the bound of the queue holds nevertheless."""
+
+    async def work(group: Group) -> None:
+        async with dispatching(group) as dispatcher:
+            for seed in range(3):
+                dispatcher.accept(f"large {seed}", [job("large", seed)], 1)
+            await until(lambda: len(group._drawings) == 2 and all(d.free.is_set() for d in group._drawings.values()))
+            await asyncio.sleep(0.3)
+            assert len(group._drawings) == 2 and dispatcher.running is not None and dispatcher.waiting == 1
+            await dispatcher.end(0)
+
+    with_group(work)
+
+
 def test_ranks_that_are_lost_while_files_are_made_fail_both() -> None:
     async def work(group: Group) -> None:
         async with dispatching(group) as dispatcher:
