@@ -39,6 +39,7 @@ from typing import Any
 TOOLS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOOLS.parent))  # where it is not installed
 
+from districompile.ir.unit import DRIFT_LIMIT  # noqa: E402
 from districompile.plan.defaults import OPTIMISE, SEGMENTS  # noqa: E402
 
 ONE_GPU = ("single", "free", "predict", "passes")
@@ -59,7 +60,9 @@ def main() -> None:
     parser.add_argument("--predict-ranks", default="4,8")
     parser.add_argument("--bandwidth", type=float, default=379.0, help="GB/s from one GPU to another, for predict")
     parser.add_argument("--phases", default="displaced,exact")
-    parser.add_argument("--modes", default="eager,default,max-autotune-no-cudagraphs", help="of single")
+    parser.add_argument(
+        "--modes", default="eager,default,max-autotune-no-cudagraphs", help="of single; default+fp8 is torchao's"
+    )
     parser.add_argument("--max-autotune", action="store_true", help="for our engines")
     parser.add_argument("--attention", default="auto", help="of our engines: auto, torch or flash3")
     parser.add_argument(
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("--drift-limit", type=float, help="of ours; 0 measures no drift (else the default)")
     parser.add_argument("--reuse", default="none", help="of ours, as deep=2")
     parser.add_argument("--transfer-bits", type=int, help="of ours: 8 sends differences")
+    parser.add_argument("--quantise", default="none", help="of ours, as fp8")
     parser.add_argument("--work", type=Path, default=Path("bench-work"), help="bundles and packages, kept")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one part")
@@ -109,6 +113,8 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
                         "groupnorm": args.groupnorm, "drift_limit": args.drift_limit}  # fmt: skip
                 if args.reuse != "none" or args.transfer_bits is not None:  # else jobs are those of earlier files
                     base |= {"reuse": args.reuse, "transfer_bits": args.transfer_bits}
+                if args.quantise != "none":
+                    base |= {"quantise": args.quantise}
                 if part == "passes":
                     found += [{**base, "ranks": args.ranks, "optimise": o} for o in ("none", *OPTIMISATIONS, "all")]
                 elif part == "predict":
@@ -225,8 +231,17 @@ def one_gpu(job: dict[str, Any], args: argparse.Namespace, height: int, width: i
         ("displaced",) if job["part"] == "passes" else tuple(args.phases.split(",")),
         _backend_options(args),
         args.work / f"free-{os.getpid()}", job["part"] == "free" and not args.no_check, args.profile,
-        _optimise(job), args.segments, images(job), job["groupnorm"],
+        _optimise(job), args.segments, images(job), job["groupnorm"], **_numbers(job),
     )  # fmt: skip
+
+
+def _numbers(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a conversion that change numbers."""
+    return {
+        "drift_limit": DRIFT_LIMIT if job["drift_limit"] is None else job["drift_limit"],
+        "reuse": job.get("reuse", "none"), "quantise": job.get("quantise", "none"),
+        "transfer_bits": job.get("transfer_bits"),
+    }  # fmt: skip
 
 
 def images(job: dict[str, Any]) -> int:
@@ -252,7 +267,6 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
 
     import districompile as dc
     from districompile.backends.inductor.backend import InductorBackend
-    from districompile.ir.unit import DRIFT_LIMIT
 
     turn = gpu_parts.Turn(args.work / "turn")
     name = f"{job['model'] if len(job['model']) < 9 else 'custom'}-{height}x{width}-{job['ranks']}-{args.warmup_steps}"
@@ -260,6 +274,7 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
     name += f"-{job['groupnorm']}" + ("" if job["drift_limit"] is None else f"-{job['drift_limit']:g}")
     reuse, bits = job.get("reuse", "none"), job.get("transfer_bits")
     name += ("" if reuse == "none" else f"-{reuse.replace(':', '-')}") + ("" if bits is None else f"-{bits}bit")
+    name += f"-{job['quantise'].replace(':', '-')}" if "quantise" in job else ""
     folder = args.work / (
         name + ("-autotuned" if args.max_autotune else "") + f"-{args.attention}-{args.autotune.replace(',', '+')}"
     )
@@ -271,8 +286,7 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
             module, kwargs=gpu_parts.example(module, device, height, width, images(job)), ranks=job["ranks"],
             cfg="split" if job["guidance"] == "split" else "none",
             groupnorm=job["groupnorm"], warmup_steps=args.warmup_steps,
-            drift_limit=DRIFT_LIMIT if job["drift_limit"] is None else job["drift_limit"],
-            optimise=_optimise(job), segments=args.segments, reuse=reuse, transfer_bits=bits,
+            optimise=_optimise(job), segments=args.segments, **_numbers(job),
         )  # fmt: skip
         converted = time.perf_counter()
         program.save(folder, backend=InductorBackend(**_backend_options(args)))

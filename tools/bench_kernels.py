@@ -5,10 +5,8 @@ Prints one JSON line for each size, with microseconds by configuration; "baselin
 
     python tools/bench_kernels.py [--only attention,projection,gated,split,convolutions,fp8] [--dtype float16]
 
-  attention     PyTorch's choice, FlashAttention-3 and -4 where installed, with the keys in 1, 2 and 3 parts, and the
-                custom kernel by sizes of blocks. Sizes: two ranks' share of the layers of SDXL at the latents 480, 256
-                and 128; four and eight ranks' share of those of 20 heads at 128; Stable Diffusion 1.5 at 64 (8 heads,
-                here of 64 elements); and attention to a text at 128, 256 and 480
+  attention     PyTorch's choice, each of its kernels, FlexAttention, FlashAttention-3 and -4 where installed, and the
+                custom kernel by sizes of blocks, at the sizes of bench_attention.py
   projection    the projection of queries and attention to a text, as two kernels and as one
   gated         a gated linear layer, as a linear layer and a pointwise kernel, and as one kernel
   split         a linear layer and a copy of two thirds of its result, two linear layers, and one with two results
@@ -25,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,16 +31,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
+from bench_attention import TEXT, attend
+
 from districompile.backends.inductor import attention, autotune, convolution, flash_attention, fp8, gated, split_linear
 from districompile.backends.inductor.kernels import hopper
 from districompile.backends.inductor.kernels.launch import unavailable_reason
 
-TEXT = 77
-ATTENTION = (
-    (28800, 57600, 10), (7200, 14400, 20), (8192, 16384, 10), (2048, 4096, 20), (2048, 4096, 10), (512, 1024, 20),
-    (256, 1024, 20), (128, 1024, 20), (2048, 4096, 8), (512, TEXT, 20), (2048, TEXT, 10), (2048, TEXT, 20),
-    (8192, TEXT, 10), (7200, TEXT, 20), (28800, TEXT, 10),
-)  # fmt: skip
+PROJECTED = ((512, 20), (2048, 10), (2048, 20), (8192, 10), (7200, 20), (28800, 10))  # queries, heads; keys of a text
 PARTS = ("attention", "projection", "gated", "split", "convolutions", "fp8")
 ROWS = ((512, 1280), (2048, 640), (2048, 1280), (8192, 640), (7200, 1280), (28800, 640))
 
@@ -65,7 +60,7 @@ def main() -> None:
         raise SystemExit(f"the custom kernels cannot be used here: {reason}")
     dtype = getattr(torch, args.dtype)
     parts: dict[str, Callable[[torch.dtype], None]] = dict(
-        zip(PARTS, (attend, project, gate, split, convolve, eight_bits), strict=True)
+        zip(PARTS, (partial(attend, row=row), project, gate, split, convolve, eight_bits), strict=True)
     )
     for name in args.only.split(","):
         if name not in parts:
@@ -75,27 +70,12 @@ def main() -> None:
         parts[name](dtype)
 
 
-def attend(dtype: torch.dtype) -> None:
-    for queries, keys, heads in ATTENTION:
-        select = partial(
-            attention.best_attention,
-            1,
-            heads,
-            queries,
-            64,
-            keys,
-            dtype,
-            flash_attention.select_libraries("auto", "cuda"),
-        )
-        row("attention", {"queries": queries, "keys": keys, "heads": heads}, partial(select, True))
-
-
 def project(dtype: torch.dtype) -> None:
-    for queries, keys, heads in (size for size in ATTENTION if size[1] <= TEXT):
-        flash = flash_attention.select_libraries("auto", "cuda")
-        separate = attention.best_attention(1, heads, queries, 64, keys, dtype, flash, True)
-        select = partial(attention.best_projection_config, 1, heads, queries, 64, keys, 64 * heads, dtype, separate)
-        row("projection", {"queries": queries, "keys": keys, "heads": heads}, select)
+    flash = flash_attention.select_libraries("auto", "cuda")
+    for queries, heads in PROJECTED:
+        separate = attention.best_attention(1, heads, queries, 64, TEXT, dtype, flash, True)
+        select = partial(attention.best_projection_config, 1, heads, queries, 64, TEXT, 64 * heads, dtype, separate)
+        row("projection", {"queries": queries, "keys": TEXT, "heads": heads}, select)
 
 
 def gate(dtype: torch.dtype) -> None:
@@ -147,16 +127,18 @@ def product_time(rows: int, inner: int, columns: int, dtype: torch.dtype) -> flo
     return times[None]
 
 
-def row(part: str, size: dict[str, int], select: Callable[[], object], sixteen: float | None = None) -> None:
+def row(
+    part: str, size: Mapping[str, object], select: Callable[[], object], sixteen: float | None = None,
+    notes: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Print one line: the configuration that a conversion would select, and all timings that it compares."""
     with autotune.recorded_timings() as times:
         selected = select()
     us = {"baseline" if key is None else str(key): round(1e3 * ms, 2) for key, ms in times.items()}
     us |= {} if sixteen is None else {"sixteen": round(1e3 * sixteen, 2)}
-    print(
-        json.dumps({"part": part, **size, "selected": selected, "us": us, "gpu": torch.cuda.get_device_name()}),
-        flush=True,
-    )
+    where = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    line = {"part": part, **size, "selected": selected, "us": us, **where, **({"notes": list(notes)} if notes else {})}
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

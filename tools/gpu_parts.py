@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import functools
 import gc
+import importlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -92,7 +93,8 @@ def peak_gib() -> float | None:
 def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tuple[str, ...], batch: int = 1) -> None:
     """Time one GPU: eager and ``torch.compile`` with each of ``modes``, as CUDA graphs, channels last.
 
-    A mode that ends in ``+flash3`` uses FlashAttention-3 for all attention.
+    A mode that ends in ``+flash3`` uses FlashAttention-3 for all attention. ``+fp8`` has linear layers in 8 bits by
+    torchao, with scales by row: what has no multiple of 16 channels stays.
     """
     device = torch.device("cuda")
     module = network(model, device)
@@ -107,13 +109,16 @@ def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tup
     for mode in (m for m in modes if m != "eager"):  # compile first, while other processes compile
         torch.compiler.reset()
         start = time.perf_counter()
-        name, _, flash = mode.partition("+")
+        name, _, way = mode.partition("+")
+        if way == "fp8":
+            module = network(model, device)
+            in_8_bits(module.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         compiled = torch.compile(module, fullgraph=True, dynamic=False, mode=None if name == "default" else name)
 
         def step(compiled: Any = compiled) -> Any:
             return compiled(**kwargs, return_dict=False)[0]
 
-        with flash_attention() if flash else contextlib.nullcontext():
+        with flash_attention() if way == "flash3" else contextlib.nullcontext():
             step()
             seconds = round(time.perf_counter() - start, 1)
             with turn.alone():
@@ -123,6 +128,17 @@ def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tup
     if "eager" in modes:
         with turn.alone():
             say(figure="1 GPU eager + CUDA graph", ms=median_ms(captured(eager), count))
+
+
+def in_8_bits(module: torch.nn.Module) -> None:
+    """Quantise the linear layers of a module to fp8 by torchao, in place."""
+    library = importlib.import_module("torchao.quantization")
+
+    def fits(layer: torch.nn.Module, _: str) -> bool:
+        return isinstance(layer, torch.nn.Linear) and layer.in_features % 16 == layer.out_features % 16 == 0
+
+    way = library.Float8DynamicActivationFloat8WeightConfig(granularity=library.PerRow())
+    library.quantize_(module, way, filter_fn=fits)
 
 
 @contextlib.contextmanager
@@ -143,9 +159,12 @@ def flash_attention() -> Iterator[None]:
 def free(
     say: Say, turn: Turn, model: str, height: int, width: int, ranks: int, rank: int, phases: tuple[str, ...],
     options: Mapping[str, Any], folder: Path, check: bool = True, profile: Path | None = None,
-    optimise: str = "", segments: int = 4, batch: int = 1, groupnorm: str = "forecast",
+    optimise: str = "", segments: int = 4, batch: int = 1, groupnorm: str = "forecast", **numbers: Any,
 ) -> None:  # fmt: skip
-    """Time the step of one rank without transfers, as one CUDA graph: an upper bound, and part of a prediction."""
+    """Time the step of one rank without transfers, as one CUDA graph: an upper bound, and part of a prediction.
+
+    ``numbers`` are options of :func:`districompile.convert` that change numbers, as ``quantise`` and ``reuse``.
+    """
     import districompile as dc
     from districompile.backends.inductor.backend import InductorBackend
 
@@ -155,7 +174,7 @@ def free(
     start = time.perf_counter()
     program = dc.convert(
         module, kwargs=kwargs, ranks=ranks, rows={"sample": 2}, optimise=optimise, segments=segments,
-        groupnorm=groupnorm,
+        groupnorm=groupnorm, **numbers,
     )  # fmt: skip
     converted = time.perf_counter()
     leaves = {"sample": kwargs["sample"], "timestep": kwargs["timestep"],
@@ -172,7 +191,8 @@ def free(
         facts = {"ranks": ranks, "rank": rank, "convert_s": round(converted - start, 1), "optimise": optimise,
                  "groupnorm": groupnorm,
                  "build_s": round(built - began, 1), "packages": packages, "segments": len(one.engines),
-                 "sent_mb": round(report.sent(cast(Any, phase))[rank] / 1e6, 1), "options": dict(options)}  # fmt: skip
+                 "sent_mb": round(report.sent(cast(Any, phase))[rank] / 1e6, 1), "options": dict(options),
+                 **numbers}  # fmt: skip
         if check:
             say(figure=f"{phase} against eager, largest error of a segment", errors=one.errors(inputs), **facts)
             torch.cuda.empty_cache() if device.type == "cuda" else None

@@ -23,7 +23,7 @@ from districompile.backends.inductor.kernels.launch import unavailable_reason
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _TRANSPOSE = torch.ops.aten.transpose.int
-_MAX_WIDTH = 256  # of a head, in elements, for the libraries
+MAX_WIDTH = 256  # of a head, in elements, for the libraries
 _CUSTOM_MAX_WIDTH = 128
 _FEW = 128  # keys
 # Sizes of a block of queries and of keys (0: all keys at once); warps, stages
@@ -194,6 +194,13 @@ def best_projection_config(
     return best_config("a kernel for attention with its projection", unfused, configs)
 
 
+def configs_of(width: int, keys: int) -> tuple[tuple[int, ...], ...]:
+    """Return the configurations of the custom kernel to try for heads of ``width`` elements and so many keys."""
+    if width > _CUSTOM_MAX_WIDTH:
+        return ()
+    return _FOR_FEW if keys <= _FEW else _FOR_MANY
+
+
 @remembered
 def best_attention(
     batch: int, heads: int, queries: int, width: int, keys: int, dtype: torch.dtype, libraries: tuple[int, ...],
@@ -204,7 +211,7 @@ def best_attention(
     (version, number of parts of the keys) is a FlashAttention; (block of queries, block of keys, warps, stages) is a
     custom kernel; None is PyTorch's. ``libraries`` and ``custom`` say which take part.
     """
-    custom = custom and width <= _CUSTOM_MAX_WIDTH and unavailable_reason() is None
+    custom = custom and bool(configs_of(width, keys)) and unavailable_reason() is None
     if not torch.cuda.is_available() or not (libraries or custom):
         return None
     q, k, v = (torch.randn(batch, n, heads, width, dtype=dtype, device="cuda") for n in (queries, keys, keys))
@@ -217,7 +224,7 @@ def best_attention(
     if custom:
         from districompile.backends.inductor.kernels import operators
 
-        tried = _FOR_FEW if keys <= _FEW else _FOR_MANY
+        tried = configs_of(width, keys)
         configs |= {config: functools.partial(operators.attention, q, k, v, scale, list(config)) for config in tried}
     baseline = functools.partial(flash_attention.sdpa_fallback, q, k, v, scale, 1)
     return best_config(f"another kernel of attention for heads of {width} {dtype}", baseline, configs)
@@ -240,7 +247,7 @@ def _scale(node: fx.Node) -> float | None:
     q, k, v = values
     width = q.shape[-1]
     same = k.shape == v.shape and k.shape[:2] == q.shape[:2] and k.shape[-1] == width
-    fits = width <= _MAX_WIDTH and width % 8 == 0
+    fits = width <= MAX_WIDTH and width % 8 == 0
     if not same or not fits or q.dtype not in (torch.float16, torch.bfloat16):
         return None
     scale = given.get("scale")
