@@ -32,7 +32,7 @@ def needs_kernel(test: Any) -> Any:
 
 @pytest.mark.parametrize("tile", [*hopper.TILES, *((columns, 2) for columns in hopper.GATED_TILES)])
 def test_a_block_holds_some_steps(tile: tuple[int, int]) -> None:
-    assert 4 <= hopper.stages(*tile) <= 8
+    assert 4 <= hopper.stages(Kernel(*tile, False, False, torch.float16)) <= 8
 
 
 def test_both_sides_know_the_same_sizes() -> None:

@@ -102,7 +102,7 @@ def convolution_kernel(tile: Sequence[int], dtype: torch.dtype) -> Kernel:
     return Kernel(columns, parts, False, False, dtype)
 
 
-_VERSION = 2  # to be raised when the arguments of the kernel change, or when a fault in it is fixed
+_VERSION = 3  # to be raised when the arguments of the kernel change, or when a fault in it is fixed
 _FILE = re.compile(r"products(\d+)-(\d+)-(\d+)-(gated|plain)-(bias|bare)-(f16|bf16)(-f8)?\.cubin")
 _CUBINS: dict[Kernel, bytes] = {}
 
@@ -219,7 +219,7 @@ def launch_tiles(
     arguments = (ctypes.c_void_p * 7)(*(ctypes.addressof(a) for a in (*maps, *pointers, sizes)))
     blocks = _CLUSTER * min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count // _CLUSTER)
     stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-    function, shared = _function_of(kernel, x.device), _bytes(columns, parts)
+    function, shared = _function_of(kernel, x.device), _bytes(kernel)
     call("cuLaunchKernel", function, blocks, 1, 1, _THREADS, 1, 1, shared, stream, arguments, None)
 
 
@@ -260,22 +260,27 @@ def _function_of(kernel: Kernel, device: torch.device) -> ctypes.c_void_p:
         torch.cuda.synchronize()  # creates the CUDA context
         call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(code))
         call("cuModuleGetFunction", ctypes.byref(found), module, ctypes.c_char_p(b"product"))
-        call("cuFuncSetAttribute", found, _SHARED_SIZE, _bytes(kernel.columns, kernel.parts))
+        call("cuFuncSetAttribute", found, _SHARED_SIZE, _bytes(kernel))
     return found
 
 
-def _bytes(columns: int, parts: int) -> int:
-    """Return the bytes of shared memory of a block: its stages, with two barriers each."""
-    return stages(columns, parts) * (_stage(columns, parts) + 16)
+def _bytes(kernel: Kernel) -> int:
+    """Return the bytes of shared memory of a block: its stages, with two barriers each, and what 8 bits need."""
+    return stages(kernel) * (_stage(kernel) + 16) + _factors(kernel)
 
 
-def stages(columns: int, parts: int) -> int:
+def stages(kernel: Kernel) -> int:
     """Return the number of stages of a block: the steps of the inner dimension that are copied ahead."""
-    return min(_MAX_STAGES, _SHARED // (_stage(columns, parts) + 16))
+    return min(_MAX_STAGES, (_SHARED - _factors(kernel)) // (_stage(kernel) + 16))
 
 
-def _stage(columns: int, parts: int) -> int:
-    return (_PIXELS + parts * columns) * _STEP
+def _factors(kernel: Kernel) -> int:
+    """Return the bytes of scales and biases in float32 of the columns of a tile, for each of two warp groups."""
+    return 2 * 2 * 4 * kernel.columns * kernel.parts if kernel.bits == 8 else 0
+
+
+def _stage(kernel: Kernel) -> int:
+    return (_PIXELS + kernel.parts * kernel.columns) * _STEP
 
 
 @functools.cache
@@ -293,7 +298,7 @@ def compile_kernel(kernel: Kernel) -> bytes:
     header = _header(kernel).encode()
     columns, parts, gated, bias, _, bits = kernel
     values = {
-        "COLUMNS": columns, "PARTS": parts, "STAGES": stages(columns, parts), "GATED": gated, "BIAS": bias,
+        "COLUMNS": columns, "PARTS": parts, "STAGES": stages(kernel), "GATED": gated, "BIAS": bias,
         "BYTES": bits // 8,
     }  # fmt: skip
     flags = ["--gpu-architecture=sm_90a", "-std=c++17", *(f"-D{name}={int(n)}" for name, n in values.items())]
@@ -338,6 +343,11 @@ __device__ __forceinline__ unsigned int pack(float low, float high) {{
 }}
 __device__ __forceinline__ void unpack(unsigned int word, float (&numbers)[2]) {{
     {_UNPACK[kind]}
+}}
+__device__ __forceinline__ float widen(unsigned short word) {{
+    float numbers[2];
+    unpack(word, numbers);
+    return numbers[0];
 }}
 """
 

@@ -32,6 +32,8 @@ constexpr u32 X_BYTES = PIXELS * STEP;
 constexpr u32 WEIGHT_BYTES = COLUMNS * STEP;
 constexpr u32 STAGE_BYTES = X_BYTES + PARTS * WEIGHT_BYTES;
 constexpr u32 BARRIERS = STAGES * STAGE_BYTES;
+constexpr u32 FACTORS = BARRIERS + 16 * STAGES;  // scales and biases of the columns of a tile, for each consumer
+constexpr int WIDE = PARTS * COLUMNS;
 
 struct alignas(64) TensorMap { unsigned char opaque[128]; };
 
@@ -108,6 +110,11 @@ __device__ __forceinline__ float gelu(float gate) {
     return fmaf(-size * t, series * e, fmaxf(gate, 0.0f));
 }
 
+// Wait for the other threads of a consumer.
+__device__ __forceinline__ void meet(int consumer) {
+    asm volatile("bar.sync %0, 128;" :: "r"(1 + consumer) : "memory");
+}
+
 // Transpose four words of 32 bits in each of four threads: thread i then holds word i of all threads, in order.
 __device__ __forceinline__ void transpose(u32 (&word)[4], int lane) {
     #pragma unroll
@@ -140,6 +147,13 @@ __device__ __forceinline__ Tile tile_at(int number, int pairs, int blocks, const
     int row = block / grid.across;
     return {row / grid.down, row % grid.down * grid.tall, block % grid.across << sizes.shift,
             inside / height * (GATED ? COLUMNS : PARTS * COLUMNS)};
+}
+
+// The place of a pixel of a tile in the result, or -1 if it is outside of the image.
+__device__ __forceinline__ long long place_of(const Tile& tile, const Sizes& sizes, int number) {
+    int row = tile.row + (number >> sizes.shift), column = tile.column + (number & (1 << sizes.shift) - 1);
+    if (tile.image >= sizes.batch || row >= sizes.height || column >= sizes.width) return -1;
+    return ((long long)tile.image * sizes.height + row) * sizes.width + column;
 }
 
 // Compute out (pixels, columns), with bias if BIAS. If GATED, weight has twice as many columns, and the first half of the
@@ -227,6 +241,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             u32 before = 0;
 #else
             float sums[PARTS][COLUMNS / 2];  // of one step
+            // Read now, so that they are there when the sums are
+            float own[2];  // scales of the pixels
+            #pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                long long place = place_of(tile, sizes, height + 8 * half);
+                own[half] = place < 0 ? 1.0f : pixel_scale[sizes.each ? place : 0];
+            }
+            constexpr int EACH = (WIDE + 127) / 128;
+            float scale[EACH];
+            u16 added[EACH];
+            #pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                int column = threadIdx.x % 128 + 128 * i;
+                if (column >= WIDE) continue;
+                column += tile.first + (column < COLUMNS ? 0 : (GATED ? sizes.columns : COLUMNS) - COLUMNS);
+                scale[i] = column_scale[column];
+                if (BIAS) added[i] = bias[column];
+            }
 #endif
             for (int step = 0; step < steps; ++step) {
                 u32 from = base + stage * STAGE_BYTES;
@@ -264,29 +296,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             if (lane < CLUSTER) arrive(empty + 8 * before, lane);
 #endif
 
-            bool inside[2];
-            u64 pixel[2];
-            float own[2];  // scales of the pixels
+#if BYTES == 1
+            float* const factors = (float*)(memory + FACTORS) + 2 * WIDE * consumer;
+            meet(consumer);  // all have read those of the last tile
             #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                int number = height + 8 * half;
-                int row = tile.row + (number >> sizes.shift), column = tile.column + (number & (1 << sizes.shift) - 1);
-                inside[half] = tile.image < sizes.batch && row < sizes.height && column < sizes.width;
-                u64 place = ((u64)tile.image * sizes.height + row) * sizes.width + column;
-                pixel[half] = place * sizes.columns;
-                own[half] = BYTES == 2 || !inside[half] ? 1.0f : pixel_scale[sizes.each ? place : 0];
+            for (int i = 0; i < EACH; ++i) {
+                int column = threadIdx.x % 128 + 128 * i;
+                if (column >= WIDE) continue;
+                factors[column] = scale[i];
+                if (BIAS) factors[WIDE + column] = widen(added[i]);
             }
+            meet(consumer);
+#endif
+            long long place[2];
+            #pragma unroll
+            for (int half = 0; half < 2; ++half) place[half] = place_of(tile, sizes, height + 8 * half);
             // The two columns of this thread among 8 i to 8 i + 7, before gating
             auto pair_at = [&](int part, int i, int half) {
                 float2 found = make_float2(y[part][4 * i + 2 * half], y[part][4 * i + 2 * half + 1]);
-                if (BYTES == 1) {
-                    int column = tile.first + part * (GATED ? sizes.columns : COLUMNS) + 8 * i + 2 * (lane % 4);
-                    float2 scale = *(const float2*)(column_scale + column);
-                    float added[2] = {0, 0};
-                    if (BIAS) unpack(*(const u32*)(bias + column), added);
-                    found.x = fmaf(found.x, own[half] * scale.x, added[0]);
-                    found.y = fmaf(found.y, own[half] * scale.y, added[1]);
-                }
+#if BYTES == 1
+                const float2* here = (const float2*)(factors + part * COLUMNS + 8 * i + 2 * (lane % 4));
+                float2 scale = here[0], added = BIAS ? here[WIDE / 2] : make_float2(0, 0);
+                found.x = fmaf(found.x, own[half] * scale.x, added.x);
+                found.y = fmaf(found.y, own[half] * scale.y, added.y);
+#endif
                 return found;
             };
             #pragma unroll
@@ -308,8 +341,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
                         #pragma unroll
                         for (int i = 0; i < 4; ++i) words[i] = word_at(4 * set + i, half);
                         transpose(words, lane);
-                        if (inside[half])
-                            *(uint4*)(out + pixel[half] + left + 32 * set + 8 * (lane % 4)) =
+                        if (place[half] >= 0)
+                            *(uint4*)(out + place[half] * sizes.columns + left + 32 * set + 8 * (lane % 4)) =
                                 make_uint4(words[0], words[1], words[2], words[3]);
                     }
                 }
@@ -317,7 +350,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
                 for (int i = COLUMNS / 32 * 4; i < COLUMNS / 8; ++i) {
                     #pragma unroll
                     for (int half = 0; half < 2; ++half)
-                        if (inside[half]) *(u32*)(out + pixel[half] + left + 8 * i + 2 * (lane % 4)) = word_at(i, half);
+                        if (place[half] >= 0)
+                            *(u32*)(out + place[half] * sizes.columns + left + 8 * i + 2 * (lane % 4)) =
+                                word_at(i, half);
                 }
             }
         }
