@@ -16,6 +16,7 @@ from districompile.errors import ConvertError
 from districompile.frontend.call_tree import flatten_call
 from districompile.frontend.capture import bind_call, capture
 from districompile.ir.captured import CapturedModule
+from districompile.ir.layer_size import Faster
 from districompile.ir.report_builder import QuantisedLayer
 from districompile.ir.spec import PHASE_CHOICES, PHASES, InputSpec, Phase, names_timestep
 from districompile.ir.unit import (
@@ -65,6 +66,7 @@ def convert(
     transfer_bits: int | None = None,
     quantise: str | Sequence[QuantisedLayer] = "none",
     calibration: Sequence[tuple[Sequence[Any], Mapping[str, Any]]] = (),
+    faster: Faster | None = None,
     progress: Progress | None = None,
 ) -> Program:
     """Compile ``module``, called with ``args`` and ``kwargs``, into a program for ``ranks`` processes.
@@ -108,6 +110,9 @@ def convert(
             ``"fp8:40"`` asks for 40 dB of signal to noise at the output. The layers of an earlier conversion
             (``program.plan.report.quantised``) are taken as they are.
         calibration: the calls that ``quantise`` measures by, as (args, kwargs); by default the example arguments.
+        faster: returns whether 8 bits make a layer of a size faster, such as ``backend.faster_in_8_bits``
+            (:meth:`~districompile.backends.base.Backend.faster_in_8_bits`), which times it. ``quantise`` leaves other
+            layers as they are. By default it chooses by accuracy alone.
         progress: where progress is shown.
 
     Raises :class:`districompile.Error` for every mistake of a caller, with the way out. A mistake in a rule or a pass
@@ -145,7 +150,7 @@ def convert(
             options, displace=(), optimise=OPTIMISATIONS if optimise == "all" else options.optimise
         )
     cut = {i.value: i.rows for i in inputs if i.rows is not None}
-    unit = CompilationUnit(captured.copy_graph(), "global", captured, options, cut, quantised=layers)
+    unit = CompilationUnit(captured.copy_graph(), "global", captured, options, cut, quantised=layers, faster=faster)
     if options.quantise != "none" and layers is None and isinstance(module, torch.nn.Module):
         unit.calibration = tuple(_values_of_call(module, captured, a, k) for a, k in calls)
     manager = PassManager(Path(dump) if dump is not None else None, stop_after, tuple(skip))

@@ -10,9 +10,9 @@ After:
     %linear = dc.fp8_linear(%transpose, @ff.weight:fp8, @ff.weight:scale, @ff.bias)
 
 The 8-bit weight is stored in place of the other one. A layer stays as it is where its rows are few, where it is the
-first or the last of the network, and where 8 bits disturb its result too much on the calibration's calls. Then those
-layers stay that disturb the network's output most for their share of the work, until the output has the signal to noise
-that is asked for (decision 48).
+first or the last of the network, where ``unit.faster`` says that 8 bits are not faster (decision 59), and where 8 bits
+disturb its result too much on the calibration's calls. Then those layers stay that disturb the network's output most
+for their share of the work, until the output has the signal to noise that is asked for (decision 48).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import fx
 from districompile.errors import ConvertError
 from districompile.ir.flops import flops_of
 from districompile.ir.graph import insert_weight, set_fake_result
+from districompile.ir.layer_size import LayerSize, computed_apart
 from districompile.ir.meta import module_path_of, tensor_of
 from districompile.ir.quantised import F8, read_quantised
 from districompile.ir.report_builder import QuantisedLayer
@@ -147,6 +148,7 @@ def _reasons(unit: CompilationUnit, layers: Mapping[str, list[LayerCall]]) -> di
     """Return why layers stay, as far as the graph tells."""
     calls = {c.node for uses in layers.values() for c in uses}
     first, last = _first(unit, calls), _last(unit, calls)
+    speeds: dict[LayerSize, bool | None] = {}
     found = {}
     for name, uses in layers.items():
         weight = tensor_of(uses[0].weight)
@@ -167,7 +169,30 @@ def _reasons(unit: CompilationUnit, layers: Mapping[str, list[LayerCall]]) -> di
             found[name] = f"{rows} rows: it takes little time, and its error reaches every pixel"
         elif min(sides) < SMALLEST_SIDE:
             found[name] = f"its products are of {sides[0]} by {sides[1]} weights"
+        elif unit.faster is not None:
+            sizes = [_size_on_a_rank(unit, c) for c in uses]
+            speeds |= {size: unit.faster(size) for size in sizes if size not in speeds}
+            if any(speeds[size] is False for size in sizes):
+                found[name] = "8 bits are not faster on this GPU"
     return found
+
+
+def _size_on_a_rank(unit: CompilationUnit, call: LayerCall) -> LayerSize:
+    """Return the size of a layer on one rank, as if every rank had as many rows."""
+    ranks, weight = unit.options.ranks, tuple(tensor_of(call.weight).shape)
+    source, dtype = call.node.all_input_nodes[0], tensor_of(call.weight).dtype
+    shape, rows = tuple(tensor_of(source).shape), max(1, _rows(call) // ranks)
+    if not call.is_conv:
+        columns, inner = weight[::-1] if call.transposed else weight
+        return LayerSize(rows, inner, columns, call.rest[0] is not None, dtype, computed_apart(source))
+    bias, stride, padding, dilation, groups = call.rest
+    image, sides = list(shape), list(padding)
+    if ranks > 1:  # rows of neighbours take the place of padding
+        image[2], sides[0] = -(-shape[2] // ranks) + 2 * sides[0], 0
+    return LayerSize(
+        rows, weight[1], weight[0], bias is not None, dtype, computed_apart(source), tuple(image), weight,
+        tuple(stride), tuple(sides), tuple(dilation), groups,
+    )  # fmt: skip
 
 
 def _all_readers(unit: CompilationUnit, name: str) -> set[fx.Node]:

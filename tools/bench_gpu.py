@@ -286,7 +286,8 @@ def bundle(job: dict[str, Any], args: argparse.Namespace, height: int, width: in
             module, kwargs=gpu_parts.example(module, device, height, width, images(job)), ranks=job["ranks"],
             cfg="split" if job["guidance"] == "split" else "none",
             groupnorm=job["groupnorm"], warmup_steps=args.warmup_steps,
-            optimise=_optimise(job), segments=args.segments, **_numbers(job),
+            optimise=_optimise(job), segments=args.segments,
+            faster=InductorBackend(**_backend_options(args)).faster_in_8_bits, **_numbers(job),
         )  # fmt: skip
         converted = time.perf_counter()
         program.save(folder, backend=InductorBackend(**_backend_options(args)))

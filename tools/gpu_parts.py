@@ -94,7 +94,7 @@ def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tup
     """Time one GPU: eager and ``torch.compile`` with each of ``modes``, as CUDA graphs, channels last.
 
     A mode that ends in ``+flash3`` uses FlashAttention-3 for all attention. ``+fp8`` has linear layers in 8 bits by
-    torchao, with scales by row: what has no multiple of 16 channels stays.
+    torchao, with scales by row, which it has for bfloat16 alone: what has no multiple of 16 channels stays.
     """
     device = torch.device("cuda")
     module = network(model, device)
@@ -110,13 +110,11 @@ def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tup
         torch.compiler.reset()
         start = time.perf_counter()
         name, _, way = mode.partition("+")
-        if way == "fp8":
-            module = network(model, device)
-            in_8_bits(module.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-        compiled = torch.compile(module, fullgraph=True, dynamic=False, mode=None if name == "default" else name)
+        own, given = _in_8_bits(model, device, height, width, batch) if way == "fp8" else (module, kwargs)
+        compiled = torch.compile(own, fullgraph=True, dynamic=False, mode=None if name == "default" else name)
 
-        def step(compiled: Any = compiled) -> Any:
-            return compiled(**kwargs, return_dict=False)[0]
+        def step(compiled: Any = compiled, given: dict[str, Any] = given) -> Any:
+            return compiled(**given, return_dict=False)[0]
 
         with flash_attention() if way == "flash3" else contextlib.nullcontext():
             step()
@@ -130,15 +128,22 @@ def single(say: Say, turn: Turn, model: str, height: int, width: int, modes: tup
             say(figure="1 GPU eager + CUDA graph", ms=median_ms(captured(eager), count))
 
 
-def in_8_bits(module: torch.nn.Module) -> None:
-    """Quantise the linear layers of a module to fp8 by torchao, in place."""
+def _in_8_bits(
+    model: str, device: torch.device, height: int, width: int, batch: int
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Return the network in bfloat16 with its linear layers in fp8 by torchao, and the arguments of a call."""
     library = importlib.import_module("torchao.quantization")
+    module = network(model, device, torch.bfloat16)
+    cast(Any, module).to(memory_format=torch.channels_last)
+    kwargs = example(module, device, height, width, batch)
+    kwargs["sample"] = kwargs["sample"].to(memory_format=torch.channels_last)
 
     def fits(layer: torch.nn.Module, _: str) -> bool:
         return isinstance(layer, torch.nn.Linear) and layer.in_features % 16 == layer.out_features % 16 == 0
 
     way = library.Float8DynamicActivationFloat8WeightConfig(granularity=library.PerRow())
     library.quantize_(module, way, filter_fn=fits)
+    return module, kwargs
 
 
 @contextlib.contextmanager
@@ -174,9 +179,11 @@ def free(
     start = time.perf_counter()
     program = dc.convert(
         module, kwargs=kwargs, ranks=ranks, rows={"sample": 2}, optimise=optimise, segments=segments,
-        groupnorm=groupnorm, **numbers,
+        groupnorm=groupnorm, faster=InductorBackend(**options).faster_in_8_bits, **numbers,
     )  # fmt: skip
     converted = time.perf_counter()
+    gc.collect()
+    torch.cuda.empty_cache() if device.type == "cuda" else None  # of the calls by which layers were chosen
     leaves = {"sample": kwargs["sample"], "timestep": kwargs["timestep"],
               "encoder_hidden_states": kwargs["encoder_hidden_states"],
               **{f"added_cond_kwargs.{k}": v for k, v in kwargs.get("added_cond_kwargs", {}).items()}}  # fmt: skip
@@ -191,6 +198,7 @@ def free(
         facts = {"ranks": ranks, "rank": rank, "convert_s": round(converted - start, 1), "optimise": optimise,
                  "groupnorm": groupnorm,
                  "build_s": round(built - began, 1), "packages": packages, "segments": len(one.engines),
+                 "eight_bits": sum(x.reason is None for x in program.plan.report.quantised),
                  "sent_mb": round(report.sent(cast(Any, phase))[rank] / 1e6, 1), "options": dict(options),
                  **numbers}  # fmt: skip
         if check:

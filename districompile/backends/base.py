@@ -19,6 +19,7 @@ from torch import fx
 
 from districompile.bundle.weights import WeightFile
 from districompile.errors import InputError
+from districompile.ir.layer_size import LayerSize
 from districompile.ir.segment import SegmentGraph
 from districompile.ir.spec import TensorSpec, dtype_name
 
@@ -165,6 +166,13 @@ class Backend(abc.ABC):
 
     def begin(self) -> None:  # noqa: B027  (most have nothing to begin)
         """Start what a conversion will need, such as processes, before its model is loaded and partitioned."""
+
+    def faster_in_8_bits(self, size: LayerSize) -> bool | None:
+        """Return whether a layer of this size is faster in 8 bits than in its own type, or None where that is unknown.
+
+        A conversion with ``quantise`` leaves layers as they are for which this is False.
+        """
+        return None
 
     def prepare(self, segments: Sequence[SegmentGraph]) -> None:  # noqa: B027  (most have nothing to prepare)
         """Prepare for all distinct segments of a conversion, before the first ``unsupported_ops`` or ``build``.

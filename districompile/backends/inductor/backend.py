@@ -29,11 +29,12 @@ from districompile.backends.base import Backend, Engine
 from districompile.backends.eager import EagerBackend
 from districompile.backends.inductor import flash_attention, pytorch_private
 from districompile.backends.inductor.attention import autotune_attention
-from districompile.backends.inductor.cache import CompileCache, default_folder, processor, source_hash, versions
+from districompile.backends.inductor.cache import CompileCache, folder_of, processor, source_hash, versions
 from districompile.backends.inductor.compiler import select_compiler, way_out
 from districompile.backends.inductor.convolution import autotune_convolutions
 from districompile.backends.inductor.engine import MEMORY_FORMATS, InductorEngine
 from districompile.backends.inductor.fp8 import select_fp8_kernels
+from districompile.backends.inductor.fp8_speed import faster_in_8_bits
 from districompile.backends.inductor.gated import fuse_gated_linears
 from districompile.backends.inductor.kernel_deps import called_kernels, has_kernels
 from districompile.backends.inductor.kernels import hopper
@@ -52,11 +53,12 @@ from districompile.backends.inductor.package import (
 )
 from districompile.backends.inductor.pytorch_private import PackageLoader
 from districompile.backends.inductor.split_linear import split_linears
-from districompile.backends.inductor.target import capability, check_here, target_of, torch_version
+from districompile.backends.inductor.target import capability, check_here, check_weight, target_of, torch_version
 from districompile.backends.inductor.workers import compile_here, default_workers, first_job, spare_gpus, worker_pool
 from districompile.backends.worker_pool import WorkerPool
 from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError, BundleError
+from districompile.ir.layer_size import LayerSize
 from districompile.ir.operators import foreign_operators
 from districompile.ir.segment import SegmentGraph
 from districompile.ir.serialize import content_hash, graph_to_json
@@ -138,7 +140,7 @@ class InductorBackend(Backend):
         self._futures: dict[str, Future[None]] = {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._pool: WorkerPool | None = None
-        self._cache = CompileCache(_cache_folder(cache))
+        self._cache = CompileCache(folder_of(cache))
         self._own: set[str] = set()  # packages that call operators of other packages, whose code no key covers
         self._loaded: dict[tuple[str, torch.device], PackageLoader] = {}
 
@@ -171,6 +173,12 @@ class InductorBackend(Backend):
             self._pool = worker_pool(self._workers)
             job = first_job(self._kind, self._all_settings()).to_json()
             self._pool.submit([job, str(Path(self._scratch.name, f"first{i}.pt2"))] for i in range(self._workers))
+
+    def faster_in_8_bits(self, size: LayerSize) -> bool | None:
+        if self._kind != "cuda" or "custom-kernels" not in self._autotune:
+            return None
+        with self._cache.remembering():
+            return faster_in_8_bits(size)
 
     def prepare(self, segments: Sequence[SegmentGraph]) -> None:
         """Start the compilation of all segments, the largest first."""
@@ -220,7 +228,7 @@ class InductorBackend(Backend):
             raise BackendError(f"segment {segment.name} cannot be compiled: {'; '.join(reasons)}")
         package = self._plans[id(segment)][1]
         for name, spec in segment.weights:
-            _check_weight(path, weights, name, spec)
+            check_weight(path, weights, name, spec)
         target = path.parent / f"{package.key}.pt2"
         if not target.exists():
             try:
@@ -275,7 +283,7 @@ class InductorBackend(Backend):
             raise BackendError(f"{path} names {package!r}, which is no package of a bundle")
         loader = self._load_package(path.parent / package, device)
         for name, operand in needed.items():
-            _check_weight(path, weights, name, operand.spec)
+            check_weight(path, weights, name, operand.spec)
         tensors = [weights.tensor(n, device, MEMORY_FORMATS[o.format]) for n, o in needed.items()]
         return InductorEngine(loader, inputs, tensors, outputs, slices, aliased, device)
 
@@ -355,10 +363,6 @@ class InductorBackend(Backend):
             pool.close()
 
 
-def _cache_folder(given: str | None) -> Path | None:
-    return default_folder() if given is None else None if given == "none" else Path(given).expanduser()
-
-
 def _autotuned(requested: tuple[str, ...] | None, kind: DeviceKind) -> frozenset[str]:
     """Resolve the option ``autotune`` to a set of :data:`AUTOTUNABLE`; raises :class:`BackendError` for others."""
     if requested is None:
@@ -392,8 +396,3 @@ class _Package:
 
 
 _GROUPS = ("inputs", "weights", "outputs")
-
-
-def _check_weight(path: Path, weights: WeightFile, name: str, spec: TensorSpec) -> None:
-    if weights.spec(name) != spec:
-        raise BackendError(f"{path} needs the weight {name!r} as {spec}, not as {weights.spec(name)}")

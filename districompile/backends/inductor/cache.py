@@ -40,6 +40,11 @@ def default_folder() -> Path | None:
         return None
 
 
+def folder_of(given: str | None) -> Path | None:
+    """Return the folder that the option ``cache`` names: the default if it is None, and None if it is ``none``."""
+    return default_folder() if given is None else None if given == "none" else Path(given).expanduser()
+
+
 class CompileCache:
     """Packages and timings of earlier conversions in ``folder``. With None, nothing is kept.
 

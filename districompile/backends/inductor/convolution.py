@@ -130,9 +130,20 @@ def best_convolution(
 
     A tile is the custom kernel, () is im2col, None is cuDNN. ``im2col`` and ``custom_kernels`` say which take part.
     """
-    custom_kernels = custom_kernels and set(stride) == {1} and unavailable_reason() is None
-    if not torch.cuda.is_available() or not (im2col or custom_kernels):
+    if not torch.cuda.is_available():
         return None
+    baseline, configs = candidates(image, weight, stride, padding, dtype, im2col, custom_kernels)
+    if not configs:
+        return None
+    return best_config("another convolution", baseline, configs, _GAIN, lambda: baseline().permute(0, 2, 3, 1))
+
+
+def candidates(
+    image: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+    dtype: torch.dtype, im2col: bool, custom_kernels: bool,
+) -> tuple[Callable[[], Tensor], dict[tuple[int, ...], Callable[[], object]]]:  # fmt: skip
+    """Return what :func:`best_convolution` compares, on random operands: cuDNN, and the others by its results."""
+    custom_kernels = custom_kernels and set(stride) == {1} and unavailable_reason() is None
     options: dict[str, Any] = {"dtype": dtype, "device": "cuda"}
     inner = math.prod(weight[1:])
     sides = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(image[2:], padding, weight[2:], stride, strict=True)]
@@ -156,7 +167,4 @@ def best_convolution(
             for tile in TILES
             if weight[0] % math.prod(tile) == 0 and weight[1] % 8 == 0
         }
-    if not configs:
-        return None
-    baseline = functools.partial(torch.nn.functional.conv2d, x, filters, None, stride, padding)
-    return best_config("another convolution", baseline, configs, _GAIN, lambda: baseline().permute(0, 2, 3, 1))
+    return functools.partial(torch.nn.functional.conv2d, x, filters, None, stride, padding), configs

@@ -9,6 +9,7 @@ each call. Each size is timed once.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,27 +22,36 @@ from districompile.backends.inductor.gated import gated_linear_of, replace_gated
 from districompile.backends.inductor.kernels import fp8 as kernels
 from districompile.backends.inductor.kernels.hopper import unavailable_reason
 from districompile.backends.inductor.kernels.launch import blocks_of, launch
+from districompile.ir.layer_size import computed_apart
 from districompile.ir.ops import ops
 from districompile.ir.quantised import fp8_conv, fp8_linear, multiply, quantise_features, to_f8
 
 _MULTIPLE = 16  # of which the tensor memory accelerator and the libraries need the numbers of channels to be
 _HALF = (torch.float16, torch.bfloat16)
+Call = Callable[[], Tensor]
 
 _LIB = library_fragment()
-_LIB.define("kernel_fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int columns) -> Tensor")
-_LIB.define("kernel_fp8_gated_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int columns) -> Tensor")
+_LIB.define("kernel_fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool apart, int columns) -> Tensor")
+_LIB.define(
+    "kernel_fp8_gated_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool apart, int columns) -> Tensor"
+)
 _LIB.define(
     "kernel_fp8_conv(Tensor x, Tensor weight, Tensor scale, Tensor? input_scale, Tensor? bias, int[] padding,"
-    " int columns) -> Tensor"
+    " bool apart, int columns) -> Tensor"
 )
 
 
-def kernel_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, columns: int) -> Tensor:
-    """Compute :func:`districompile.ir.quantised.fp8_linear`; on any device."""
+def kernel_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, apart: bool, columns: int) -> Tensor:
+    """Compute :func:`districompile.ir.quantised.fp8_linear`; on any device.
+
+    ``apart``: ``x`` is rounded to 8 bits by a kernel of its own, as Inductor cannot fuse that into what computes it.
+    """
     return fp8_linear(x, weight, scale, bias)
 
 
-def kernel_gated_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+def kernel_gated_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, apart: bool, columns: int
+) -> Tensor:
     """Compute the first half of a linear in 8 bits times the GELU of the second; on any device."""
     value, gate = fp8_linear(x, weight, scale, bias).chunk(2, -1)
     return value * torch.nn.functional.gelu(gate)
@@ -49,7 +59,7 @@ def kernel_gated_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor |
 
 def kernel_conv(
     x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None, padding: list[int],
-    columns: int,
+    apart: bool, columns: int,
 ) -> Tensor:  # fmt: skip
     """Compute :func:`districompile.ir.quantised.fp8_conv` of an image with stride 1; on any device."""
     return fp8_conv(x, weight, scale, input_scale, bias, [1, 1], padding, [1, 1], 1)
@@ -65,39 +75,59 @@ KERNELS = {KERNEL_LINEAR, KERNEL_GATED_LINEAR, KERNEL_CONV}
 """The operators of this module. The last argument of each is the number of columns of a tile."""
 
 
-def lower_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+def _quantised(x: Tensor, apart: bool) -> tuple[Tensor, Tensor]:
+    """Return the rows of ``x`` in 8 bits as a matrix, and their scales."""
+    if not apart:
+        values, own = quantise_features(x, -1)
+        return values.contiguous().reshape(-1, x.shape[-1]), own.reshape(-1)
+    from districompile.backends.inductor.kernels import operators
+
+    found: tuple[Tensor, Tensor] = operators.QUANTISE_ROWS(x.contiguous().reshape(-1, x.shape[-1]))
+    return found
+
+
+def lower_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, apart: bool, columns: int) -> Tensor:
     """Lower :func:`kernel_linear` for Inductor."""
     if x.device.type != "cuda":
-        return kernel_linear(x, weight, scale, bias, columns)
-    values, own = quantise_features(x, -1)
-    rows = values.contiguous().reshape(1, 1, -1, x.shape[-1])
+        return kernel_linear(x, weight, scale, bias, apart, columns)
+    rows, own = _quantised(x, apart)
     result: Tensor = kernels.TILED_CONVOLUTION(
-        rows, weight, own.reshape(-1), scale, _as_result(bias, x), [1, 1], [0, 0], columns, x.dtype == torch.bfloat16
+        rows.reshape(1, 1, *rows.shape),
+        weight,
+        own,
+        scale,
+        _as_result(bias, x),
+        [1, 1],
+        [0, 0],
+        columns,
+        x.dtype == torch.bfloat16,
     )
     return result.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def lower_gated_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+def lower_gated_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, apart: bool, columns: int
+) -> Tensor:
     """Lower :func:`kernel_gated_linear` for Inductor."""
     if x.device.type != "cuda":
-        return kernel_gated_linear(x, weight, scale, bias, columns)
-    values, own = quantise_features(x, -1)
-    rows = values.contiguous().reshape(-1, x.shape[-1])
+        return kernel_gated_linear(x, weight, scale, bias, apart, columns)
+    rows, own = _quantised(x, apart)
     result: Tensor = kernels.TILED_GATED_LINEAR(
-        rows, weight, own.reshape(-1), scale, _as_result(bias, x), columns, x.dtype == torch.bfloat16
+        rows, weight, own, scale, _as_result(bias, x), columns, x.dtype == torch.bfloat16
     )
     return result.reshape(*x.shape[:-1], -1)
 
 
 def lower_conv(
     x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None, padding: list[int],
-    columns: int,
+    apart: bool, columns: int,
 ) -> Tensor:  # fmt: skip
     """Lower :func:`kernel_conv` for Inductor. ``weight`` and the result are channels-last."""
     if x.device.type != "cuda":
-        return kernel_conv(x, weight, scale, input_scale, bias, padding, columns)
+        return kernel_conv(x, weight, scale, input_scale, bias, padding, apart, columns)
     if input_scale is None:
-        return lower_linear(x.permute(0, 2, 3, 1), weight.flatten(1), scale, bias, columns).permute(0, 3, 1, 2)
+        rows = x.permute(0, 2, 3, 1)
+        return lower_linear(rows, weight.flatten(1), scale, bias, apart, columns).permute(0, 3, 1, 2)
     pixels = to_f8(x.float() / input_scale).permute(0, 2, 3, 1).contiguous()
     matrix = weight.permute(0, 2, 3, 1).flatten(1)
     result: Tensor = kernels.TILED_CONVOLUTION(
@@ -116,10 +146,10 @@ def select_fp8_kernels(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         linear = gated_linear_of(node, ops.fp8_linear.default)
         if linear is not None and (tile := _tile(linear, gated=True)) is not None:
-            replace_gated(node, linear, KERNEL_GATED_LINEAR, (*linear.args, tile))
+            replace_gated(node, linear, KERNEL_GATED_LINEAR, (*linear.args, computed_apart(linear.args[0]), tile))
     for node in list(graph.nodes):
         if node.target is ops.fp8_linear.default and (tile := _tile(node)) is not None:
-            node.target, node.args = KERNEL_LINEAR, (*node.args, tile)
+            node.target, node.args = KERNEL_LINEAR, (*node.args, computed_apart(node.args[0]), tile)
         elif node.target is ops.fp8_conv.default and (found := _convolution(node)) is not None:
             node.target, node.args = KERNEL_CONV, found
 
@@ -146,10 +176,10 @@ def _convolution(node: fx.Node) -> tuple[Any, ...] | None:
         tile = best_linear(rows, image.shape[1], filters.shape[0], bias is not None, False, image.dtype)
     else:
         tile = best_convolution(tuple(image.shape), tuple(filters.shape), tuple(padding), bias is not None, image.dtype)
-    return None if tile is None else (x, weight, scale, input_scale, bias, padding, tile)
+    return None if tile is None else (x, weight, scale, input_scale, bias, padding, computed_apart(x), tile)
 
 
-def _tiles(inner: int, columns: int, gated: bool, dtype: torch.dtype) -> list[int]:
+def tiles_of(inner: int, columns: int, gated: bool, dtype: torch.dtype) -> list[int]:
     """Return the tiles that fit the sizes of a layer; none where the kernel cannot be used."""
     offered, width = (kernels.GATED_TILES, columns // 2) if gated else (kernels.TILES, columns)
     fits = inner % _MULTIPLE == 0 and columns % _MULTIPLE == 0 and dtype in _HALF
@@ -163,9 +193,17 @@ def best_linear(rows: int, inner: int, columns: int, bias: bool, gated: bool, dt
 
     ``rows``, ``inner`` and ``columns`` are the sizes of a linear in 8 bits on this GPU, whose result is gated or not.
     """
-    tiles = _tiles(inner, columns, gated, dtype)
-    if not tiles or not rows:
+    if not rows or not tiles_of(inner, columns, gated, dtype):
         return None
+    separate, calls, reference = linear_calls(rows, inner, columns, bias, gated, dtype)
+    return best_config("a kernel for linear layers in 8 bits", separate, calls, reference=reference)
+
+
+def linear_calls(
+    rows: int, inner: int, columns: int, bias: bool, gated: bool, dtype: torch.dtype
+) -> tuple[Call, dict[int, Call], Call]:
+    """Return what :func:`best_linear` compares, on random operands, and what all of it should compute."""
+    tiles = tiles_of(inner, columns, gated, dtype)
     x, weight = _random(rows, inner), _random(columns, inner)
     own, scale, added = _scales(rows, columns, bias, dtype)
     size, block = rows * columns // 2, 512
@@ -199,8 +237,8 @@ def best_linear(rows: int, inner: int, columns: int, bias: bool, gated: bool, dt
             return kernels.tiled_gated_linear(x, weight, own, scale, added, tile, half)
         return kernels.tiled_convolution(x[None, None], weight, own, scale, added, [1, 1], [0, 0], tile, half)[0, 0]
 
-    calls = {tile: functools.partial(by_kernel, tile) for tile in tiles}
-    return best_config("a kernel for linear layers in 8 bits", separate, calls, reference=reference)
+    calls: dict[int, Call] = {tile: functools.partial(by_kernel, tile) for tile in tiles}
+    return separate, calls, reference
 
 
 @remembered
@@ -211,9 +249,17 @@ def best_convolution(
 
     ``image`` (B, C, H, W) and ``weight`` (O, C, h, w) are the sizes of a convolution in 8 bits on this GPU.
     """
-    tiles = _tiles(weight[1], weight[0], False, dtype)
-    if not tiles:
+    if not tiles_of(weight[1], weight[0], False, dtype):
         return None
+    cudnn, calls, reference = convolution_calls(image, weight, padding, bias, dtype)
+    return best_config("a kernel for convolutions in 8 bits", cudnn, calls, reference=reference)
+
+
+def convolution_calls(
+    image: tuple[int, ...], weight: tuple[int, ...], padding: tuple[int, ...], bias: bool, dtype: torch.dtype
+) -> tuple[Call, dict[int, Call], Call]:
+    """Return what :func:`best_convolution` compares, on random operands, and what all of it should compute."""
+    tiles = tiles_of(weight[1], weight[0], False, dtype)
     pixels = _random(image[0], *image[2:], image[1])
     filters = _random(weight[0], *weight[2:], weight[1])
     own, scale, added = _scales(1, weight[0], bias, dtype)
@@ -231,13 +277,13 @@ def best_convolution(
         return (y if added is None else y + added.float()).to(dtype)
 
     half, matrix = dtype == torch.bfloat16, filters.flatten(1)
-    calls = {
+    calls: dict[int, Call] = {
         tile: functools.partial(
             kernels.tiled_convolution, pixels, matrix, own, scale, added, list(weight[2:]), list(padding), tile, half
         )
         for tile in tiles
     }
-    return best_config("a kernel for convolutions in 8 bits", cudnn, calls, reference=reference)
+    return cudnn, calls, reference
 
 
 def _random(*shape: int) -> Tensor:

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError
+from districompile.ir.spec import TensorSpec
 
 
 def torch_version() -> str:
@@ -37,3 +41,9 @@ def check_here(kind: str, target: str, built: str, device: torch.device) -> None
         raise BackendError(f"this bundle was compiled for another device, a {target}, and this is a {here}: {again}")
     if built != torch_version():
         raise BackendError(f"this bundle was compiled with torch {built}, and this is torch {torch_version()}: {again}")
+
+
+def check_weight(path: Path, weights: WeightFile, name: str, spec: TensorSpec) -> None:
+    """Raise :class:`BackendError` unless a weight file has the weight ``name`` as the engine at ``path`` needs it."""
+    if weights.spec(name) != spec:
+        raise BackendError(f"{path} needs the weight {name!r} as {spec}, not as {weights.spec(name)}")

@@ -288,13 +288,15 @@ def _measured(
     settings: Settings, loaded: LoadedModel, shape: Shape, call: tuple[Any, Any], options: dict[str, Any]
 ) -> Any:
     """Convert a model whose layers are measured first: on a GPU, unless engines are for a CPU or it is too small."""
-    on_gpu = torch.cuda.is_available() and make_backend(settings).device.startswith("cuda")
+    backend = make_backend(settings)
+    on_gpu = torch.cuda.is_available() and backend.device.startswith("cuda")
     for device in [torch.device("cuda")] * on_gpu + [torch.device("cpu")]:
         try:
             with measured_on(loaded, device):
                 calls = calibration_calls(loaded, shape, settings.cfg or loaded.cfg, options["progress"])
                 args, kwargs = example_on(call, device)
-                return api.convert(loaded.module, args, kwargs, calibration=calls, **options)
+                options |= {"calibration": calls, "faster": backend.faster_in_8_bits}
+                return api.convert(loaded.module, args, kwargs, **options)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             print("note: the GPU has too little memory to measure layers: the CPU does it", file=sys.stderr)

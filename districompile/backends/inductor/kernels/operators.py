@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from districompile.backends.inductor.kernels.launch import blocks_of, launch, power_of_two
+from districompile.ir.quantised import F8, F8_MAX, TINY
 
 _GROUP = 8  # blocks of rows that share a block of weights in the cache
 _SWIZZLED = 128  # the longest row of a block, in bytes, for which PyTorch makes a descriptor
@@ -35,6 +36,22 @@ def split_matmul(place: Tensor, x: Tensor, weight: Tensor, split: int, offset: i
         warps=warps, stages=stages, blocks={"x": (block_m, block_k), "weight": (block_n, block_k)},
     )  # fmt: skip
     return first
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute :func:`districompile.ir.quantised.quantise_features` of the rows of a contiguous matrix, in one pass.
+
+    Returns the values and their scales (rows) in float32.
+    """
+    rows, inner = x.shape
+    values, scales = x.new_empty(x.shape, dtype=F8), x.new_empty(rows, dtype=torch.float32)
+    padded = power_of_two(inner)
+    launch(
+        "quantise", [rows], {"x": x, "values": values, "scales": scales},
+        {"INNER": inner, "PADDED": padded, "LARGEST": F8_MAX, "TINY": TINY}, warps=min(8, max(1, padded // 256)),
+        stages=1,
+    )  # fmt: skip
+    return values, scales
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[int]) -> Tensor:
@@ -110,6 +127,7 @@ def parts(keys: int) -> tuple[int, int]:
     return (half, rest) if half + rest < whole else (whole, 0)
 
 
+QUANTISE_ROWS = torch.library.triton_op("districompile::quantise_rows_kernel", quantise_rows, mutates_args=())
 SPLIT_MATMUL = torch.library.triton_op("districompile::product_apart_kernel", split_matmul, mutates_args={"place"})
 ATTENTION = torch.library.triton_op("districompile::attention_kernel", attention, mutates_args=())
 PROJECTED_ATTENTION = torch.library.triton_op(

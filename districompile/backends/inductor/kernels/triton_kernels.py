@@ -22,6 +22,21 @@ def gate(product, out, COLUMNS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
+def quantise(
+    x, values, scales, INNER: tl.constexpr, PADDED: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr
+):  # fmt: skip
+    """Round each row of ``x`` (rows, INNER) to 8 bits, after a division by a scale that makes its largest LARGEST."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, PADDED)
+    inside = columns < INNER
+    wide = tl.load(x + row * INNER + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(wide), 0) / LARGEST, TINY)
+    y = tl.clamp(wide / scale, -LARGEST, LARGEST, tl.PropagateNan.ALL)
+    tl.store(values + row * INNER + columns, y.to(values.dtype.element_ty), mask=inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
 def product_apart(
     x, weight, first, second,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, OFFSET: tl.constexpr,
