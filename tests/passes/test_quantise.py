@@ -16,6 +16,7 @@ import districompile as dc
 from districompile.errors import ConvertError
 from districompile.frontend.capture import capture
 from districompile.ir import quantised
+from districompile.ir.layer_size import LayerSize
 from districompile.ir.quantised import F8, dequantise_weight, fp8_conv, fp8_linear, quantise_weight
 from districompile.ir.report_builder import QuantisedLayer
 from tests.small_models import sd15
@@ -131,6 +132,28 @@ def test_choice_and_reasons() -> None:
     assert weights["down:fp8"].shape == (48, 64)
     text = str(program.report())
     assert "4 of 9 layers in 8 bits" in text and "it is the first layer after an input of the image" in text
+
+
+def test_layers_that_are_not_faster_stay() -> None:
+    module, args = layers()
+    asked: list[LayerSize] = []
+
+    def faster(size: LayerSize) -> bool | None:
+        asked.append(size)
+        return None if size.columns == 4 else size.image is not None
+
+    program = dc.convert(module, args, ranks=2, rows={"sample": 2}, quantise="fp8:9", faster=faster)
+    reasons = {name: x.reason for name, x in found(program).items()}
+    assert reasons["wide.weight"] is None and reasons["point.weight"] is None
+    slow = "8 bits are not faster on this GPU"
+    assert [n for n, r in reasons.items() if r == slow] == ["up.weight", "down"]
+    wide, point, up, down, *_ = asked
+    # Two images of 24 x 16 pixels on two ranks, with two rows of each neighbour
+    assert (wide.image, wide.padding, wide.dilation) == ((2, 32, 12 + 4, 16), (0, 2), (2, 2)) and not wide.apart
+    assert (point.rows, point.inner, point.columns, point.stride) == (96, 32, 48, (2, 2))
+    assert (up.rows, up.inner, up.columns, up.bias, up.apart) == (96, 48, 64, True, True)
+    assert (down.inner, down.columns, down.bias, down.apart) == (64, 48, False, False)
+    assert len(set(asked)) == len(asked)  # each size once
 
 
 def test_what_is_asked_of_the_output_is_kept() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -72,7 +72,10 @@ KERNEL_LINEAR = torch.ops.districompile.kernel_fp8_linear.default
 KERNEL_GATED_LINEAR = torch.ops.districompile.kernel_fp8_gated_linear.default
 KERNEL_CONV = torch.ops.districompile.kernel_fp8_conv.default
 KERNELS = {KERNEL_LINEAR, KERNEL_GATED_LINEAR, KERNEL_CONV}
-"""The operators of this module. The last argument of each is the number of columns of a tile."""
+"""The operators of this module. The last argument of each is the number of columns of a tile, or :data:`LIBRARY`."""
+
+LIBRARY = -1
+"""In place of a number of columns: a library multiplies, and a kernel of this package only rounds the input."""
 
 
 def _quantised(x: Tensor, apart: bool) -> tuple[Tensor, Tensor]:
@@ -91,16 +94,12 @@ def lower_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, 
     if x.device.type != "cuda":
         return kernel_linear(x, weight, scale, bias, apart, columns)
     rows, own = _quantised(x, apart)
+    if columns == LIBRARY:
+        y = multiply(rows, own.reshape(-1, 1), weight, scale, x.dtype)
+        return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    image, half = rows.reshape(1, 1, *rows.shape), x.dtype == torch.bfloat16
     result: Tensor = kernels.TILED_CONVOLUTION(
-        rows.reshape(1, 1, *rows.shape),
-        weight,
-        own,
-        scale,
-        _as_result(bias, x),
-        [1, 1],
-        [0, 0],
-        columns,
-        x.dtype == torch.bfloat16,
+        image, weight, own, scale, _as_result(bias, x), [1, 1], [0, 0], columns, half
     )
     return result.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -148,8 +147,8 @@ def select_fp8_kernels(graph: fx.Graph) -> None:
         if linear is not None and (tile := _tile(linear, gated=True)) is not None:
             replace_gated(node, linear, KERNEL_GATED_LINEAR, (*linear.args, computed_apart(linear.args[0]), tile))
     for node in list(graph.nodes):
-        if node.target is ops.fp8_linear.default and (tile := _tile(node)) is not None:
-            node.target, node.args = KERNEL_LINEAR, (*node.args, computed_apart(node.args[0]), tile)
+        if node.target is ops.fp8_linear.default and (arguments := _linear(node)) is not None:
+            node.target, node.args = KERNEL_LINEAR, arguments
         elif node.target is ops.fp8_conv.default and (found := _convolution(node)) is not None:
             node.target, node.args = KERNEL_CONV, found
 
@@ -161,6 +160,16 @@ def _tile(node: fx.Node, *, gated: bool = False) -> int | None:
     value = x.meta["val"]
     rows = value.numel() // max(1, value.shape[-1])
     return best_linear(rows, *reversed(weight.meta["val"].shape), bias is not None, gated, value.dtype)
+
+
+def _linear(node: fx.Node) -> tuple[Any, ...] | None:
+    """Return the arguments of :func:`kernel_linear`, or None where the library's product alone is faster."""
+    x, weight, *_ = cast(tuple[Any, ...], node.args)
+    tile, apart, dtype = _tile(node), computed_apart(x), x.meta["val"].dtype
+    if tile is None and apart and dtype in _HALF and unavailable_reason() is None:
+        fits = all(n and n % _MULTIPLE == 0 for n in weight.meta["val"].shape)
+        tile = LIBRARY if fits and x.meta["val"].numel() else None
+    return None if tile is None else (*node.args, apart, tile)
 
 
 def _convolution(node: fx.Node) -> tuple[Any, ...] | None:

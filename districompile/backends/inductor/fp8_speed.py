@@ -31,6 +31,13 @@ def _is_linear(size: LayerSize) -> bool:
     return {*size.kernel[2:], *size.stride} <= {1} and not any(size.padding) and size.groups == 1
 
 
+def quantise_rows(x: torch.Tensor) -> None:
+    """Round rows by the kernel, which needs Triton."""
+    from districompile.backends.inductor.kernels import operators
+
+    operators.quantise_rows(x)
+
+
 @remembered
 def _faster_linear(rows: int, inner: int, columns: int, bias: bool, apart: bool, dtype: torch.dtype) -> int:
     """Compare a linear layer. ``apart``: a kernel of its own rounds the input; otherwise what computes it does so."""
@@ -44,9 +51,7 @@ def _faster_linear(rows: int, inner: int, columns: int, bias: bool, apart: bool,
 
     def eight() -> None:
         if apart:
-            from districompile.backends.inductor.kernels import operators
-
-            operators.quantise_rows(x)
+            quantise_rows(x)
         product()
 
     return _compare(lambda: torch.nn.functional.linear(x, weight, added), eight)

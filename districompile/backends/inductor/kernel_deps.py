@@ -9,7 +9,7 @@ from torch import fx
 
 from districompile.backends.inductor.attention import KERNEL_ATTENTION, PROJECTED_ATTENTION
 from districompile.backends.inductor.convolution import KERNEL_CONVOLUTION
-from districompile.backends.inductor.fp8 import KERNEL_CONV, KERNEL_GATED_LINEAR, KERNELS
+from districompile.backends.inductor.fp8 import KERNEL_CONV, KERNEL_GATED_LINEAR, KERNELS, LIBRARY
 from districompile.backends.inductor.gated import GATED_LINEAR
 from districompile.backends.inductor.kernels.fp8 import fp8_kernel
 from districompile.backends.inductor.kernels.hopper import Kernel, convolution_kernel, gated_kernel
@@ -34,7 +34,7 @@ def called_kernels(graph: fx.Graph) -> tuple[Kernel, ...]:
             found.add(gated_kernel(columns, bias is not None, x.meta["val"].dtype))
         elif node.target is KERNEL_CONVOLUTION:
             found.add(convolution_kernel(args[-1], args[0].meta["val"].dtype))
-        elif node.target in KERNELS:
+        elif node.target in KERNELS and args[-1] != LIBRARY:
             bias = args[4 if node.target is KERNEL_CONV else 3] is not None
             found.add(fp8_kernel(args[-1], node.target is KERNEL_GATED_LINEAR, bias, args[0].meta["val"].dtype))
     return tuple(sorted(found, key=str))

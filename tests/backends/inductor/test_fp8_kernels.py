@@ -156,6 +156,31 @@ def test_layers_are_replaced(name: str, selected: list[tuple[Any, ...]]) -> None
     assert selected == [(*sizes[name], torch.float16)]
 
 
+@pytest.mark.parametrize("source", ["input", "product", "norm", "gate", "moved"])
+def test_what_rounds_the_input(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows a product or attention has a kernel of its own for it, also where a library multiplies."""
+    functional = torch.nn.functional
+    before: dict[str, Callable[[Tensor], Tensor]] = {
+        "input": lambda x: x, "product": lambda x: x @ x.transpose(-1, -2) @ x,
+        "norm": lambda x: functional.layer_norm(x, (32,)), "gate": lambda x: x * functional.gelu(x),
+        "moved": lambda x: functional.layer_norm(x.transpose(1, 2).reshape(x.shape), (32,)).reshape(2, 9, 32),
+    }  # fmt: skip
+    apart = source in ("input", "product", "gate")
+    monkeypatch.setattr(fp8, "unavailable_reason", lambda: None)
+    for best, wanted in ((80, 80), (None, fp8.LIBRARY if apart else None)):
+        monkeypatch.setattr(fp8, "best_linear", lambda *_, best=best: best)
+
+        def layer(x: Tensor, w: Tensor, s: Tensor, b: Tensor) -> Tensor:
+            return linear(before[source](x), w, s, b)
+
+        segment = make_segment(layer, {"x": torch.randn(2, 9, 32).half()}, weights(160, 32))
+        graph = segment.graph.graph
+        fp8.select_fp8_kernels(graph)
+        found = [n.args[-2:] for n in graph.nodes if n.target in fp8.KERNELS]
+        assert found == ([] if wanted is None else [(apart, wanted)])
+        assert has_kernels(graph) == (wanted is not None) and len(called_kernels(graph)) == (wanted == 80)
+
+
 def test_what_the_kernel_cannot_do_stays(selected: list[tuple[Any, ...]]) -> None:
     def strided(x: Tensor, w: Tensor, s: Tensor, b: Tensor, own: Tensor) -> Tensor:
         return ops.fp8_conv(x, w, s, own, b, [2, 2], [1, 1], [1, 1], 1)
