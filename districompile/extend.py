@@ -23,7 +23,8 @@ Compile segments
     is compiled; its values have a :class:`TensorSpec`; its weights lie in a :class:`WeightFile`. :func:`graph_to_json`
     and :func:`graph_from_json` store graphs, :func:`needed_nodes` lists the nodes that the outputs need,
     :func:`op_name` names an operator, or says why it cannot be stored, :func:`check_input` checks a tensor that is
-    bound, :func:`source_line` says where in the model a node comes from.
+    bound, :func:`source_line` says where in the model a node comes from. A :class:`LayerSize` is what a backend is
+    asked about where layers may have 8 bits.
 
 Load models
     :class:`LoadedModel`, made with :func:`loaded_model`, is what a model source returns: a module with
@@ -47,6 +48,7 @@ import districompile.passes.rules.table  # noqa: F401  (built-in rules first: a 
 from districompile.backends.base import Backend, Engine, check_input, source_line
 from districompile.bundle.weights import WeightFile
 from districompile.errors import BackendError, ConvertError, Error
+from districompile.ir.layer_size import LayerSize
 from districompile.ir.layout import Layout, PerRank, Refused, at_rank, per_rank
 from districompile.ir.operators import declare_operator, decompose_with, functional_form, translate_with
 from districompile.ir.ops import ops
@@ -125,6 +127,7 @@ __all__ = [
     "Engine",
     "Error",
     "Example",
+    "LayerSize",
     "Layout",
     "LoadedModel",
     "Pass",
