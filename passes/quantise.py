@@ -32,7 +32,7 @@ from districompile.ir.graph import insert_weight, set_fake_result
 from districompile.ir.layer_size import LayerSize, computed_apart
 from districompile.ir.meta import module_path_of, tensor_of
 from districompile.ir.quantised import F8, read_quantised
-from districompile.ir.report_builder import QuantisedLayer
+from districompile.ir.report_builder import NOT_FASTER, QuantisedLayer
 from districompile.ir.spec import TensorSpec
 from districompile.ir.unit import CompilationUnit, Stage
 from districompile.passes.calibrate import Calibration, Evidence, LayerCall, calls_by_weight
@@ -173,7 +173,7 @@ def _reasons(unit: CompilationUnit, layers: Mapping[str, list[LayerCall]]) -> di
             sizes = [_size_on_a_rank(unit, c) for c in uses]
             speeds |= {size: unit.faster(size) for size in sizes if size not in speeds}
             if any(speeds[size] is False for size in sizes):
-                found[name] = "8 bits are not faster on this GPU"
+                found[name] = NOT_FASTER
     return found
 
 

@@ -68,6 +68,10 @@ class Reuse:
     share: Amount
 
 
+NOT_FASTER = "8 bits are not faster on the GPU that converted"
+"""The reason of a layer that stays as it is, where its backend said so."""
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantisedLayer:
     """A layer that has a form in 8 bits: the name of its weight, and the path of its module.

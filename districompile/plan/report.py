@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from districompile.ir.report_builder import Tokens
+from districompile.ir.report_builder import NOT_FASTER, Tokens
 from districompile.ir.spec import PHASES, Phase
 from districompile.plan.plan import Exchange, ExecutionPlan, SaveState, Start, Wait
 
@@ -239,7 +239,9 @@ class Report:
             return
         in_f8 = [x for x in layers if x.reason is None]
         stored = sum(self.plan.weights[x.values_name].nbytes for x in in_f8 if x.values_name in self.plan.weights)
-        yield Text(f"{len(in_f8)} of {len(layers)} layers in 8 bits, {size(stored)} of the weights")
+        slow = sum(x.reason == NOT_FASTER for x in layers)
+        why = f"; {slow} are not faster in 8 bits" if slow else ""
+        yield Text(f"{len(in_f8)} of {len(layers)} layers in 8 bits, {size(stored)} of the weights{why}")
         if self.explain:
             table = _table("layers", "module", "in 8 bits", "its own signal to noise", "why not")
             for x in layers:

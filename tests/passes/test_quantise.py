@@ -18,7 +18,7 @@ from districompile.frontend.capture import capture
 from districompile.ir import quantised
 from districompile.ir.layer_size import LayerSize
 from districompile.ir.quantised import F8, dequantise_weight, fp8_conv, fp8_linear, quantise_weight
-from districompile.ir.report_builder import QuantisedLayer
+from districompile.ir.report_builder import NOT_FASTER, QuantisedLayer
 from tests.small_models import sd15
 
 
@@ -145,8 +145,10 @@ def test_layers_that_are_not_faster_stay() -> None:
     program = dc.convert(module, args, ranks=2, rows={"sample": 2}, quantise="fp8:9", faster=faster)
     reasons = {name: x.reason for name, x in found(program).items()}
     assert reasons["wide.weight"] is None and reasons["point.weight"] is None
-    slow = "8 bits are not faster on this GPU"
-    assert [n for n, r in reasons.items() if r == slow] == ["up.weight", "down"]
+    assert "2 of 9 layers in 8 bits" in str(program.report()) and "; 2 are not faster in 8 bits" in str(
+        program.report()
+    )
+    assert [n for n, r in reasons.items() if r == NOT_FASTER] == ["up.weight", "down"]
     wide, point, up, down, *_ = asked
     # Two images of 24 x 16 pixels on two ranks, with two rows of each neighbour
     assert (wide.image, wide.padding, wide.dilation) == ((2, 32, 12 + 4, 16), (0, 2), (2, 2)) and not wide.apart
