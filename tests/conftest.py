@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import hashlib
+import json
 import random
 import signal
 from collections.abc import Generator, Iterator
@@ -24,7 +25,10 @@ torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-TURNS = 5  # runs that share the slow tests
+TURNS = 14  # runs that share the slow tests
+SLOW = 12.0  # seconds that a test took, on two cores with others beside it, from which on it is a slow one
+RECORD = Path(__file__).with_name("durations.json")
+_RECORDED = 5.0  # seconds: what took less is not recorded
 _TURN = pytest.StashKey[int]()
 _LEFT_OUT = pytest.StashKey[int]()
 
@@ -36,8 +40,11 @@ def read_seed(text: str) -> int:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--networks", type=int, default=240, help="how many random networks test_fuzz.py shards")
-    parser.addoption("--all", action="store_true", help="run every slow test, not only a fifth of them")
-    parser.addoption("--turn", type=int, choices=range(TURNS), help="which fifth of the slow tests [default: by date]")
+    parser.addoption("--all", action="store_true", help="run every slow test, not only those of a turn")
+    parser.addoption("--turn", type=int, choices=range(TURNS), help="which of the slow tests [default: by date]")
+    parser.addoption(
+        "--record-durations", action="store_true", help=f"write to {RECORD.name} how long the tests of this run took"
+    )
     parser.addoption(
         "--fresh-seed", type=read_seed, metavar="N|random",
         help="draw new examples in property tests; the seed is printed [default: the same examples in every run]",
@@ -47,6 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the turn. Workers are given it, as midnight may come between the starts of two of them."""
     given = getattr(config, "workerinput", {}).get("turn", config.getoption("--turn"))
+    config.pluginmanager.register(_SlowTests(), "slow tests")
     today = datetime.datetime.now(datetime.timezone.utc).toordinal()
     config.stash[_TURN] = today % TURNS if given is None else given
 
@@ -76,6 +84,23 @@ def takes_turns(config: pytest.Config) -> bool:
     return not (named or config.getoption("--all"))
 
 
+def recorded_durations() -> dict[str, float]:
+    """Return the seconds that tests took when they were recorded, by name; those of short ones are left out."""
+    found: dict[str, float] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return found
+
+
+class _SlowTests:
+    """Mark tests as slow that were recorded to be, unless they have the mark ``always``. Before -m selects by marks."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        recorded = recorded_durations()
+        for item in items:
+            if recorded.get(item.nodeid, 0.0) >= SLOW and not item.get_closest_marker("always"):
+                item.add_marker("slow")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect slow tests of other turns. This comes after -m has selected, so that only those are counted."""
@@ -103,7 +128,21 @@ def pytest_testnodedown(node: Any, error: object) -> None:
         node.config.stash[_LEFT_OUT] = left_out
 
 
+def write_durations(terminalreporter: pytest.TerminalReporter) -> None:
+    """Record how long the tests of this run took. What did not run keeps its record."""
+    took: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                took[report.nodeid] = took.get(report.nodeid, 0.0) + report.duration
+    kept = {name: seconds for name, seconds in recorded_durations().items() if name not in took}
+    found = kept | {name: round(seconds, 1) for name, seconds in took.items() if seconds >= _RECORDED}
+    RECORD.write_text(json.dumps(dict(sorted(found.items())), indent=0) + "\n")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--record-durations"):
+        write_durations(terminalreporter)
     if (seed := config.getoption("--fresh-seed")) is not None:
         terminalreporter.write_line(f"Fresh seed: {seed}. The same examples are drawn with --fresh-seed {seed}.")
     if count := config.stash.get(_LEFT_OUT, 0):

@@ -19,7 +19,7 @@ from tests.families.base import randomise
 from tests.helpers_cut import Cutting
 
 CHUNKS = 12  # pieces that workers share
-ALWAYS = 3  # pieces of every run; the others are slow
+ALWAYS = 1  # pieces of every run; the others are slow
 C = 4  # channels everywhere
 
 
@@ -336,7 +336,8 @@ def networks(draw: st.DrawFn) -> tuple[Net, Tensor, list[float]]:
 
 
 @pytest.mark.parametrize(
-    "chunk", [pytest.param(chunk, marks=[] if chunk < ALWAYS else pytest.mark.slow) for chunk in range(CHUNKS)]
+    "chunk",
+    [pytest.param(chunk, marks=pytest.mark.always if chunk < ALWAYS else pytest.mark.slow) for chunk in range(CHUNKS)],
 )
 def test_random_networks(chunk: int, request: pytest.FixtureRequest, fresh_seed: int | None) -> None:
     @seed(chunk if fresh_seed is None else fresh_seed + chunk)

@@ -55,8 +55,9 @@ def wait_for(files: list[Path], seconds: float) -> None:
 
 
 ACCIDENTS = [
-    (2, "kill", 0), (2, "stop", 1),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, "kill", 2), (3, "stop", 0), (3, "hang", 1))),
+    pytest.param(2, "kill", 0, marks=pytest.mark.always),
+    *(pytest.param(*case, marks=pytest.mark.slow)
+      for case in ((2, "stop", 1), (3, "kill", 2), (3, "stop", 0), (3, "hang", 1))),
 ]  # fmt: skip
 
 

@@ -17,8 +17,9 @@ from tests.small_models import captured, first, reference, relative_error
 NAME, SIZE = "sdxl", (2, 20, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_processes_equal_one_device(ranks: int, tmp_path: Path) -> None:
     _, kwargs, want = reference(NAME, *SIZE)
     program = dc.convert(captured(NAME, *SIZE), ranks=ranks, warmup_steps=2, drift_limit=0.0)
@@ -35,6 +36,7 @@ def test_processes_equal_one_device(ranks: int, tmp_path: Path) -> None:
         assert relative_error(got, expected) <= 1e-4, f"step {i}"
 
 
+@pytest.mark.always
 @pytest.mark.multiprocess
 def test_reused_steps_and_differences_in_processes(tmp_path: Path) -> None:
     """Transfers of deep levels stay pending over reused steps, and both sides count differences alike."""

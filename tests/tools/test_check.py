@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,5 +125,34 @@ def test_a_fresh_seed_draws_other_examples(tmp_path: Path) -> None:
 
 def test_turns_share_the_slow_tests() -> None:
     turns = [conftest.turn_of(f"tests/test_example.py::test_case[{i}]") for i in range(300)]
-    assert all(30 < turns.count(t) < 90 for t in range(conftest.TURNS))
+    assert all(5 < turns.count(t) < 50 for t in range(conftest.TURNS))
     assert turns == [conftest.turn_of(f"tests/test_example.py::test_case[{i}]") for i in range(300)]
+
+
+def test_what_was_recorded_to_take_long_is_slow(tmp_path: Path) -> None:
+    """Unless it is to run always; and what did not run keeps its record."""
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: s\n    always: a\n")
+    (tmp_path / "test_it.py").write_text(
+        "import pytest, time\n"
+        "def test_short(): pass\ndef test_long(): pass\n"
+        "@pytest.mark.always\ndef test_always(): pass\n"
+        "def test_now(): time.sleep(0.02)\n"
+    )
+    record = tmp_path / "durations.json"
+    record.write_text(
+        json.dumps({"test_it.py::test_long": 99, "test_it.py::test_always": 99, "test_it.py::test_now": 3})
+    )
+    turn = (conftest.turn_of("test_it.py::test_long") + 1) % conftest.TURNS
+
+    def ran(*words: str) -> str:
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *words, "."]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return result.stdout
+
+    some = ran("--turn", str(turn))
+    assert "3 passed" in some and "test_long" not in some and "not run: 1." in some
+    fast = ran("-m", "not slow", "--turn", str(turn), "--record-durations")
+    assert "3 passed" in fast and "test_long" not in fast
+    assert json.loads(record.read_text()) == {"test_it.py::test_long": 99}  # the others took less than is recorded
+    assert "4 passed" in ran("--all")
