@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import math
 import re
@@ -19,15 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from districompile.backends.inductor import autotune, fp8
 from districompile.backends.inductor.backend import InductorBackend
-from districompile.backends.inductor.fp8_speed import faster_in_8_bits
 from districompile.backends.inductor.kernel_deps import called_kernels, has_kernels
 from districompile.backends.inductor.kernels import fp8 as kernels
 from districompile.backends.inductor.kernels import hopper
 from districompile.backends.inductor.kernels.hopper import Kernel
 from districompile.backends.inductor.package import image_values, weight_formats
-from districompile.ir.layer_size import LayerSize
 from districompile.ir.ops import ops
-from districompile.ir.quantised import F8, quantise_features, quantise_weight, to_f8
+from districompile.ir.quantised import F8, quantise_weight, to_f8
 from districompile.testing import make_segment
 from tests.helpers_segments import error, run_on_gpu
 
@@ -367,31 +364,6 @@ def test_choices_are_timed() -> None:
         assert fp8.best_linear.__wrapped__(*size) in (None, *kernels.TILES, *kernels.GATED_TILES)
     found = fp8.best_convolution.__wrapped__((1, 320, 64, 128), (320, 320, 3, 3), (1, 1), True, torch.float16)
     assert found in (None, *kernels.TILES)
-
-
-@needs_kernel
-@pytest.mark.parametrize("dtype", _TYPES)
-@pytest.mark.parametrize("inner", [16, 640, 1280, 5120])
-def test_rows_are_rounded_by_a_kernel(inner: int, dtype: torch.dtype) -> None:
-    from districompile.backends.inductor.kernels import operators
-
-    x = torch.randn(70, inner, device="cuda", dtype=dtype) * torch.logspace(-6, 3, 70, device="cuda")[:, None].to(dtype)
-    x[3] = 0
-    values, scales = operators.quantise_rows(x)
-    want, own = quantise_features(x, -1)
-    assert torch.equal(scales, own.flatten()) and not values[3].float().any()
-    steps = values.view(torch.uint8).int() - want.view(torch.uint8).int()  # a division may round the other way
-    assert int(steps.abs().max()) <= 1 and float((steps != 0).float().mean()) < 1e-3
-
-
-@needs_kernel
-def test_speeds_are_told() -> None:
-    linear = LayerSize(4096, 1280, 3840, True, torch.float16)
-    sides = {"kernel": (1280, 1280, 3, 3), "stride": (1, 1), "padding": (0, 1), "dilation": (1, 1)}
-    image = LayerSize(2048, 1280, 1280, True, torch.float16, image=(1, 1280, 34, 64), **sides)
-    strided = dataclasses.replace(image, stride=(2, 2))
-    assert [faster_in_8_bits(x) for x in (linear, image, strided)] == [True, True, False]
-    assert faster_in_8_bits(dataclasses.replace(linear, dtype=torch.float32)) is None
 
 
 @needs_kernel

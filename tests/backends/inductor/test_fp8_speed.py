@@ -1,4 +1,4 @@
-"""Whether 8 bits make a layer faster: what is timed for each kind of layer, without a GPU and without a clock."""
+"""Whether 8 bits make a layer faster: what is timed for each kind of layer, without a clock; and on a GPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch import Tensor
 from districompile.backends.inductor import autotune, convolution, fp8, fp8_speed
 from districompile.backends.inductor.backend import InductorBackend
 from districompile.backends.inductor.kernels import fp8 as kernels
+from districompile.backends.inductor.kernels import hopper
 from districompile.ir.layer_size import LayerSize
+from districompile.ir.quantised import quantise_features
 
+_UNAVAILABLE = hopper.unavailable_reason()
 _LINEAR = LayerSize(64, 32, 160, True, torch.float16)
 _IMAGE = LayerSize(
     63, 32, 160, True, torch.float16, False, (1, 32, 9, 7), (160, 32, 3, 3), (1, 1), (0, 1), (1, 1)
@@ -81,3 +84,30 @@ def test_what_no_kernel_computes(clock: dict[str, float]) -> None:
 def test_unknown(clock: dict[str, float]) -> None:
     assert fp8_speed.faster_in_8_bits(dataclasses.replace(_LINEAR, dtype=torch.float32)) is None
     assert InductorBackend("cpu").faster_in_8_bits(_LINEAR) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(_UNAVAILABLE is not None, reason=str(_UNAVAILABLE))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("inner", [16, 640, 1280, 5120])
+def test_rows_are_rounded_by_a_kernel(inner: int, dtype: torch.dtype) -> None:
+    from districompile.backends.inductor.kernels import operators
+
+    x = torch.randn(70, inner, device="cuda", dtype=dtype) * torch.logspace(-6, 3, 70, device="cuda")[:, None].to(dtype)
+    x[3] = 0
+    values, scales = operators.quantise_rows(x)
+    want, own = quantise_features(x, -1)
+    assert torch.equal(scales, own.flatten()) and not values[3].float().any()
+    steps = values.view(torch.uint8).int() - want.view(torch.uint8).int()  # a division may round the other way
+    assert int(steps.abs().max()) <= 1 and float((steps != 0).float().mean()) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(_UNAVAILABLE is not None, reason=str(_UNAVAILABLE))
+def test_speeds_are_told() -> None:
+    linear = LayerSize(4096, 1280, 3840, True, torch.float16)
+    sides = {"kernel": (1280, 1280, 3, 3), "stride": (1, 1), "padding": (0, 1), "dilation": (1, 1)}
+    image = LayerSize(2048, 1280, 1280, True, torch.float16, image=(1, 1280, 34, 64), **sides)
+    strided = dataclasses.replace(image, stride=(2, 2))
+    assert [fp8_speed.faster_in_8_bits(x) for x in (linear, image, strided)] == [True, True, False]
+    assert fp8_speed.faster_in_8_bits(dataclasses.replace(linear, dtype=torch.float32)) is None
