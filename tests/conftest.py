@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import hashlib
 import json
@@ -54,7 +55,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the turn. Workers are given it, as midnight may come between the starts of two of them."""
     given = getattr(config, "workerinput", {}).get("turn", config.getoption("--turn"))
-    config.pluginmanager.register(_SlowTests(), "slow tests")
     today = datetime.datetime.now(datetime.timezone.utc).toordinal()
     config.stash[_TURN] = today % TURNS if given is None else given
 
@@ -84,21 +84,17 @@ def takes_turns(config: pytest.Config) -> bool:
     return not (named or config.getoption("--all"))
 
 
+@functools.cache
 def recorded_durations() -> dict[str, float]:
     """Return the seconds that tests took when they were recorded, by name; those of short ones are left out."""
     found: dict[str, float] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     return found
 
 
-class _SlowTests:
-    """Mark tests as slow that were recorded to be, unless they have the mark ``always``. Before -m selects by marks."""
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        recorded = recorded_durations()
-        for item in items:
-            if recorded.get(item.nodeid, 0.0) >= SLOW and not item.get_closest_marker("always"):
-                item.add_marker("slow")
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test as slow that was recorded to be, unless it has the mark ``always``. -m selects later."""
+    if recorded_durations().get(item.nodeid, 0.0) >= SLOW and not item.get_closest_marker("always"):
+        item.add_marker("slow")
 
 
 @pytest.hookimpl(trylast=True)

@@ -75,7 +75,7 @@ SIZES = (
     Size("Qwen-Image 1328 px, padded text", 3700, 7400, 24, 128, "padding"),
     Size("KL decoder 1024 px", 8192, 16384, 1, 512),
     Size("positions as a bias", 2048, 4096, 16, 64, "bias"),
-    Size("AudioLDM 2, grouped heads", 1024, 2048, 24, 64, groups=12),
+    Size("Stable Audio, grouped heads", 1024, 2048, 24, 64, groups=12),
 )
 
 

@@ -73,7 +73,8 @@ def page(lines: Sequence[Line]) -> Iterator[str]:
     yield from (
         "# Kernels and libraries", "",
         "Written by `tools/kernels_page.py` of what `tools/bench_kernels.py` prints. float16, microseconds in CUDA",
-        f"graphs, all ways of a size in turns, the least of twelve. One {'; '.join(where)}.", "",
+        "graphs, all ways of a size in turns, the least of twelve. Each table is of one call of the tool, on one",
+        f"{'; '.join(where)}.", "",
         "A conversion times each size of a network on its own GPU, and takes what is fastest there. So a custom kernel",
         f"is used where it takes {GAIN:.0%} less time than everything else. This page says where that was.", "",
         "| custom kernel | faster than the best library by more than 3 % | gain there | compared with |",

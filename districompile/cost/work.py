@@ -13,10 +13,10 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx
 
 from districompile.ir.flops import flops_of
+from districompile.ir.meta import is_view, operator_name
 
 KernelKind = Literal["matmul", "conv", "attention", "memory"]
 # They read all of their input before they write: a compiler makes each a kernel of its own
@@ -72,7 +72,7 @@ def kernels_of(nodes: Iterable[fx.Node], rank: int | None = None, epilogues: boo
     reads: dict[fx.Node, dict[fx.Node, int]] = {}
     for node in nodes:
         out = _value(node, rank)
-        if out is None or node.op != "call_function" or _is_view(node) or _name(node) in _UNCOUNTED:
+        if out is None or node.op != "call_function" or is_view(node) or operator_name(node) in _UNCOUNTED:
             continue
         if flops_of(node, rank):
             found[node] = _product(node, out, rank)
@@ -80,7 +80,7 @@ def kernels_of(nodes: Iterable[fx.Node], rank: int | None = None, epilogues: boo
         elif _is_kernel(node):
             reads[node] = _sources(node, rank)
             moved = sum(reads[node].values()) + _nbytes(out)
-            found[node] = KernelWork("memory", 0.0, moved, out.element_size(), name=_name(node))
+            found[node] = KernelWork("memory", 0.0, moved, out.element_size(), name=operator_name(node))
     return _fused(found, reads, rank) if epilogues else list(found.values())
 
 
@@ -103,7 +103,7 @@ def _fused(
 
 
 def _product(node: fx.Node, out: Tensor, rank: int | None) -> KernelWork:
-    name, flops = _name(node), flops_of(node, rank)
+    name, flops = operator_name(node), flops_of(node, rank)
     operands = [v for a in node.all_input_nodes if (v := _value(a, rank)) is not None]
     nbytes = float(_nbytes(out) + sum(map(_nbytes, operands)))
     if "attention" in name:
@@ -130,7 +130,7 @@ def _is_kernel(node: fx.Node) -> bool:
         return True
     readers = _readers(node)
     return len(readers) != 1 or any(
-        r.op != "call_function" or flops_of(r) or flops_of(r, 0) or _name(r) in _UNCOUNTED for r in readers
+        r.op != "call_function" or flops_of(r) or flops_of(r, 0) or operator_name(r) in _UNCOUNTED for r in readers
     )
 
 
@@ -138,7 +138,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     """The users of a value, through views."""
     found: list[fx.Node] = []
     for user in node.users:
-        found += _readers(user) if _is_view(user) else [user]
+        found += _readers(user) if is_view(user) else [user]
     return found
 
 
@@ -152,7 +152,7 @@ def _sources(node: fx.Node, rank: int | None) -> dict[fx.Node, int]:
         if (source, part) in seen or not _size(source, rank):
             continue
         seen.add((source, part))
-        if source.op == "call_function" and _is_view(source):
+        if source.op == "call_function" and is_view(source):
             waiting += ((below, min(part, _size(below, rank))) for below in source.all_input_nodes)
         elif _is_fused(source, rank):
             waiting += ((below, _size(below, rank)) for below in source.all_input_nodes)
@@ -163,28 +163,18 @@ def _sources(node: fx.Node, rank: int | None) -> dict[fx.Node, int]:
 
 def _is_fused(node: fx.Node, rank: int | None) -> bool:
     """Whether a value is computed by the kernels that read it."""
-    return node.op == "call_function" and not (flops_of(node, rank) or _name(node) in _UNCOUNTED or _is_kernel(node))
+    return node.op == "call_function" and not (
+        flops_of(node, rank) or operator_name(node) in _UNCOUNTED or _is_kernel(node)
+    )
 
 
 def _reduces(node: fx.Node) -> bool:
-    return any(word in _name(node) for word in _REDUCTIONS)
+    return any(word in operator_name(node) for word in _REDUCTIONS)
 
 
 def _size(node: fx.Node, rank: int | None) -> int:
     value = _value(node, rank)
     return 0 if value is None else _nbytes(value)
-
-
-def _is_view(node: fx.Node) -> bool:
-    target: Any = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return node.op == "call_function"  # getitem and Python arithmetic
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
-
-
-def _name(node: fx.Node) -> str:
-    target: Any = node.target
-    return str(target._schema.name) if isinstance(target, torch._ops.OpOverload) else str(target)
 
 
 def _value(node: Any, rank: int | None) -> Tensor | None:

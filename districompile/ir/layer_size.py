@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable
 
 import torch
 from torch import fx
+
+from districompile.ir.meta import is_view, operator_name
 
 aten = torch.ops.aten
 
@@ -38,13 +39,8 @@ class LayerSize:
 Faster = Callable[[LayerSize], bool | None]
 """Return whether 8 bits make a layer faster, or None where that is unknown."""
 
-_MOVES = {
-    operator.getitem, aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.expand.default,
-    aten.flatten.using_ints, aten.clone.default, aten.contiguous.default, aten.movedim.int, aten.t.default,
-    aten._unsafe_view.default, aten.unflatten.int, aten.select.int,
-}  # fmt: skip
-_POINTWISE = {
+_COPIES = {aten.clone.default, aten.contiguous.default}
+_FUSED = {
     "add", "sub", "mul", "div", "silu", "gelu", "relu", "sigmoid", "tanh", "layer_norm", "native_layer_norm",
     "group_norm", "rms_norm", "normalize", "to", "_to_copy", "cat", "pow", "rsqrt", "leaky_relu", "hardswish", "mish",
 }  # fmt: skip
@@ -55,14 +51,11 @@ def computed_apart(node: fx.Node) -> bool:
 
     Half of a product times the GELU of its other half counts as one: a kernel computes both.
     """
-    while node.op == "call_function" and node.target in _MOVES and node.all_input_nodes:
+    while (is_view(node) or node.target in _COPIES) and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    if node.op != "call_function" or operator_name(node) not in _POINTWISE:
-        return True
-    return operator_name(node) == "mul" and any(operator_name(n) == "gelu" for n in node.all_input_nodes)
+    name = _short(node)
+    return name not in _FUSED or (name == "mul" and any(_short(n) == "gelu" for n in node.all_input_nodes))
 
 
-def operator_name(node: fx.Node) -> str:
-    """Return the name of an operator without its namespace and overload; "" for anything else."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(getattr(packet, "__name__", ""))
+def _short(node: fx.Node) -> str:
+    return operator_name(node).rpartition("::")[2]

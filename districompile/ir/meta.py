@@ -175,3 +175,17 @@ def _copy(source: fx.Node, target: fx.Node, keys: tuple[str, ...]) -> None:
     for key in keys:
         if key in source.meta:
             target.meta[key] = source.meta[key]
+
+
+def is_view(node: fx.Node) -> bool:
+    """Return whether a call reads no values: a view of its input, ``getitem``, or arithmetic of Python numbers."""
+    target: Any = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return node.op == "call_function"
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
+
+
+def operator_name(node: fx.Node) -> str:
+    """Return the name of what a node calls without its overload, as ``aten::add``."""
+    target: Any = node.target
+    return str(target._schema.name) if isinstance(target, torch._ops.OpOverload) else str(target)
