@@ -17,6 +17,7 @@ from districompile.cli.options import NO_VAE
 from districompile.errors import Error
 from districompile.ir.spec import dtype_of
 from districompile.live.autoencoder import lend_encoder, load_vae, parts_at
+from districompile.live.text_encoders import graph_text_encoders
 from districompile.models.autoencoder import DECODER
 from districompile.models.inputs import vae_factor
 from districompile.models.sources import load_pipeline, network_name
@@ -44,11 +45,14 @@ def open_pipeline(model: str, options: PlanOptions, verified: Bundle | None = No
 def attach(pipe: Any, bundle: Path, vae: Path | None = None, **loading: Any) -> DistributedModule:
     """Load a bundle together with the other ranks, put it into ``pipe`` as its network, and return it.
 
-    The other networks move to its device. ``vae`` holds bundles of its VAE: all ranks have to decode then. Without a
-    bundle of the encoder, each rank encodes by itself. ``loading`` are options of :func:`districompile.load`.
+    The other networks move to its device, where text encoders are replayed as CUDA graphs too. ``vae`` holds bundles of
+    its VAE: all ranks have to decode then. Without a bundle of the encoder, each rank encodes by itself. ``loading``
+    are options of :func:`districompile.load`.
     """
     compiled = load(bundle, **loading)
     place(pipe, compiled.device)
+    if loading.get("cuda_graph", True):
+        graph_text_encoders(pipe, at_once=bool(loading.get("warm_up")))
     setattr(pipe, network_name(pipe), compiled)
     if vae is not None:
         made = load_vae(vae, **{name: value for name, value in loading.items() if name != "shapes"})

@@ -13,6 +13,7 @@ from districompile.bundle.bundle import Bundle
 from districompile.errors import BundleError
 from districompile.ir.spec import dtype_of
 from districompile.live.autoencoder import load_vae
+from districompile.live.text_encoders import graph_text_encoders
 from districompile.models import sources
 from districompile.models.networks import network_name
 from districompile.shapes import load
@@ -24,7 +25,8 @@ def load_pipeline(
     """Return the diffusers pipeline of a bundle, in each rank's process, on the bundle's device.
 
     The original UNet's weights are not read. Its ControlNets, if it was converted with any, have a stand-in that passes
-    pictures and scales on to it.
+    pictures and scales on to it. On a GPU, calls of text encoders are replayed as CUDA graphs from their third on, or
+    with ``warm_up=True`` from their second.
 
     Args:
         bundle: the folder of the bundle.
@@ -46,6 +48,8 @@ def load_pipeline(
     for name, part in pipe.components.items():
         if name != network_name(pipe) and isinstance(part, nn.Module):
             part.to(compiled.device)
+    if loading.get("cuda_graph", True):
+        graph_text_encoders(pipe, at_once=bool(loading.get("warm_up")))
     setattr(pipe, network_name(pipe), compiled)
     if vae is not None:
         pipe.vae = load_vae(vae, **loading)

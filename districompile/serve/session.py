@@ -56,7 +56,8 @@ class DrawingSession:
         load_extensions(options.extensions)
         self._text = open_pipeline(model, bundle.plan.options, bundle)
         vae = None if options.vae in (None, NO_VAE) else Path(options.vae)  # chosen by the supervisor
-        compiled = attach(self._text, options.bundle, vae, start_timeout=max(60.0, MEETING * options.timeout), **how)
+        meeting = max(60.0, MEETING * options.timeout)
+        compiled = attach(self._text, options.bundle, vae, start_timeout=meeting, warm_up=True, **how)
         self._modules: dict[str | None, DistributedModule] = {None: compiled}
         for name in sorted(loras):  # in the same order on all ranks
             self._modules[name] = load(loras[name], warm_up=True, **how)
