@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--work", type=Path, default=Path("bench-work"), help="bundles, kept")
     parser.add_argument("--after", type=Path, help="time no step before this file is there: others may still compile")
+    parser.add_argument("--profile", type=Path, help="tables of the kernels of steps are written to FILE-...")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one job")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -275,6 +276,9 @@ def step(job: Line, args: argparse.Namespace, device: Any, made: Any, say: Any) 
             ms = median_ms(captured(functools.partial(one.step, inputs)))
             say(figure=f"{phase} step, transfers free", ms=round(ms, 4), segments=len(one.engines), build_s=built,
                 segment_error=worst, peak_gib=gpu_parts.peak_gib())  # fmt: skip
+            if args.profile is not None:
+                name = f"{args.profile.name}-{job['network']}-{job['dtype']}-{job['ranks']}-{phase}-{made.name}.txt"
+                gpu_parts.write_kernels(functools.partial(one.step, inputs), args.profile.with_name(name))
             del one
 
 

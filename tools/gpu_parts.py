@@ -209,12 +209,12 @@ def free(
             ms = median_ms(captured(step), 20 if height * width < 100_000 else 5)
             say(figure=f"{phase} step, transfers free", ms=ms, peak_gib=peak_gib(), **facts)
             if profile is not None:
-                _profile(step, profile.with_name(f"{profile.name}-{phase}-{ranks}-{height}x{width}.txt"))
+                write_kernels(step, profile.with_name(f"{profile.name}-{phase}-{ranks}-{height}x{width}.txt"))
         del one, backend, step
         gc.collect()
 
 
-def _profile(step: Callable[[], Any], path: Path) -> None:
+def write_kernels(step: Callable[[], Any], path: Path) -> None:
     """Write a table of the kernels of one step, by time."""
     from torch.profiler import ProfilerActivity, profile
 
