@@ -117,8 +117,8 @@ def _places(module: nn.Module) -> tuple[tuple[int, torch.device], ...] | None:
     found: list[tuple[int, torch.device]] = []
     for part in module.modules():
         outer = part is module  # whose hooks are called around its forward
-        hooks = part._forward_hooks or part._forward_pre_hooks
-        if part.training or (hooks and not outer) or _is_adapter(type(part)):
+        hooks = () if outer else (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if part.training or not all(map(_only_collects, hooks)) or _is_adapter(type(part)):
             return None
         found += [(x.data_ptr(), x.device) for x in _tensors(part)]
     return tuple(found) if len({device for _, device in found}) == 1 else None
@@ -128,6 +128,11 @@ def _tensors(part: nn.Module) -> Iterator[Tensor]:
     for x in (*part._parameters.values(), *part._buffers.values()):
         if x is not None:
             yield x
+
+
+def _only_collects(hook: Callable[..., Any]) -> bool:
+    """Say whether a hook is of the transformers package, which collects hidden states of layers for the result."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 @functools.lru_cache(maxsize=1024)
