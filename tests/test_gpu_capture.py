@@ -55,3 +55,19 @@ def test_a_module_on_a_gpu(tmp_path: Path) -> None:
         program.save(tmp_path / backend, backend=backend)
         loaded = dc.load(tmp_path / backend, lockstep=True, device="cuda")
         assert error(loaded(sample), want) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_calls_of_one_rank_are_replayed(tmp_path: Path, backend: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    net, sample = Net().eval().cuda(), torch.randn(1, 3, 20, 12, device="cuda")
+    dc.convert(net, (sample,), ranks=1).save(tmp_path / "b", backend=backend)
+    for graphs in (True, False):
+        loaded = dc.load(tmp_path / "b", device="cuda", cuda_graph=graphs)
+        for i in range(4):
+            with torch.no_grad():
+                want = net(sample + i)
+            assert error(loaded(sample + i), want) <= 1e-5
+        executor = loaded._runner._executors[0][0][0]  # type: ignore[attr-defined]
+        assert bool(executor._captured) == graphs

@@ -124,7 +124,7 @@ def load(
                 f"{bundle} has the collectives of its exact phase inside of engines: they need one process for each GPU"
             )
         every = [(p, [loader.engines(p, r) for r in range(p.ranks)]) for p in plans.values()]
-        runner = SimulatedRunner(*every[0], where, every[1:])
+        runner = SimulatedRunner(*every[0], where, every[1:], cuda_graph)
 
         def load_shape(bundle: Bundle, plan: ExecutionPlan) -> Any:
             loader.adopt(bundle, plan)

@@ -82,16 +82,17 @@ class SimulatedRunner:
     """Run all ranks, and both guidance halves, in turn, in this process and on one device.
 
     ``engines`` are by rank of the patch axis. Both halves share them. ``more`` are the plans of further shapes, with
-    their engines. All shapes use the same memory in turn.
+    their engines. All shapes use the same memory in turn. ``cuda_graph``: where a half has one rank, which takes no
+    turns, capture calls on a GPU.
     """
 
     leads = True
 
     def __init__(
         self, plan: ExecutionPlan, engines: Sequence[Engines], device: torch.device,
-        more: Sequence[tuple[ExecutionPlan, Sequence[Engines]]] = (),
+        more: Sequence[tuple[ExecutionPlan, Sequence[Engines]]] = (), cuda_graph: bool = False,
     ) -> None:  # fmt: skip
-        self.plan, self._device = plan, device
+        self.plan, self._device, self._cuda_graph = plan, device, cuda_graph
         self._groups = [SimulatedChannels(plan.ranks, device) for _ in range(plan.guidance_halves)]
         self._workspaces = [[Workspace(channel, device) for channel in group.channels] for group in self._groups]
         self._plans: list[ExecutionPlan] = []
@@ -113,7 +114,7 @@ class SimulatedRunner:
         self._executors.append(
             [
                 [
-                    PlannedExecutor(plan, r, engines[r], channel, self._device, workspace=spaces[r])
+                    PlannedExecutor(plan, r, engines[r], channel, self._device, self._cuda_graph, spaces[r])
                     for r, channel in enumerate(group.channels)
                 ]
                 for group, spaces in zip(self._groups, self._workspaces, strict=True)
@@ -156,6 +157,8 @@ class SimulatedRunner:
         executors, key = self._executors[shape][guidance_index], (shape, decision.stream, guidance_index)
         if key not in self._states:
             self._states[key] = [e.new_state() for e in executors]
+        if len(executors) == 1:
+            return executors[0].run(decision.phase, values, self._states[key][0])
         runs = [e.iterate(decision.phase, values, s) for e, s in zip(executors, self._states[key], strict=True)]
         outputs: dict[int, list[torch.Tensor]] = {}
         while len(outputs) < len(runs):

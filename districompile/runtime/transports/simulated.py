@@ -42,12 +42,12 @@ class SimulatedChannels:
 class SimulatedChannel:
     """The channel of one rank of :class:`SimulatedChannels`."""
 
-    capturable = False  # ranks take turns
     symmetric_bytes = 0
     writes_remote = True
 
     def __init__(self, group: SimulatedChannels, rank: int) -> None:
         self.group, self.rank, self.ranks = group, rank, group.ranks
+        self.capturable = group.ranks == 1  # else ranks take turns
         self.spans: Spans | None = None
         self._count = 0
         self._copies: dict[tuple[TransferPlan, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
