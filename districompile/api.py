@@ -224,7 +224,7 @@ def _compile(
         initial |= program.initial
         found[phase] = later[phase], program
     cleared = tuple(unit.report.differences)
-    found["exact"] = exact, build_program(exact.graph, "exact", states={**states, **initial}, cleared=cleared)
+    found["exact"] = exact, build_program(exact.graph, "exact", options.segments, {**states, **initial}, cleared)
     return {phase: found[phase] for phase in PHASES if phase in found}
 
 

@@ -118,7 +118,8 @@ def _places(module: nn.Module) -> tuple[tuple[int, torch.device], ...] | None:
     for part in module.modules():
         outer = part is module  # whose hooks are called around its forward
         hooks = () if outer else (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-        if part.training or not all(map(_only_collects, hooks)) or _is_adapter(type(part)):
+        kind: Any = type(part)
+        if part.training or not all(map(_only_collects, hooks)) or _is_adapter(kind):
             return None
         found += [(x.data_ptr(), x.device) for x in _tensors(part)]
     return tuple(found) if len({device for _, device in found}) == 1 else None
@@ -136,7 +137,7 @@ def _only_collects(hook: Callable[..., Any]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_adapter(kind: type) -> bool:
+def _is_adapter(kind: Any) -> bool:
     """Say whether a layer is one of PEFT's, whose scale is a number of Python that a graph would keep."""
     return any(c.__name__ == "BaseTunerLayer" for c in kind.__mro__)
 
@@ -149,4 +150,4 @@ def graph_calls(module: nn.Module, record: Record, at_once: bool = False) -> Non
     def forward(*args: Any, **kwargs: Any) -> Any:
         return graphed(*args, **kwargs)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward

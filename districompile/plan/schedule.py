@@ -4,14 +4,13 @@
 A segment is a run of nodes, in graph order, that becomes one engine. An exact collective ends a segment only where its
 result is read. Nodes that do not need the result are computed before that, and collectives that are pending together
 are transferred together. Displaced collectives end no segment, because their results are there from the previous call.
-``parts`` divides a long phase into segments of about equal work, so that the transfers of a segment can start before
-the call ends.
+Long phases are divided further (:mod:`districompile.plan.cuts`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from districompile.ir.layout import at_rank
 from districompile.ir.ops import ops
 from districompile.ir.segment import SegmentGraph
 from districompile.ir.spec import TensorSpec
+from districompile.plan.cuts import COLLECTIVES, Cuts
 from districompile.plan.levels import by_level
 from districompile.plan.plan import (
     Clear,
@@ -41,8 +41,6 @@ from districompile.plan.plan import (
 )
 
 aten = torch.ops.aten
-_COLLECTIVES = (ops.exchange.default, ops.reduce.default)
-_FLOPS_PER_BYTE = 1000  # FLOPs of a GPU in the time of a sent byte: an H100 has 250 TFLOP/s in a UNet, and 300 GB/s
 _PLACING = {ops.assemble.default, ops.assemble_in_place.default}
 
 
@@ -117,7 +115,7 @@ def build_program(
     one, to its value. ``cleared`` are collectives of later phases that have received nothing behind this phase.
     """
     displaced = {
-        n for n in graph.nodes if phase != "exact" and n.target in _COLLECTIVES and n.meta["collective"].displaced
+        n for n in graph.nodes if phase != "exact" and n.target in COLLECTIVES and n.meta["collective"].displaced
     }
     kept = dict(states or {})
     for node in graph.nodes:
@@ -136,7 +134,7 @@ def build_program(
     outputs = tuple(value_name(n) for n in graph.output_node().args[0])  # type: ignore[arg-type, union-attr]
     values = {value_name(n): _specs(n) for s in segments for n in s.outputs}
     plan = Schedule(tuple(steps), {s.name: s.plan() for s in segments}, outputs, values)
-    collectives = {n.name: n.meta["collective"] for n in graph.nodes if n.target in _COLLECTIVES}
+    collectives = {n.name: n.meta["collective"] for n in graph.nodes if n.target in COLLECTIVES}
     initial = {state_name(n): n.meta["initial"] for n in graph.nodes if "initial" in n.meta}
     return PartitionedPhase({s.name: s for s in segments}, plan, collectives, {**kept, **recalled}, initial)
 
@@ -173,7 +171,7 @@ def _check_outputs(graph: fx.Graph) -> None:
 
 
 def _is_compute(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target not in _COLLECTIVES and node.target is not ops.last_step.default
+    return node.op == "call_function" and node.target not in COLLECTIVES and node.target is not ops.last_step.default
 
 
 def _segments(graph: fx.Graph, outside: set[fx.Node], parts: int, phase: str) -> list[Segment]:
@@ -182,25 +180,25 @@ def _segments(graph: fx.Graph, outside: set[fx.Node], parts: int, phase: str) ->
     ``outside`` are nodes that belong to no segment and wait for nothing: displaced collectives, slices of inputs.
     """
     work = {n: flops_of(n, 0) for n in graph.nodes if _is_compute(n)}
-    quota = sum(work.values()) / parts if parts > 1 else float("inf")
-    last = _last_cut({n: w for n, w in work.items() if n not in outside}, parts)
+    cuts = Cuts(phase, work, outside, parts)
     segments: list[Segment] = []
     current: list[fx.Node] = []
     waiting: set[fx.Node] = set()  # exact collectives whose transfers may be pending
     placing: list[fx.Node] = []  # assemblies of their results, which can wait until a node reads them
-    done = 0.0
+    own = 0.0  # the work of ``current``
 
     def close() -> None:
+        nonlocal own
         if current:
             segments.append(Segment(f"{phase}{len(segments)}", list(current)))
-        current[:] = placing
+        current[:], own = placing, 0.0
         placing.clear()
         waiting.clear()
 
-    exact = {n for n in graph.nodes if n.target in _COLLECTIVES and n not in outside}
+    exact = {n for n in graph.nodes if n.target in COLLECTIVES and n not in outside}
     for node in by_level(graph, exact) if phase == "exact" else graph.nodes:
         reads_waiting = any(source in waiting or source in placing for source in node.all_input_nodes)
-        if node.target in _COLLECTIVES and node not in outside:
+        if node.target in COLLECTIVES and node not in outside:
             if reads_waiting:  # a transfer of another transfer's result
                 close()
             waiting.add(node)
@@ -210,40 +208,12 @@ def _segments(graph: fx.Graph, outside: set[fx.Node], parts: int, phase: str) ->
             if reads_waiting:
                 close()
             current.append(node)
-            done += work[node]
-            full = done >= quota * (len(segments) + 1) and work[node] > 0
-            if len(segments) + 2 == parts and last is not None:
-                full = node is last
-            if full and len(segments) + 1 < parts:
+            own += work[node]
+            if cuts.after(node, current, own, len(segments), bool(waiting or placing)):
                 close()
     close()
     close()  # the last assemblies
     return segments
-
-
-def _last_cut(work: Mapping[fx.Node, float], parts: int) -> fx.Node | None:
-    """Choose the node after which the last segment begins.
-
-    Transfers of the last segment overlap with no computation, and those of the segment before it only with the last
-    segment. The last segment therefore begins where few bytes remain exposed, and not before its share of the work.
-    """
-    sent = {n: max((_sent(u) for u in n.users if u.target in _COLLECTIVES), default=0.0) for n in work}
-    total, everything = sum(work.values()), sum(sent.values())
-    done, left, before = 0.0, everything, 0.0
-    exposed: dict[fx.Node, float] = {}  # bytes
-    for node, flops in work.items():
-        done, left = done + flops, left - sent[node]
-        if done >= total * (parts - 2) / parts:
-            before += sent[node]
-        if done >= total * (parts - 1) / parts and (flops or sent[node]):
-            exposed[node] = left + max(0.0, before - (total - done) / _FLOPS_PER_BYTE)
-    most = min(exposed.values(), default=0.0) + everything / 100
-    return next((n for n, e in exposed.items() if e <= most), None)
-
-
-def _sent(collective: fx.Node) -> float:
-    plan: Collective = collective.meta["collective"]
-    return float(max(map(plan.sent_bytes, range(len(plan.specs)))) if plan.displaced else 0)
 
 
 def _interfaces(graph: fx.Graph, segments: Sequence[Segment], kept: set[str]) -> None:
@@ -260,7 +230,7 @@ def _interfaces(graph: fx.Graph, segments: Sequence[Segment], kept: set[str]) ->
 def _steps(graph: fx.Graph, segments: Sequence[Segment], displaced: set[fx.Node]) -> Iterator[Step]:
     position = {n: i for i, s in enumerate(segments) for n in s.nodes}
     order = {n: i for i, n in enumerate(graph.nodes)}
-    collectives = [n for n in graph.nodes if n.target in _COLLECTIVES]
+    collectives = [n for n in graph.nodes if n.target in COLLECTIVES]
     wait_at: dict[int, list[fx.Node]] = {}
     start_after: dict[int, list[fx.Node]] = {}
     late: list[fx.Node] = []
@@ -274,7 +244,7 @@ def _steps(graph: fx.Graph, segments: Sequence[Segment], displaced: set[fx.Node]
             wait_at.setdefault(min([*uses, max(after, 0)]), []).append(c)
             start_after.setdefault(after, []).append(c)
             continue
-        if source.target in _COLLECTIVES:
+        if source.target in COLLECTIVES:
             after = max(after, min([position[u] for u in source.users if u in position], default=len(segments)) - 1)
         start_after.setdefault(after, []).append(c)
         if uses:
