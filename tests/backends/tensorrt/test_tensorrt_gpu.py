@@ -31,9 +31,12 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 
 
 @pytest.fixture(autouse=True)
-def _gpu() -> None:
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if (reason := why_not()) is not None:
         pytest.skip(reason)
+    # PyTorch computes convolutions of float32 in TF32, unless it is told not to. Engines never do.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("weights", ["bound", "refit", "inside"])
