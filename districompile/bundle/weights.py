@@ -8,6 +8,7 @@ requires, with the widest elements first, so that each one is aligned to its ele
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from districompile.bundle.upload import Upload
 from districompile.common.tensors import not_finite
 from districompile.errors import BundleError, ValueWarning
 from districompile.ir.spec import TensorSpec, dtype_name
@@ -30,6 +32,8 @@ _PAGE = 4096  # the data starts at a page, so that it can be mapped
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _CHUNK = 1 << 24
 _SAMPLE = 1 << 16
+_WORTH_THREADS = 64 << 20  # bytes
+_UPLOADED = {"cuda"}  # kinds of devices
 _ALIASES = "districompile.aliases"
 
 _CODES: dict[torch.dtype, str] = {
@@ -53,6 +57,7 @@ class WeightFile:
         self._offsets = dict(offsets)
         self._data: Tensor | None = None
         self._moved: dict[tuple[str, torch.device, torch.memory_format], Tensor] = {}
+        self._upload: tuple[torch.device, Upload] | None = None
 
     @staticmethod
     def write(path: Path, items: Iterable[Item], progress: Callable[[int, int], None] | None = None) -> str:
@@ -161,9 +166,40 @@ class WeightFile:
             return self._view(name)
         key = (f"{self._offset(name)}:{self.spec(name)}", device, memory_format)  # aliases share the copy
         if key not in self._moved:
-            view = self._view(name)
+            view = self._uploaded(name, device)
             self._moved[key] = view.to(device) if plain else _copied(view, device, memory_format)
         return self._moved[key]
+
+    @contextlib.contextmanager
+    def uploading(self, names: Iterable[str], device: torch.device) -> Iterator[None]:
+        """Read tensors into the memory of a GPU in the background, for :meth:`tensor` inside. Elsewhere do nothing.
+
+        Few bytes are not worth the threads.
+        """
+        there = {key for key, where, _ in self._moved if where == device}
+        parts = dict(self.location(n) for n in names if f"{self._offset(n)}:{self.spec(n)}" not in there)
+        if device.type not in _UPLOADED or sum(parts.values()) < _WORTH_THREADS:
+            yield
+            return
+        upload = Upload(self.path, {offset: length for offset, length in parts.items() if length}, device)
+        self._upload = device, upload
+        try:
+            yield
+        finally:
+            self._upload = None
+            with contextlib.suppress(Exception):  # of what nobody asked for
+                upload.end()
+
+    def _uploaded(self, name: str, device: torch.device) -> Tensor:
+        """Return a tensor as it was read in the background, or else as a view of the mapped file."""
+        if self._upload is None or self._upload[0] != device:
+            return self._view(name)
+        try:
+            raw = self._upload[1].take(self._offset(name))
+        except OSError as e:
+            raise BundleError(f"cannot read the weight file {self.path}: {e.strerror or e}") from e
+        spec = self._specs[name]
+        return self._view(name) if raw is None else raw.view(spec.dtype).reshape(spec.shape)
 
     def sharing(self, name: str) -> list[str]:
         """Return the other names of the memory of ``name``."""

@@ -128,6 +128,12 @@ class Loader:
 
         Equal engines are loaded once, because the segments of a rank run in turn.
         """
+        schedules = [schedule.segments.values() for schedule in plan.phases.values()]
+        names = dict.fromkeys(name for segments in schedules for s in segments for name in s.weights)
+        with self._weights.uploading(names if self.backend.reads_weights else (), self._device):
+            return self._engines(plan, rank)
+
+    def _engines(self, plan: ExecutionPlan, rank: int) -> dict[str, dict[str, Engine]]:
         loaded = self._loaded.setdefault(rank, {})
         engines: dict[str, dict[str, Engine]] = {}
         for phase, schedule in plan.phases.items():
