@@ -2,7 +2,8 @@
 """Compile many networks by the inductor backend, run them on a device, and write ``docs/gpu-coverage.md``.
 
 Every family of ``tools/coverage.py`` is converted for two and three ranks in float32 and float16, compiled, and run
-with all ranks in one process. Each run has a process of its own, and as many run at once as there are cores.
+with all ranks in one process. As many processes run one network after the other as there are cores. One that a network
+ends, or in which one fails, is replaced by another.
 
     python tools/gpu_coverage.py                             all that is not done yet, on the GPUs of this machine
     python tools/gpu_coverage.py --device cpu --only sdxl,vae_kl
@@ -16,6 +17,7 @@ can be stopped at any time. The exit code is 1 if anything failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -26,7 +28,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,6 +39,7 @@ from gpu_coverage_page import page  # noqa: E402
 from tests.families.measure import load_families  # noqa: E402
 
 PAGE = ROOT / "docs" / "gpu-coverage.md"
+_JOBS = 12  # of one process, whose memory grows
 Key = tuple[str, int, str, str, str]  # family, ranks, dtype, device, PyTorch
 
 
@@ -104,22 +107,26 @@ def _run(left: Mapping[str, Sequence[tuple[int, str]]], options: argparse.Namesp
     count = torch.cuda.device_count() if options.device == "cuda" else 0
 
     def serve() -> None:
-        while True:
-            try:
-                number, name = waiting.get_nowait()
-            except queue.Empty:
-                return
-            started = time.perf_counter()
-            where = f"cuda:{number % count}" if count else "cpu"
-            lines = []
-            for line in _family(name, left[name], where, options):
-                lines.append(line)
-                with writing, options.file.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-            wrong = [line for line in lines if line["error"] is not None]
-            with writing:
-                failed.extend([name] * bool(wrong))
-                print(_summary(name, lines, wrong, time.perf_counter() - started), flush=True)
+        with tempfile.TemporaryFile("w+", errors="replace") as log, contextlib.closing(Worker(log)) as worker:
+            while True:
+                try:
+                    number, name = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                run(number, name, worker)
+
+    def run(number: int, name: str, worker: Worker) -> None:
+        started = time.perf_counter()
+        where = f"cuda:{number % count}" if count else "cpu"
+        lines = []
+        for line in _family(name, left[name], where, options, worker):
+            lines.append(line)
+            with writing, options.file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        wrong = [line for line in lines if line["error"] is not None]
+        with writing:
+            failed.extend([name] * bool(wrong))
+            print(_summary(name, lines, wrong, time.perf_counter() - started), flush=True)
 
     threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(options.jobs, len(left)))]
     for thread in threads:
@@ -138,27 +145,73 @@ def _summary(name: str, lines: Sequence[Mapping[str, Any]], wrong: Sequence[Mapp
 
 
 def _family(
-    name: str, runs: Sequence[tuple[int, str]], where: str, options: argparse.Namespace
+    name: str, runs: Sequence[tuple[int, str]], where: str, options: argparse.Namespace, worker: Worker
 ) -> Iterable[dict[str, Any]]:
-    """Run one family in a process of its own. Yield a result for each run, also where the process dies."""
+    """Run one family. Yield a result for each run, also where the process dies."""
     common = {"family": name, "device": device_name(options.device), "torch": torch.__version__}
-    for ranks, dtype in runs:  # one process each: code that was compiled may end it
-        job = {"family": name, "ranks": ranks, "dtype": dtype, "where": where}
-        command = [sys.executable, str(ROOT / "tools" / "gpu_coverage_run.py"), json.dumps(job)]
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as log:
-            try:
-                code: int | str = subprocess.run(command, stdout=out, stderr=log, timeout=options.timeout).returncode
-            except subprocess.TimeoutExpired:
-                code = f"more than {options.timeout:.0f} s"
-            out.seek(0)
-            log.seek(0)
-            said = [line for line in out.read().splitlines() if line.startswith("{")]
-            last = [line.strip() for line in log.read().splitlines() if line.strip()]
-        if said:
-            yield {**common, "ranks": ranks, "dtype": dtype, **json.loads(said[-1])}
-        else:
-            reason = f"the process ended with {code}: {last[-1][:200] if last else 'no output'}"
-            yield {**common, "ranks": ranks, "dtype": dtype, "group": "", "size": [], "error": reason}
+    for ranks, dtype in runs:
+        try:
+            found = worker.ask({"family": name, "ranks": ranks, "dtype": dtype, "where": where}, options.timeout)
+        except Died as e:
+            found = {"group": "", "size": [], "error": str(e)}
+        yield {**common, "ranks": ranks, "dtype": dtype, **found}
+
+
+class Died(Exception):
+    """A process gave no answer."""
+
+
+class Worker:
+    """A process that runs jobs one after the other, as its imports take long.
+
+    It is started anew behind a job that failed: an error of a GPU stays with its process. ``log``: what processes say.
+    """
+
+    def __init__(self, log: IO[str]) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._log = log
+        self._jobs = 0
+
+    def ask(self, job: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        """Return the result of a job. Raises :class:`Died` if the process ends, or takes more than ``timeout`` s."""
+        if self._process is None:
+            command = [sys.executable, str(ROOT / "tools" / "gpu_coverage_run.py")]
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, text=True)
+            self._jobs = 0
+        process, late = self._process, threading.Event()
+        assert process.stdin is not None and process.stdout is not None
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(timeout, end)
+        timer.start()
+        try:
+            with contextlib.suppress(OSError):  # of a process that has died: there is no answer then
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
+            said = process.stdout.readline()
+        finally:
+            timer.cancel()
+        self._jobs += 1
+        found: dict[str, Any] | None = json.loads(said) if said else None
+        if found is None or found["error"] is not None or self._jobs == _JOBS:
+            self.close()
+        if found is not None:
+            return found
+        self._log.seek(0)
+        last = [line.strip() for line in self._log.read().splitlines() if line.strip()]
+        code = f"more than {timeout:.0f} s" if late.is_set() else process.returncode
+        raise Died(f"the process ended with {code}: {last[-1][:200] if last else 'no output'}")
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert, compile and run one network, for ``gpu_coverage.py``: one line of JSON with the errors, or the reason."""
+"""Convert, compile and run networks, for ``gpu_coverage.py``: one line of JSON each, with the errors or the reason."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -122,22 +124,33 @@ def _leaves(x: Any) -> list[Tensor]:
 
 
 def main() -> None:
-    """Measure the job given as JSON, and print the result."""
-    job = json.loads(sys.argv[1])
+    """Measure the jobs that are given as lines of JSON, and print a line for each."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what networks and compilers print must not mix with the answers
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(json.loads(line))) + "\n")
+        answers.flush()
+        torch._dynamo.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of one job, or why there is none."""
     device = torch.device(job["where"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        found = measure(job["family"], job["ranks"], getattr(torch, job["dtype"]), device)
+        return measure(job["family"], job["ranks"], getattr(torch, job["dtype"]), device)
     except Exception as e:  # whatever a network, a rule or a compiler raised is the result
         lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [""]
         family = load_families()[job["family"]]
         reason = f"{type(e).__name__}: {' '.join(lines)[:400]}"
-        found = {"group": family.group, "size": list(family.sizes[0]), "error": reason}
-    print(json.dumps(found))
+        return {"group": family.group, "size": list(family.sizes[0]), "error": reason}
 
 
 if __name__ == "__main__":

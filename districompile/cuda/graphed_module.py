@@ -7,7 +7,7 @@ The host takes longer to queue the many small kernels of a text encoder than the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 
 _MOST_KINDS = 8  # of calls that are recorded: each keeps its results, and memory for what is in between
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 class GraphedModule:
@@ -121,14 +122,11 @@ def _places(module: nn.Module) -> tuple[tuple[int, torch.device], ...] | None:
         kind: Any = type(part)
         if part.training or not all(map(_only_collects, hooks)) or _is_adapter(kind):
             return None
-        found += [(x.data_ptr(), x.device) for x in _tensors(part)]
+        held = [x for x in (*part._parameters.values(), *part._buffers.values()) if x is not None]
+        if any(type(x) not in _PLAIN for x in held):  # quantised, say: such a tensor holds others, and has no address
+            return None
+        found += [(x.data_ptr(), x.device) for x in held]
     return tuple(found) if len({device for _, device in found}) == 1 else None
-
-
-def _tensors(part: nn.Module) -> Iterator[Tensor]:
-    for x in (*part._parameters.values(), *part._buffers.values()):
-        if x is not None:
-            yield x
 
 
 def _only_collects(hook: Callable[..., Any]) -> bool:

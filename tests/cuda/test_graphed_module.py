@@ -114,6 +114,13 @@ def test_weights_that_change_are_followed(encoder: Encoder) -> None:
     assert equal(graphed(ids(2)), encoder.forward(ids(2))) and recorder.recorded == 2
 
 
+class Quantised(nn.Parameter):
+    """A weight of another class, whose values lie elsewhere."""
+
+    def data_ptr(self) -> int:
+        raise RuntimeError("there is no address")
+
+
 class BaseTunerLayer(nn.Linear):
     """Has the name of what PEFT puts around a layer."""
 
@@ -135,6 +142,9 @@ def test_calls_that_are_made_as_they_are(encoder: Encoder) -> None:
         graphed(ids(0))
         encoder.eval()
         encoder.inner = BaseTunerLayer(4, 4).eval()
+        graphed(ids(0))
+        encoder.inner = nn.Linear(4, 4).eval()
+        encoder.inner.weight = Quantised(torch.ones(4, 4))
         graphed(ids(0))
     assert recorder.recorded == 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -37,17 +36,20 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
     """The runs that were started. vq fails, and the process of norms dies, on 3 ranks."""
     started: list[tuple[str, int, str]] = []
 
-    def run(command: list[str], stdout: Any, stderr: Any, timeout: float) -> subprocess.CompletedProcess[str]:
-        job = json.loads(command[-1])
-        started.append((job["family"], job["ranks"], job["dtype"]))
-        if job["family"] == "norms" and job["ranks"] == 3:
-            stderr.write("some output\nSegmentation fault\n")
-            return subprocess.CompletedProcess(command, -11)
-        wrong = {"group": "g", "size": [8, 8], "error": "KeyError: 3"} if job["family"] == "vq" else GOOD
-        stdout.write("a line of the network\n" + json.dumps(wrong) + "\n")
-        return subprocess.CompletedProcess(command, 0)
+    class Worker:
+        def __init__(self, log: Any) -> None:
+            pass
 
-    monkeypatch.setattr(gpu_coverage.subprocess, "run", run)
+        def ask(self, job: dict[str, Any], timeout: float) -> dict[str, Any]:
+            started.append((job["family"], job["ranks"], job["dtype"]))
+            if job["family"] == "norms" and job["ranks"] == 3:
+                raise gpu_coverage.Died("the process ended with -11: Segmentation fault")
+            return {"group": "g", "size": [8, 8], "error": "KeyError: 3"} if job["family"] == "vq" else GOOD
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(gpu_coverage, "Worker", Worker)
     return started
 
 
@@ -100,3 +102,37 @@ def test_an_unknown_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit):
         start(monkeypatch, tmp_path / "f", "--only", "nothing")
     assert "there is no family 'nothing'" in capsys.readouterr().err
+
+
+SERVANT = """
+import json, os, sys, time
+print("started", file=sys.stderr, flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    if job["family"] == "dies":
+        print("Segmentation fault", file=sys.stderr, flush=True)
+        os._exit(7)
+    if job["family"] == "hangs":
+        time.sleep(60)
+    print(json.dumps({"error": "wrong" if job["family"] == "fails" else None, "pid": os.getpid()}), flush=True)
+"""
+
+
+def test_a_process_serves_until_something_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "gpu_coverage_run.py").write_text(SERVANT)
+    monkeypatch.setattr(gpu_coverage, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_coverage, "_JOBS", 3)
+    log = (tmp_path / "log").open("w+")
+    worker = gpu_coverage.Worker(log)
+    pids = [worker.ask({"family": "good"}, 60)["pid"] for _ in range(4)]
+    assert len(set(pids[:3])) == 1 and pids[3] != pids[0]  # a new one after so many
+    found = worker.ask({"family": "fails"}, 60)
+    assert found["error"] == "wrong" and found["pid"] == pids[3]
+    with pytest.raises(gpu_coverage.Died, match="ended with 7: Segmentation fault"):
+        worker.ask({"family": "dies"}, 60)
+    with pytest.raises(gpu_coverage.Died, match=r"more than 1 s: "):
+        worker.ask({"family": "hangs"}, 1)
+    assert worker.ask({"family": "good"}, 60)["pid"] not in pids
+    worker.close()
+    log.close()
