@@ -224,7 +224,8 @@ def _compile(
         initial |= program.initial
         found[phase] = later[phase], program
     cleared = tuple(unit.report.differences)
-    found["exact"] = exact, build_program(exact.graph, "exact", options.segments, {**states, **initial}, cleared)
+    like = found["displaced"][1] if "displaced" in found else None
+    found["exact"] = exact, build_program(exact.graph, "exact", options.segments, {**states, **initial}, cleared, like)
     return {phase: found[phase] for phase in PHASES if phase in found}
 
 

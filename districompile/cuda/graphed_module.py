@@ -29,7 +29,8 @@ class GraphedModule:
     Calls are of one kind if their arguments have the same shapes and dtypes, other arguments are equal, and the module
     has its parameters where they were. A call that this cannot tell is made as it is: one with gradients, in training,
     under autocast, with arguments that are neither tensors on the module's device nor constants, or of a module with
-    hooks, adapters or quantised weights inside. So is every call of a kind that cannot be recorded, because the host waits within it.
+    hooks, adapters or quantised weights inside. So is every call of a kind that cannot be recorded, because the host
+    waits within it.
 
     Results are new tensors in each call. ``record`` records the second call of a kind, or with ``at_once`` the first.
     """

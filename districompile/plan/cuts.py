@@ -3,7 +3,7 @@
 
 A later phase is divided so that the transfers of a segment can start before the call ends. An exact phase is divided
 where it waits. A part between two waits that is still long, such as the whole phase of one rank, is divided for the
-compiler's sake: the parts are compiled beside each other.
+compiler's sake: the parts are compiled beside each other. If there is a later phase beside it, both are divided alike.
 """
 
 from __future__ import annotations
@@ -52,6 +52,23 @@ class Cuts:
                 full = node is self._last
             full = full and segments + 1 < self._parts
         return full and not _cuts_a_tuple(current)
+
+
+def divided_like(nodes: Sequence[fx.Node], parts: Sequence[Collection[str]]) -> list[list[fx.Node]] | None:
+    """Divide ``nodes`` as another phase is, whose ``parts`` have the names of its nodes; what it lacks comes first.
+
+    On one rank the phases compute the same, but for what is kept of the conditioning. Divided alike, they share
+    engines. Returns None where that is impossible: something that the other phase lacks reads what it computes.
+    """
+    home = {name: i for i, names in enumerate(parts, 1) for name in names}
+    place = {n: home.get(n.name, 0) for n in nodes}
+    if any(place.get(source, 0) > place[n] for n in nodes for source in n.all_input_nodes):
+        return None
+    found: list[list[fx.Node]] = [[] for _ in range(len(parts) + 1)]
+    for node in nodes:
+        found[place[node]].append(node)
+    divided = [part for part in found if part]
+    return None if any(map(_cuts_a_tuple, divided)) else divided
 
 
 def _cuts_a_tuple(nodes: Sequence[fx.Node]) -> bool:

@@ -24,7 +24,7 @@ from districompile.ir.layout import at_rank
 from districompile.ir.ops import ops
 from districompile.ir.segment import SegmentGraph
 from districompile.ir.spec import TensorSpec
-from districompile.plan.cuts import COLLECTIVES, Cuts
+from districompile.plan.cuts import COLLECTIVES, Cuts, divided_like
 from districompile.plan.levels import by_level
 from districompile.plan.plan import (
     Clear,
@@ -107,12 +107,14 @@ def value_name(node: fx.Node) -> str:
 
 
 def build_program(
-    graph: fx.Graph, phase: str, parts: int = 1, states: dict[str, str] | None = None, cleared: Sequence[str] = ()
-) -> PartitionedPhase:
+    graph: fx.Graph, phase: str, parts: int = 1, states: dict[str, str] | None = None, cleared: Sequence[str] = (),
+    like: PartitionedPhase | None = None,
+) -> PartitionedPhase:  # fmt: skip
     """Divide ``graph`` into segments, and schedule them.
 
     ``states`` maps each state that this phase must save for another phase, such as the exact one for the displaced
     one, to its value. ``cleared`` are collectives of later phases that have received nothing behind this phase.
+    ``like``: a phase to be divided alike, if no rank waits for another.
     """
     displaced = {
         n for n in graph.nodes if phase != "exact" and n.target in COLLECTIVES and n.meta["collective"].displaced
@@ -126,8 +128,10 @@ def build_program(
     _check_outputs(graph)
     slices = _takes(graph)
     padded = {n for n in graph.nodes if n.users and all(u in slices for u in n.users)}  # the slices do the padding
-    segments = _segments(graph, displaced | set(slices) | padded, parts, phase)
-    _interfaces(graph, segments, set(kept.values()))
+    outside = displaced | set(slices) | padded
+    alike = None if like is None else _segments_like(graph, outside, like, phase)
+    segments = alike or _segments(graph, outside, parts, phase)
+    _interfaces(segments, set(kept.values()))
     steps = [*slices.values(), *_steps(graph, segments, displaced)]
     steps += [Clear(tuple(cleared))] if cleared else []
     steps += [SaveState(state, value) for state, value in kept.items()]
@@ -216,14 +220,26 @@ def _segments(graph: fx.Graph, outside: set[fx.Node], parts: int, phase: str) ->
     return segments
 
 
-def _interfaces(graph: fx.Graph, segments: Sequence[Segment], kept: set[str]) -> None:
-    """Set inputs, outputs and weights of every segment, in graph order."""
+def _segments_like(
+    graph: fx.Graph, outside: set[fx.Node], like: PartitionedPhase, phase: str
+) -> list[Segment] | None:  # fmt: skip
+    if any(n.target in COLLECTIVES for n in graph.nodes):
+        return None
+    nodes = [n for n in graph.nodes if _is_compute(n) and n not in outside]
+    divided = divided_like(nodes, [{n.name for n in s.nodes} for s in like.segments.values()])
+    return None if divided is None else [Segment(f"{phase}{i}", part) for i, part in enumerate(divided)]
+
+
+def _interfaces(segments: Sequence[Segment], kept: set[str]) -> None:
+    """Set inputs, outputs and weights of every segment, in the order in which its nodes read and give them.
+
+    Where they come from does not matter, so that equal parts of a network share an engine.
+    """
     home = {n: s for s in segments for n in s.nodes}
-    order = {n: i for i, n in enumerate(graph.nodes)}
     for s in segments:
-        sources = {x for n in s.nodes for x in n.all_input_nodes if home.get(x) is not s}
-        s.weights = sorted((x for x in sources if x.op == "get_attr"), key=order.__getitem__)
-        s.inputs = sorted((x for x in sources if x.op != "get_attr"), key=order.__getitem__)
+        sources = dict.fromkeys(x for n in s.nodes for x in n.all_input_nodes if home.get(x) is not s)
+        s.weights = [x for x in sources if x.op == "get_attr"]
+        s.inputs = [x for x in sources if x.op != "get_attr"]
         s.outputs = [n for n in s.nodes if n.name in kept or any(home.get(u) is not s for u in n.users)]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import districompile as dc
 from districompile.plan import cuts
-from districompile.plan.cuts import Cuts
+from districompile.plan.cuts import Cuts, divided_like
 
 DEPTH = 20
 
@@ -83,3 +83,51 @@ def test_no_tuple_leaves_a_segment() -> None:
         chosen = Cuts("displaced", flops, (), 3)
         chosen._last = None
         assert chosen.after(work, nodes, 5.0, 0, False) is expected
+
+
+class Told(nn.Module):
+    """Layers of one row that a text and a timestep change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.time = nn.Linear(3, 8), nn.Linear(1, 4)
+        self.points = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(DEPTH))
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """Return a map of the same size."""
+        shift, scale = self.text(encoder_hidden_states).mean(1)[:, :, None, None].chunk(2, 1)
+        sample = sample + self.time(timestep.reshape(1, 1).to(sample.dtype))[:, :, None, None]
+        for layer in self.points:
+            sample = layer(sample).relu() * scale + shift
+        return sample
+
+
+def test_the_phases_of_one_rank_share_their_segments() -> None:
+    torch.manual_seed(0)
+    inputs = {
+        "sample": torch.randn(1, 4, 6, 5), "timestep": torch.tensor(7.0), "encoder_hidden_states": torch.randn(1, 2, 3)
+    }  # fmt: skip
+    module = Told().eval()
+    program = dc.convert(module, kwargs=inputs, ranks=1, segments=4, optimise="cache-conditioning")
+    exact, displaced = (list(program.plan.phases[p].segments.values()) for p in ("exact", "displaced"))
+    assert len(displaced) == 4 and len(exact) == 5  # the first makes what is kept of the text
+    for a, b in zip(exact[1:], displaced, strict=True):
+        assert a.inputs == tuple(name.removesuffix(".last_step") for name in b.inputs)
+        assert (a.outputs, a.weights) == (b.outputs, b.weights)
+    with torch.no_grad():
+        want = module(**inputs)
+    for phase in ("exact", "displaced"):
+        assert torch.allclose(program.simulate(**inputs, phase=phase), want, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_phases_that_cannot_be_divided_alike() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(torch.ops.aten.relu.default, (x,))
+    other = graph.call_function(torch.ops.aten.neg.default, (first,))
+    last = graph.call_function(torch.ops.aten.add.Tensor, (first, other))
+    nodes = [first, other, last]
+    for node in (x, *nodes):
+        node.meta["local"] = [torch.empty(2, device="meta")]
+    assert divided_like(nodes, [{"relu_default"}, {"neg_default", "add_tensor"}]) == [[first], [other, last]]
+    assert divided_like(nodes, [{"relu_default", "add_tensor"}]) is None  # what the other phase lacks reads its values
