@@ -9,8 +9,8 @@ import torch
 
 import districompile as dc
 from districompile.ir.ops import ops
+from districompile.plan.cuts import _last_cut
 from districompile.plan.plan import Run, Start
-from districompile.plan.schedule import _last_cut
 from districompile.runtime.executor.analysis import phase_needs
 from tests.helpers_net import make_program
 from tests.small_models import captured
