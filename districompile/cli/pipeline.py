@@ -52,7 +52,7 @@ def attach(pipe: Any, bundle: Path, vae: Path | None = None, **loading: Any) -> 
     compiled = load(bundle, **loading)
     place(pipe, compiled.device)
     if loading.get("cuda_graph", True):
-        graph_text_encoders(pipe, at_once=bool(loading.get("warm_up")))
+        graph_text_encoders(pipe, on_first_call=bool(loading.get("warm_up")))
     setattr(pipe, network_name(pipe), compiled)
     if vae is not None:
         made = load_vae(vae, **{name: value for name, value in loading.items() if name != "shapes"})

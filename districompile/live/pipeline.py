@@ -49,7 +49,7 @@ def load_pipeline(
         if name != network_name(pipe) and isinstance(part, nn.Module):
             part.to(compiled.device)
     if loading.get("cuda_graph", True):
-        graph_text_encoders(pipe, at_once=bool(loading.get("warm_up")))
+        graph_text_encoders(pipe, on_first_call=bool(loading.get("warm_up")))
     setattr(pipe, network_name(pipe), compiled)
     if vae is not None:
         pipe.vae = load_vae(vae, **loading)

@@ -37,7 +37,7 @@ def pipe_of(**parts: nn.Module) -> Any:
 def test_nothing_changes_on_a_cpu() -> None:
     encoder = clip().eval()
     forward = encoder.forward
-    graph_text_encoders(pipe_of(text_encoder=encoder), at_once=True)
+    graph_text_encoders(pipe_of(text_encoder=encoder), on_first_call=True)
     assert encoder.forward == forward
 
 

@@ -85,7 +85,7 @@ def test_no_tuple_leaves_a_segment() -> None:
         assert chosen.after(work, nodes, 5.0, 0, False) is expected
 
 
-class Told(nn.Module):
+class Conditioned(nn.Module):
     """Layers of one row that a text and a timestep change."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ def test_the_phases_of_one_rank_share_their_segments() -> None:
     inputs = {
         "sample": torch.randn(1, 4, 6, 5), "timestep": torch.tensor(7.0), "encoder_hidden_states": torch.randn(1, 2, 3)
     }  # fmt: skip
-    module = Told().eval()
+    module = Conditioned().eval()
     program = dc.convert(module, kwargs=inputs, ranks=1, segments=4, optimise="cache-conditioning")
     exact, displaced = (list(program.plan.phases[p].segments.values()) for p in ("exact", "displaced"))
     assert len(displaced) == 4 and len(exact) == 5  # the first makes what is kept of the text

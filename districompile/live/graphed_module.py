@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from districompile.live.adapters import is_adapted
+
 Replay = Callable[[], object]
 Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 """Record the work that a function queues. Return what repeats it, and the result of the function."""
@@ -32,12 +34,13 @@ class GraphedModule:
     hooks, adapters or quantised weights inside. So is every call of a kind that cannot be recorded, because the host
     waits within it.
 
-    Results are new tensors in each call. ``record`` records the second call of a kind, or with ``at_once`` the first.
+    Results are new tensors in each call. ``record`` records the second call of a kind, or with ``on_first_call`` the
+    first.
     """
 
-    def __init__(self, module: nn.Module, record: Record, at_once: bool = False) -> None:
+    def __init__(self, module: nn.Module, record: Record, on_first_call: bool = False) -> None:
         self._module, self._forward = module, module.forward
-        self._record, self._at_once = record, at_once
+        self._record, self._on_first_call = record, on_first_call
         self._seen: set[Any] = set()
         self._recorded: dict[Any, _Recorded | None] = {}
 
@@ -50,7 +53,7 @@ class GraphedModule:
             found = self._recorded[kind]
             return self._forward(*args, **kwargs) if found is None else found(args, kwargs)
         result = self._forward(*args, **kwargs)
-        if self._at_once or kind in self._seen:
+        if self._on_first_call or kind in self._seen:
             self._seen.discard(kind)
             self._forget_moved(kind)
             self._recorded[kind] = self._recording(args, kwargs) if _can_copy(result) else None
@@ -120,8 +123,8 @@ def _places(module: nn.Module) -> tuple[tuple[int, torch.device], ...] | None:
     for part in module.modules():
         outer = part is module  # whose hooks are called around its forward
         hooks = () if outer else (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-        kind: Any = type(part)
-        if part.training or not all(map(_only_collects, hooks)) or _is_adapter(kind):
+        # The scale of an adapter is a number of Python, which a graph would keep
+        if part.training or not all(map(_only_collects, hooks)) or is_adapted(part):
             return None
         held = [x for x in (*part._parameters.values(), *part._buffers.values()) if x is not None]
         if any(type(x) not in _PLAIN for x in held):  # quantised, say: such a tensor holds others, and has no address
@@ -135,15 +138,9 @@ def _only_collects(hook: Callable[..., Any]) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
-@functools.lru_cache(maxsize=1024)
-def _is_adapter(kind: Any) -> bool:
-    """Say whether a layer is one of PEFT's, whose scale is a number of Python that a graph would keep."""
-    return any(c.__name__ == "BaseTunerLayer" for c in kind.__mro__)
-
-
-def graph_calls(module: nn.Module, record: Record, at_once: bool = False) -> None:
+def graph_calls(module: nn.Module, record: Record, on_first_call: bool = False) -> None:
     """Make ``module`` replay its calls (:class:`GraphedModule`). It stays the object that it is."""
-    graphed = GraphedModule(module, record, at_once)
+    graphed = GraphedModule(module, record, on_first_call)
 
     @functools.wraps(module.forward)  # pipelines read its parameters
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from districompile.cuda.graphed_module import GraphedModule, graph_calls
+from districompile.live import graphed_module
+from districompile.live.graphed_module import GraphedModule, graph_calls
 
 
 class Encoder(nn.Module):
@@ -78,10 +79,10 @@ def test_results_are_those_of_the_module(encoder: Encoder) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("at_once", "calls"), [(False, 2), (True, 1)])
-def test_when_a_call_is_recorded(encoder: Encoder, at_once: bool, calls: int) -> None:
+@pytest.mark.parametrize(("on_first_call", "calls"), [(False, 2), (True, 1)])
+def test_when_a_call_is_recorded(encoder: Encoder, on_first_call: bool, calls: int) -> None:
     recorder = Recorder()
-    graphed = GraphedModule(encoder, recorder, at_once)
+    graphed = GraphedModule(encoder, recorder, on_first_call)
     for _ in range(calls):
         assert recorder.recorded == 0
         graphed(ids(0))
@@ -91,7 +92,7 @@ def test_when_a_call_is_recorded(encoder: Encoder, at_once: bool, calls: int) ->
 @torch.no_grad()
 def test_kinds_of_calls_have_recordings_of_their_own(encoder: Encoder) -> None:
     recorder = Recorder()
-    graphed = GraphedModule(encoder, recorder, at_once=True)
+    graphed = GraphedModule(encoder, recorder, on_first_call=True)
     mask = torch.tensor([[1.0, 1, 1, 0, 0], [1, 0, 1, 0, 1]])
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
         ((ids(0),), {}), ((ids(1, 7),), {}), ((ids(2),), {"mask": mask}), ((ids(3),), {"scale": 2.0}),
@@ -106,7 +107,7 @@ def test_kinds_of_calls_have_recordings_of_their_own(encoder: Encoder) -> None:
 @torch.no_grad()
 def test_weights_that_change_are_followed(encoder: Encoder) -> None:
     recorder = Recorder()
-    graphed = GraphedModule(encoder, recorder, at_once=True)
+    graphed = GraphedModule(encoder, recorder, on_first_call=True)
     graphed(ids(0))
     encoder.inner.weight.mul_(2)  # in place
     assert equal(graphed(ids(1)), encoder.forward(ids(1))) and recorder.recorded == 1
@@ -121,13 +122,14 @@ class Quantised(nn.Parameter):
         raise RuntimeError("there is no address")
 
 
-class BaseTunerLayer(nn.Linear):
-    """Has the name of what PEFT puts around a layer."""
+class Adapted(nn.Linear):
+    """A layer that stands for one with an adapter of PEFT's around it."""
 
 
-def test_calls_that_are_made_as_they_are(encoder: Encoder) -> None:
+def test_calls_that_are_made_as_they_are(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed_module, "is_adapted", lambda module: isinstance(module, Adapted))
     recorder = Recorder()
-    graphed = GraphedModule(encoder, recorder, at_once=True)
+    graphed = GraphedModule(encoder, recorder, on_first_call=True)
     graphed(ids(0))  # with gradients
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         graphed(ids(0))
@@ -141,7 +143,7 @@ def test_calls_that_are_made_as_they_are(encoder: Encoder) -> None:
         encoder.train()
         graphed(ids(0))
         encoder.eval()
-        encoder.inner = BaseTunerLayer(4, 4).eval()
+        encoder.inner = Adapted(4, 4).eval()
         graphed(ids(0))
         encoder.inner = nn.Linear(4, 4).eval()
         encoder.inner.weight = Quantised(torch.ones(4, 4))
@@ -151,7 +153,7 @@ def test_calls_that_are_made_as_they_are(encoder: Encoder) -> None:
 
 @torch.no_grad()
 def test_what_cannot_be_recorded_is_not_tried_again(encoder: Encoder) -> None:
-    graphed = GraphedModule(encoder, Recorder(refuses=True), at_once=True)
+    graphed = GraphedModule(encoder, Recorder(refuses=True), on_first_call=True)
     for i in range(3):
         assert equal(graphed(ids(i)), encoder.forward(ids(i)))
     assert encoder.runs == 6
@@ -168,7 +170,7 @@ def test_a_result_that_cannot_be_copied(encoder: Encoder) -> None:
             return super().forward(ids)["last"], Cache(ids)
 
     recorder = Recorder()
-    graphed = GraphedModule(Cached().eval(), recorder, at_once=True)
+    graphed = GraphedModule(Cached().eval(), recorder, on_first_call=True)
     first, second = graphed(ids(0)), graphed(ids(1))
     assert recorder.recorded == 0 and torch.equal(first[1].keys, ids(0)) and torch.equal(second[1].keys, ids(1))
 
@@ -176,7 +178,7 @@ def test_a_result_that_cannot_be_copied(encoder: Encoder) -> None:
 @torch.no_grad()
 def test_recordings_are_bounded(encoder: Encoder) -> None:
     recorder = Recorder()
-    graphed = GraphedModule(encoder, recorder, at_once=True)
+    graphed = GraphedModule(encoder, recorder, on_first_call=True)
     for length in range(1, 21):
         graphed(ids(0, length))
     assert len(graphed._recorded) == 8
@@ -186,7 +188,7 @@ def test_recordings_are_bounded(encoder: Encoder) -> None:
 @torch.no_grad()
 def test_the_module_stays_what_it_is(encoder: Encoder) -> None:
     names = list(inspect.signature(encoder.forward).parameters)
-    graph_calls(encoder, Recorder(), at_once=True)
+    graph_calls(encoder, Recorder(), on_first_call=True)
     assert list(inspect.signature(encoder.forward).parameters) == names
     seen = []
     encoder.register_forward_hook(lambda *_: seen.append(1))  # of the module itself
