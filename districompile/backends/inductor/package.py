@@ -275,13 +275,14 @@ def compile_package(job: CompileJob, path: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from districompile.backends.inductor import torch_patches as patches
+    from districompile.backends.inductor.interface_object import interface_apart
 
     device = torch.device(job.device)
     module = _Buffered(graph_from_json(job.graph, device), len(job.outputs))
     with FakeTensorMode(), torch.no_grad():
         example = tuple(o.empty(device) for o in (*job.inputs, *job.outputs))
     fixed = patches.fix_array_declarations(), patches.fix_tma_descriptors(), patches.light_headers()
-    with torch.no_grad(), V.set_choices_handler(patches.Choices()), fixed[0], fixed[1], fixed[2]:
+    with torch.no_grad(), V.set_choices_handler(patches.Choices()), fixed[0], fixed[1], fixed[2], interface_apart():
         program = torch.export.export(module, example, strict=False)
         clear_fake_tensor_cache()  # it holds the strides of convolutions without cuDNN
         compile_program(program, path, dict(job.options))
