@@ -128,16 +128,19 @@ class CompileCache:
 
     def _usable(self) -> Path | None:
         """Return the folder, if nobody else may write to it."""
-        if self._folder is None:
-            return None
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self._folder.stat()
-        except OSError:
-            return None
-        if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-            return None
-        return self._folder
+        return None if self._folder is None else private_folder(self._folder)
+
+
+def private_folder(folder: Path) -> Path | None:
+    """Make ``folder`` where it is missing. Return it, or None where others may write to it or it cannot be made."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError:
+        return None
+    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        return None
+    return folder
 
 
 _ACTIVE: ContextVar[CompileCache | None] = ContextVar("active", default=None)

@@ -10,14 +10,18 @@ needs it where it runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import os
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from districompile.backends.inductor.cache import default_folder, private_folder
 from districompile.backends.inductor.fragment import library_fragment, register_fake
 from districompile.errors import BackendError
 
@@ -97,12 +101,38 @@ def load(version: int, device: torch.device) -> None:
         return
     library = LIBRARIES[version]
     try:
-        importlib.import_module(library.module)
+        with _kernels_are_kept():
+            importlib.import_module(library.module)
     except Exception as e:  # of an ImportError to whatever a compiler that is not there raises
         raise BackendError(
             f"this bundle calls FlashAttention-{version}, and {library.package} cannot be imported ({e}): install it "
             f"({library.install}), or convert again with attention=torch"
         ) from e
+
+
+_SWITCH = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+_FOLDER = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+
+
+@contextlib.contextmanager
+def _kernels_are_kept() -> Iterator[None]:
+    """Let FlashAttention-4, which is imported inside, keep the kernels that it compiles in the user's cache.
+
+    It compiles each at its first call, which takes seconds, and keeps them only if asked by these variables of the
+    environment, which it reads as it is imported. What the user has set stays.
+    """
+    base = default_folder()
+    folder = None if base is None or _SWITCH in os.environ else private_folder(base.with_name("flash-attention-4"))
+    if folder is None:
+        yield
+        return
+    added = {_SWITCH: "1", **({} if _FOLDER in os.environ else {_FOLDER: str(folder)})}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def load_packages(names: list[str], device: torch.device) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -207,6 +208,36 @@ def test_version_4_is_called_as_its_package_has_it(monkeypatch: pytest.MonkeyPat
     q, k, v = (torch.randn(1, 8, 2, 16) for _ in range(3))
     got = flash_attention.by_library(q, k, v, 0.5, 4, 1)
     assert torch.equal(got, flash_attention.sdpa_fallback(q, k, v, 0.5)) and given == [(0.5, 1)]
+
+
+def test_version_4_keeps_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads variables of the environment as it is imported. What the user has set stays, and nothing is left."""
+    switch, folder = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+    text = f"import os\nread = os.environ.get({switch!r}), os.environ.get({folder!r})\n"
+
+    def read(name: str) -> object:
+        (tmp_path / f"{name}.py").write_text(text)
+        given = dataclasses.replace(flash_attention.LIBRARIES[4], module=name)
+        monkeypatch.setitem(flash_attention.LIBRARIES, 4, given)
+        before = dict(os.environ)
+        flash_attention.load(4, torch.device("cuda"))
+        assert dict(os.environ) == before
+        return sys.modules[name].read
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(switch, raising=False)
+    monkeypatch.delenv(folder, raising=False)
+    kept = tmp_path / "cache" / "districompile" / "flash-attention-4"
+    assert read("kept_kernels_1") == ("1", str(kept)) and kept.is_dir()
+    monkeypatch.setenv(folder, "elsewhere")
+    assert read("kept_kernels_2") == ("1", "elsewhere")
+    monkeypatch.setenv(switch, "0")
+    assert read("kept_kernels_3") == ("0", "elsewhere")
+    monkeypatch.delenv(switch)
+    monkeypatch.delenv(folder)
+    kept.chmod(0o777)  # others may put code there
+    assert read("kept_kernels_4") == (None, None)
 
 
 @pytest.mark.gpu
