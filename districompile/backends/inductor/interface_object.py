@@ -24,12 +24,16 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 _INTERFACE = Path(torch.__file__).with_name("_inductor") / "codegen" / "aoti_runtime" / "interface.cpp"
 
+# The members of the template that all models inherit from are compiled once, too
+_MODEL = "namespace torch::aot_inductor {{ {}template class AOTInductorModelBase<AOTInductorModel>; }}\n"
+
 
 def divided(host: str, interface: str) -> tuple[str, str] | None:
     """Divide the host code of a package at the text of the interface, which it has near its beginning.
 
-    Returns the source of the interface and that of the rest. The rest has the includes of both, without the header of
-    the container, which the interface alone uses. Returns None where ``host`` does not have the text ``interface``.
+    Returns the source of the interface, which also instantiates the base class of the model, and that of the rest. The
+    rest has the includes of both, without the header of the container, which the interface alone uses. Returns None
+    where ``host`` does not have the text ``interface``.
     """
     text = "\n".join(line.rstrip() for line in interface.strip().splitlines())
     if not text or text not in host:
@@ -37,7 +41,7 @@ def divided(host: str, interface: str) -> tuple[str, str] | None:
     before, _, rest = host.partition(text)
     lines = text.splitlines()
     includes = "\n".join(line for line in lines if line.startswith("#include") and "model_container.h" not in line)
-    return before + text + "\n", f"{before}{includes}{rest}"
+    return f"{before}{text}\n{_MODEL.format('')}", f"{before}{includes}\n{_MODEL.format('extern ')}{rest}"
 
 
 @contextlib.contextmanager
