@@ -18,7 +18,7 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 def hash_files(paths: Mapping[str, Path], progress: Progress | None = None) -> dict[str, str]:
     """Return the sha256 of each file in hex. ``progress`` gets the bytes done and in all."""
-    total = sum(found[1] for p in paths.values() if (found := _state(p)) is not None)
+    total = sum(found[1] for p in paths.values() if (found := state_of(p)) is not None)
     done = 0
     hashes = {}
     buffer = memoryview(bytearray(CHUNK))
@@ -43,14 +43,14 @@ def check_hashes(folder: Path, expected: Mapping[str, str], progress: Progress |
     What :func:`hash_ahead` computes for the folder is used, once."""
     ahead = _AHEAD.pop(folder.resolve(), None)
     known = {} if ahead is None else ahead.result()
-    hashes = {name: known[name][1] for name in expected if name in known and known[name][0] == _state(folder / name)}
+    hashes = {name: known[name][1] for name in expected if name in known and known[name][0] == state_of(folder / name)}
     hashes |= hash_files({name: folder / name for name in expected if name not in hashes}, progress)
     for name in expected:
         if hashes[name] != expected[name]:
             raise BundleError(f"{folder / name} was changed: its hash is not the one in {MANIFEST}{AGAIN}")
 
 
-_State = tuple[int, int, int]
+State = tuple[int, int, int]
 _AHEAD: dict[Path, _Ahead] = {}
 
 
@@ -67,23 +67,23 @@ class _Ahead(threading.Thread):
     def __init__(self, paths: Mapping[str, Path]) -> None:
         super().__init__(daemon=True)  # a process that is refused does not wait for it
         self._paths = dict(paths)
-        self._found: dict[str, tuple[_State, str]] = {}
+        self._found: dict[str, tuple[State, str]] = {}
         self.start()
 
     def run(self) -> None:
         for name, path in self._paths.items():
-            state = _state(path)
+            state = state_of(path)
             with contextlib.suppress(BundleError, OSError):
                 found = hash_files({name: path})[name]
                 if state is not None:
                     self._found[name] = state, found
 
-    def result(self) -> dict[str, tuple[_State, str]]:
+    def result(self) -> dict[str, tuple[State, str]]:
         self.join()
         return self._found
 
 
-def _state(path: Path) -> _State | None:
+def state_of(path: Path) -> State | None:
     """Return what changes with a file: its inode, size and time of modification; None without the file."""
     try:
         found = path.stat()

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from districompile.bundle.hashes import State, state_of
 from districompile.bundle.upload import Upload
 from districompile.common.tensors import not_finite
 from districompile.errors import BundleError, ValueWarning
@@ -174,21 +175,28 @@ class WeightFile:
     def uploading(self, names: Iterable[str], device: torch.device) -> Iterator[None]:
         """Read tensors into the memory of a GPU in the background, for :meth:`tensor` inside. Elsewhere do nothing.
 
-        Few bytes are not worth the threads.
+        Few bytes are not worth the threads. What :func:`upload_ahead` began goes on.
         """
-        there = {key for key, where, _ in self._moved if where == device}
-        parts = dict(self.location(n) for n in names if f"{self._offset(n)}:{self.spec(n)}" not in there)
-        if device.type not in _UPLOADED or sum(parts.values()) < _WORTH_THREADS:
-            yield
-            return
-        upload = Upload(self.path, {offset: length for offset, length in parts.items() if length}, device)
-        self._upload = device, upload
+        if self._upload is None or self._upload[0] != device:
+            self._begin_upload(names, device)
         try:
             yield
         finally:
-            self._upload = None
+            self._end_upload()
+
+    def _begin_upload(self, names: Iterable[str], device: torch.device) -> None:
+        self._end_upload()
+        there = {key for key, where, _ in self._moved if where == device}
+        parts = dict(self.location(n) for n in names if f"{self._offset(n)}:{self.spec(n)}" not in there)
+        if device.type in _UPLOADED and sum(parts.values()) >= _WORTH_THREADS:
+            upload = Upload(self.path, {offset: length for offset, length in parts.items() if length}, device)
+            self._upload = device, upload
+
+    def _end_upload(self) -> None:
+        upload, self._upload = self._upload, None
+        if upload is not None:
             with contextlib.suppress(Exception):  # of what nobody asked for
-                upload.end()
+                upload[1].end()
 
     def _uploaded(self, name: str, device: torch.device) -> Tensor:
         """Return a tensor as it was read in the background, or else as a view of the mapped file."""
@@ -231,6 +239,29 @@ class WeightFile:
         if offset % spec.dtype.itemsize:  # never so in a file that districompile writes
             raw = raw.clone()
         return raw.view(spec.dtype).reshape(spec.shape)
+
+
+_AHEAD: dict[Path, tuple[State | None, WeightFile]] = {}
+
+
+def upload_ahead(path: Path, names: Iterable[str], device: torch.device) -> None:
+    """Begin to read tensors into the memory of a GPU, for the next :func:`open_weights` of the file ``path``.
+
+    A process has other work before it loads a bundle, such as imports. Nothing is raised here."""
+    with contextlib.suppress(Exception):  # whoever loads the bundle is told
+        state, file = state_of(path), WeightFile.open(path)
+        file._begin_upload(names, device)
+        _AHEAD[path.resolve()] = state, file
+
+
+def open_weights(path: Path) -> WeightFile:
+    """Open ``path`` as :meth:`WeightFile.open` does, with what :func:`upload_ahead` began, once."""
+    state, file = _AHEAD.pop(path.resolve(), (None, None))
+    if file is not None and state == state_of(path):
+        return file
+    if file is not None:
+        file._end_upload()
+    return WeightFile.open(path)
 
 
 def _check_items(items: list[Item], specs: Mapping[str, TensorSpec]) -> None:

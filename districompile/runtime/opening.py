@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,10 +15,11 @@ import torch.distributed as dist
 
 from districompile.backends.base import Backend, Engine
 from districompile.backends.registry import get_backend
+from districompile.bundle import weights
 from districompile.bundle.bundle import WEIGHTS, Bundle
 from districompile.bundle.weights import WeightFile
 from districompile.common.extensions import Extension, load_extensions
-from districompile.errors import BundleError, InputError
+from districompile.errors import BundleError, Error, InputError
 from districompile.frontend.call_tree import check_classes
 from districompile.ir.operators import check_available
 from districompile.plan.plan import ExecutionPlan
@@ -98,7 +100,7 @@ class Loader:
 
     def __init__(self, bundle: Bundle, backend: Backend, device: torch.device) -> None:
         self._bundle, self.backend, self._device = bundle, backend, device
-        self._weights: WeightFile = WeightFile.open(bundle.weights_path)
+        self._weights: WeightFile = weights.open_weights(bundle.weights_path)
         for plan in bundle.plans.values():
             check_weights(plan, self._weights)
         self._loaded: dict[int, dict[tuple[str, tuple[str, ...]], Engine]] = {}  # by rank
@@ -115,9 +117,9 @@ class Loader:
         Raises :class:`BundleError` if it has other weights."""
         hashes = [b.manifest["files"][WEIGHTS]["sha256"] for b in (self._bundle, bundle)]
         if hashes[0] != hashes[1]:
-            weights = WeightFile.open(bundle.weights_path)
-            check_same_weights(self._weights, weights)
-            self._weights = weights
+            others = WeightFile.open(bundle.weights_path)
+            check_same_weights(self._weights, others)
+            self._weights = others
         if self.backend.calls_operators:
             check_available(bundle.operators, str(bundle.path))
         check_weights(plan, self._weights)
@@ -128,9 +130,7 @@ class Loader:
 
         Equal engines are loaded once, because the segments of a rank run in turn.
         """
-        schedules = [schedule.segments.values() for schedule in plan.phases.values()]
-        names = dict.fromkeys(name for segments in schedules for s in segments for name in s.weights)
-        with self._weights.uploading(names if self.backend.reads_weights else (), self._device):
+        with self._weights.uploading(_read_by(plan) if self.backend.reads_weights else (), self._device):
             return self._engines(plan, rank)
 
     def _engines(self, plan: ExecutionPlan, rank: int) -> dict[str, dict[str, Engine]]:
@@ -150,6 +150,22 @@ class Loader:
                 check_engine(path, segment, specs, loaded[key])
                 engines[phase][name] = loaded[key]
         return engines
+
+
+def upload_ahead(bundle: Bundle, device: str | None = None) -> None:
+    """Begin to read the weights of ``bundle`` onto the GPU of this process, for when it is loaded.
+
+    Without a GPU, or where engines hold weights of their own, nothing happens. Nothing is raised here."""
+    with contextlib.suppress(Error):  # load says it
+        where = _device(bundle, device, int(os.environ.get("LOCAL_RANK", "0")))
+        if get_backend(str(bundle.manifest["backend"])).reads_weights:
+            weights.upload_ahead(bundle.weights_path, _read_by(bundle.plan), where)
+
+
+def _read_by(plan: ExecutionPlan) -> list[str]:
+    """Return the weights that a plan's engines read, in the order of their reading."""
+    segments = [s for schedule in plan.phases.values() for s in schedule.segments.values()]
+    return list(dict.fromkeys(name for segment in segments for name in segment.weights))
 
 
 def check_device(bundle: Bundle, device: str | None = None) -> str:

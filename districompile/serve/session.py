@@ -26,6 +26,7 @@ from districompile.cli.pipeline import MEETING, attach, open_pipeline
 from districompile.models.sources import import_diffusers, network_name
 from districompile.runtime.load import load
 from districompile.runtime.module import DistributedModule
+from districompile.runtime.opening import upload_ahead
 from districompile.serve.jobs import Drawing, Drawn, Facts, Format, GroupOptions
 
 Show = Callable[[int, str], None]  # the number of a preview, and its file in base64
@@ -54,6 +55,7 @@ class DrawingSession:
         self._first = first
         quiet_libraries()
         load_extensions(options.extensions)
+        upload_ahead(bundle, options.device)
         self._text = open_pipeline(model, bundle.plan.options, bundle)
         vae = None if options.vae in (None, NO_VAE) else Path(options.vae)  # chosen by the supervisor
         meeting = max(60.0, MEETING * options.timeout)

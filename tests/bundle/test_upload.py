@@ -105,6 +105,32 @@ def test_a_file_that_was_cut_meanwhile(file: tuple[WeightFile, dict[str, Tensor]
             opened.tensor(name, CPU, torch.channels_last)
 
 
+def test_what_began_ahead_goes_on(file: tuple[WeightFile, dict[str, Tensor]]) -> None:
+    path, tensors = file[0].path, file[1]
+    weights.upload_ahead(path, [n for n in tensors if n != "half"], CPU)
+    opened = weights.open_weights(path)
+    begun = opened._upload
+    assert begun is not None and weights.open_weights(path)._upload is None  # it is handed over once
+    with opened.uploading(tensors, CPU):
+        assert opened._upload is begun
+        for name in ("conv", "tied", "half"):
+            assert torch.equal(opened.tensor(name, CPU, torch.channels_last), tensors[name])
+    assert opened._upload is None
+
+
+def test_a_file_that_was_replaced_after_it_began(file: tuple[WeightFile, dict[str, Tensor]]) -> None:
+    path, tensors = file[0].path, file[1]
+    weights.upload_ahead(path, tensors, CPU)
+    path.unlink()
+    spec = TensorSpec((4, 3, 3, 3), torch.float32)
+    WeightFile.write(path, [("conv", spec, lambda: torch.zeros(4, 3, 3, 3))])
+    opened = weights.open_weights(path)
+    assert opened.names() == ["conv"] and opened._upload is None and not opened.tensor("conv").any()
+    weights.upload_ahead(path.with_name("none"), ["conv"], CPU)  # whoever opens it is told
+    with pytest.raises(BundleError, match="cannot read the weight file"):
+        weights.open_weights(path.with_name("none"))
+
+
 def test_few_bytes_and_other_devices(
     file: tuple[WeightFile, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

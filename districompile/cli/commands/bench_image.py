@@ -27,6 +27,7 @@ from districompile.cli.pictures import PNG_LEVEL
 from districompile.cli.pipeline import MEETING, attach, chosen_vae, open_pipeline
 from districompile.common.outputs import write_file
 from districompile.models.sources import pipeline_location
+from districompile.runtime.opening import upload_ahead
 from districompile.runtime.processes.launcher import launch
 
 PROMPT = "a red circle above a blue square"
@@ -92,6 +93,7 @@ def worker(job: Settings) -> dict[str, Any]:
     began = time.perf_counter()
     bundle = Bundle.open(job.bundle, verify=False)
     plan = bundle.plan if job.shape is None else bundle.plans[job.shape]
+    upload_ahead(bundle, job.device)  # as `serve` does
     pipe = open_pipeline(source_of(bundle.manifest, job.model), plan.options)
     opened = time.perf_counter()
     vae = None if job.vae in (None, NO_VAE) else Path(job.vae)
