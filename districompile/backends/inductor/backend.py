@@ -171,8 +171,8 @@ class InductorBackend(Backend):
         if usable and self._workers > 1 and (os.cpu_count() or 1) >= 2 * self._workers:
             self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="districompile-")
             self._pool = worker_pool(self._workers)
-            job = first_job(self._kind, self._all_settings()).to_json()
-            self._pool.submit([job, str(Path(self._scratch.name, f"first{i}.pt2"))] for i in range(self._workers))
+            jobs = [first_job(self._kind, self._all_settings(), i).to_json() for i in range(self._workers)]
+            self._pool.submit([job, str(Path(self._scratch.name, f"first{i}.pt2"))] for i, job in enumerate(jobs))
 
     def faster_in_8_bits(self, size: LayerSize) -> bool | None:
         if self._kind != "cuda" or "custom-kernels" not in self._autotune:

@@ -56,14 +56,18 @@ def worker_pool(workers: int) -> WorkerPool:
     return WorkerPool(__name__, workers, [str(threads)], lambda i: seen_alone(gpus[i % len(gpus)]) if gpus else {})
 
 
-def first_job(device: str, options: tuple[tuple[str, ConfigValue], ...]) -> CompileJob:
-    """Return a job that is soon done. With it a worker imports Inductor, and makes what it keeps for all packages."""
+def first_job(device: str, options: tuple[tuple[str, ConfigValue], ...], worker: int = 0) -> CompileJob:
+    """Return a job that is soon done. With it a worker imports Inductor, and makes what it keeps for all packages.
+
+    Each ``worker`` has another size: Inductor locks what it compiles, and equal programs would wait for each other.
+    """
+    size = 16 * (worker + 1)
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     positive = graph.call_function(torch.ops.aten.relu.default, (x,))
-    x.meta["val"] = positive.meta["val"] = torch.empty(16, device="meta")
+    x.meta["val"] = positive.meta["val"] = torch.empty(size, device="meta")
     graph.output((positive,))
-    one = (Operand(TensorSpec((16,), torch.float32), "contiguous"),)
+    one = (Operand(TensorSpec((size,), torch.float32), "contiguous"),)
     return CompileJob(graph_to_json(torch.fx.GraphModule({}, graph)), one, one, device, options)
 
 

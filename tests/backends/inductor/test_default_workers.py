@@ -79,7 +79,7 @@ def test_workers_begin_before_there_are_packages(monkeypatch: pytest.MonkeyPatch
         made = InductorBackend("cpu", workers=count, cache="none")
         made.begin()
         made.begin()
-        assert len(given) == jobs
+        assert len(given) == jobs == len({job for job, _ in given})  # equal ones would wait for each other
     job = workers.first_job("cpu", (("max_autotune", False),))
     assert CompileJob.from_json(job.to_json()) == job
 
