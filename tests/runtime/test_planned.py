@@ -74,8 +74,7 @@ class AsyncChannel(SimulatedChannel):
 
     def __init__(self, group: SimulatedChannels, rank: int, seed: int) -> None:
         super().__init__(group, rank)
-        self.late: dict[TransferPlan, None] = {}
-        self.random = random.Random(f"{seed} {rank}")
+        self.late, self.random = dict[TransferPlan, None](), random.Random(f"{seed} {rank}")
 
     def post(self, transfer: TransferPlan) -> None:
         assert transfer not in self.late

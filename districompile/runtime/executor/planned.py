@@ -335,11 +335,7 @@ class PlannedExecutor:
 
     def _deliver(self, buffers: BufferState, name: str, state: ExecutorState, value: torch.Tensor) -> None:
         """Copy a result that an engine made to where it would be received."""
-        c = self.plan.collectives[name]
-        self._flip(buffers, name)
-        buffers.last_transfer[name] = None
-        layout = self.memory.layout(name, self.rank)
-        place = layout.inside(state.buffer.local, c, self.rank, buffers.buffer_index.get(name, 0))
+        c, place = self.plan.collectives[name], self._unsent(buffers, name, state)
         if isinstance(c, Reduction):  # the contributions are combined when they are read
             place.fill_(0) if c.op == "sum" else place.copy_(value.expand_as(place))
             place[0].copy_(value)
@@ -348,11 +344,14 @@ class PlannedExecutor:
 
     def _clear(self, buffers: BufferState, name: str, state: ExecutorState) -> None:
         """Set what is read of a collective to zero."""
+        self._unsent(buffers, name, state).zero_()
+
+    def _unsent(self, buffers: BufferState, name: str, state: ExecutorState) -> torch.Tensor:
+        """Return where a result of this call is read that no rank sends."""
         self._flip(buffers, name)
         buffers.last_transfer[name] = None
-        layout = self.memory.layout(name, self.rank)
         collective, copy = self.plan.collectives[name], buffers.buffer_index.get(name, 0)
-        layout.inside(state.buffer.local, collective, self.rank, copy).zero_()
+        return self.memory.layout(name, self.rank).inside(state.buffer.local, collective, self.rank, copy)
 
     def _flip(self, buffers: BufferState, name: str) -> None:
         """Switch a double-buffered collective to its other buffer."""
@@ -362,8 +361,6 @@ class PlannedExecutor:
     def _kept(self, state: ExecutorState, name: str, copy: int) -> torch.Tensor:
         offset = self.memory.kept_offsets[name] + copy * self.memory.kept_stride
         return view(state.kept, offset, self.memory.kept[name])
-
-    # Graphs and traces
 
     def _replay(self, phase: str, state: ExecutorState) -> list[torch.Tensor]:
         tracing = self._trace is not None
