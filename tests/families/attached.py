@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.families.base import Call, family, randn, randomise
 from tests.families.condition import GROUP, SHARE, unet
@@ -139,6 +139,55 @@ def controlnet(h: int, w: int) -> Call:
             "controlnet_cond": randn(1, 3, h * 8, w * 8),
         },
     )
+
+
+class _Modulated(nn.Module):
+    """SUPIR's way of control: the control network's features scale and shift normalised skip connections."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        small = {
+            "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 12,
+            "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        }  # fmt: skip
+        import diffusers
+
+        self.unet = diffusers.UNet2DConditionModel(**small, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+        self.control = diffusers.ControlNetModel(**small, conditioning_embedding_out_channels=(4, 4, 8, 8))
+        self.shared = nn.ModuleList(nn.Conv2d(c, 8, 3, padding=1) for c in widths)
+        self.scale, self.shift = (nn.ModuleList(nn.Conv2d(8, c, 3, padding=1) for c in widths) for _ in range(2))
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, hint: Tensor) -> Tensor:
+        net, text = self.unet, encoder_hidden_states
+        control, _ = self.control(sample, timestep, text, hint, return_dict=False)
+        steps = net.time_embedding(net.time_proj(timestep.expand(sample.shape[0])).to(sample.dtype))
+        x = net.conv_in(sample)
+        skips = [x]
+        for block in net.down_blocks:
+            more = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+            x, found = block(hidden_states=x, temb=steps, **more)
+            skips += found
+        x = net.mid_block(x, steps, encoder_hidden_states=text)
+        for i, (skip, feature) in enumerate(zip(skips, control, strict=True)):
+            seen = nn.functional.silu(self.shared[i](feature))
+            flat = nn.functional.group_norm(skip, 4)
+            skips[i] = flat * (1 + self.scale[i](seen)) + self.shift[i](seen)
+        for block in net.up_blocks:
+            count = len(block.resnets)
+            skips, taken = skips[:-count], tuple(skips[-count:])
+            more = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+            x = block(hidden_states=x, temb=steps, res_hidden_states_tuple=taken, **more)
+        return net.conv_out(net.conv_act(net.conv_norm_out(x)))  # type: ignore[no-any-return]
+
+
+@family(GROUP, share=SHARE)
+def modulated_control(h: int, w: int) -> Call:
+    """A network of restoration, as SUPIR: control in the same call, by scales and shifts."""
+    module = randomise(_Modulated([8, 8, 8, 16]))
+    return Call(module, {
+        "sample": randn(1, 4, h, w), "timestep": torch.tensor(521.0), "encoder_hidden_states": randn(1, 7, 12),
+        "hint": randn(1, 3, h * 8, w * 8),
+    })  # fmt: skip
 
 
 @family(GROUP, share=SHARE)

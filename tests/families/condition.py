@@ -217,6 +217,17 @@ def k_upscaler(h: int, w: int) -> Call:
 
 
 @family(GROUP, share=SHARE)
+def x4_upscaler(h: int, w: int) -> Call:
+    """Stable Diffusion's upscaler: a small picture beside the latents, and its noise as a class."""
+    call = unet(
+        h, w, in_channels=7, num_class_embeds=20, only_cross_attention=(True, False), use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    call.kwargs["class_labels"] = torch.tensor([13, 13])
+    return call
+
+
+@family(GROUP, share=SHARE)
 def audioldm2(h: int, w: int) -> Call:
     import diffusers
 

@@ -19,8 +19,8 @@ import districompile as dc
 from tests.families.base import FAMILIES, Call, Family, error_of
 
 MODULES = (
-    "condition", "attached", "unconditional", "video", "autoencoders", "dit", "joint", "monai", "lucid", "attentions",
-    "blocks", "holdouts",
+    "condition", "attached", "unconditional", "video", "autoencoders", "dit", "joint", "monai", "science", "lucid",
+    "attentions", "blocks", "holdouts",
 )  # fmt: skip
 STEPS = 40  # displaced calls with constant inputs, at most
 Given = tuple[
