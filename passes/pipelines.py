@@ -14,6 +14,7 @@ from districompile.passes.cse import EliminateCommonSubexpressions
 from districompile.passes.drop_noops import DropNoOps
 from districompile.passes.exchange_before_norm import ExchangeBeforeNorm
 from districompile.passes.explicit_casts import ExplicitCasts
+from districompile.passes.fuse_norms import FuseNorms
 from districompile.passes.fuse_parallel_linears import FuseParallelLinears
 from districompile.passes.group_norm_mode import GroupNormMode
 from districompile.passes.hoist_fetches import HoistFetches
@@ -33,6 +34,7 @@ PASSES: dict[str, type[Any]] = {
     p.name: p
     for p in (
         DropNoOps,
+        FuseNorms,
         ExplicitCasts,
         EliminateCommonSubexpressions,
         FuseParallelLinears,
@@ -73,7 +75,9 @@ def cut(options: Options, added: Sequence[Pass] = ()) -> list[Pass]:
     global stage before ``propagate-shardings``, those of the SPMD stage at the end. An optimisation runs only if it is
     in ``options.optimise``.
     """
-    simplify: list[Pass] = [DropNoOps(), ExplicitCasts(), EliminateCommonSubexpressions(), FuseParallelLinears()]
+    simplify: list[Pass] = [
+        DropNoOps(), FuseNorms(), ExplicitCasts(), EliminateCommonSubexpressions(), FuseParallelLinears()
+    ]  # fmt: skip
     partition: list[Pass] = [
         PropagateShardings(),
         ShardTokens(),

@@ -158,13 +158,14 @@ def test_passes_are_recorded_dumped_and_stopped(tmp_path: Path) -> None:
     module = Net().eval()
     program = dc.convert(module, (sample(), 1.0), ranks=2, dump=tmp_path, stop_after="propagate-shardings")
     names = [p.name for p in sorted(tmp_path.glob("*.txt"))]
-    assert names == ["00-captured.txt", "01-drop-noops.txt", "02-explicit-casts.txt", "03-propagate-shardings.txt"]
+    order = ["captured", "drop-noops", "fuse-norms", "explicit-casts", "propagate-shardings"]
+    assert names == [f"0{i}-{name}.txt" for i, name in enumerate(order)]
     assert [p.stem for p in sorted(tmp_path.glob("*.diff"))] == [n.removesuffix(".txt") for n in names[1:]]
     assert "aten.conv2d(%sample, @conv.weight" in program.graph_text()
     with pytest.raises(dc.ConvertError, match="stops after a pass"):
         program.simulate(sample(), 1.0)
     whole = dc.convert(module, (sample(), 1.0), ranks=2, skip=["drop-noops"])
-    assert whole.plan.report.passes[0].name == "explicit-casts"
+    assert whole.plan.report.passes[0].name == "fuse-norms"
 
 
 def test_pipelines_have_a_text_form() -> None:

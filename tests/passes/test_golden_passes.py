@@ -34,6 +34,19 @@ class Dropout(nn.Module):
         return F.silu(F.dropout(sample, 0.1, self.training).to(torch.float32))
 
 
+class NormOfParts(nn.Module):
+    """A group norm that is made of a mean and a variance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, sample: Tensor) -> Tensor:
+        x = sample.view(1, 2, 2, 8, 4)
+        mean, var = (f(x, (2, 3, 4), keepdim=True) for f in (torch.mean, torch.var))
+        return ((x - mean) * (var + 1e-5).rsqrt()).view(sample.shape) * self.weight.view(1, 4, 1, 1)
+
+
 class Promotion(nn.Module):
     """Half and single precision are concatenated."""
 
@@ -175,6 +188,7 @@ class Example:
 
 EXAMPLES = {
     "drop-noops": Example(Dropout()),
+    "fuse-norms": Example(NormOfParts()),
     "explicit-casts": Example(Promotion(), {"half": LARGE["sample"].half(), "single": LARGE["sample"]}),
     "cse": Example(Embedding(), {**IMAGE, "temb": torch.zeros(1, 4)}, {"optimise": "cse"}),
     "fuse-parallel-linears": Example(Attention(), options={"optimise": "fuse-parallel-linears"}),
