@@ -15,11 +15,9 @@ Before:
 After:
 
     %group_norm_default = aten.group_norm(%sample, 2, None, None, ...)
-    %reshape_default = aten.reshape(%group_norm_default, [1, 2, 2, 8, 4])
-    %mul_tensor = aten.mul(%reshape_default, ...)
-    %view_1 = aten.view(%mul_tensor, [1, 4, 8, 4])
+    %mul_tensor = aten.mul(%group_norm_default, ...)
 
-The last factor is there because this variance divides by n - 1, and that of a group norm by n.
+The factor is there because this variance divides by n - 1, and that of a group norm by n.
 
 Some networks write group norms in this way, those of CorrDiff among them. Made of parts, each statistic is a sum over
 the ranks that every step waits for, three for each norm. One group norm has one, and displaced steps do not wait for it
@@ -192,15 +190,19 @@ def _replace(node: fx.Node, norm: _Norm) -> None:
     source = _before_grouping(norm.x) if norm.first == 2 else None
     if norm.first == 1 and len(shape) > 2:
         new = insert_before(node, aten.layer_norm.default, norm.x, shape[1:], None, None, eps)
-    elif source is not None:
-        new = insert_before(node, aten.group_norm.default, source, shape[1], None, None, eps)
-        new = insert_before(node, aten.reshape.default, new, shape)
-    elif norm.first == 2 and len(shape) > 3:
-        new = insert_before(node, aten.group_norm.default, norm.x, shape[1], None, None, eps)
+    elif source is not None or (norm.first == 2 and len(shape) > 3):
+        new = insert_before(node, aten.group_norm.default, source or norm.x, shape[1], None, None, eps)
     else:
         return
     if norm.correction:
         new = insert_before(node, aten.mul.Tensor, new, grow**-0.5)
+    if source is not None:
+        for user in list(node.users):  # views back to the image
+            if user.target in _VIEWS and user.meta["val"].shape == new.meta["val"].shape:
+                user.replace_all_uses_with(new)
+                node.graph.erase_node(user)
+        if node.users:
+            new = insert_before(node, aten.reshape.default, new, shape)
     node.replace_all_uses_with(new)
 
 

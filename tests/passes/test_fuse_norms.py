@@ -93,6 +93,17 @@ def test_other_views_and_dims(norm: Function) -> None:
     assert error < 1e-6 and purposes(program) == {"norm": 1, "other": 0}
 
 
+def test_users_of_both_shapes() -> None:
+    """The normalised view is read as it is, too."""
+
+    def norm(x: Tensor) -> Tensor:
+        y = pair(x.view(2, 3, 2, 13, 8), (2, 3, 4))
+        return y.view(x.shape) + y.amax(2, keepdim=True).expand(2, 3, 2, 13, 8).reshape(x.shape)
+
+    program, error = converted(norm)
+    assert error < 1e-6 and purposes(program) == {"norm": 1, "other": 0}
+
+
 def by(numerator: Tensor, x: Tensor) -> Tensor:
     return numerator * (x.var(PLANE, keepdim=True) + 1e-3).rsqrt()
 
