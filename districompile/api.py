@@ -67,6 +67,7 @@ def convert(
     quantise: str | Sequence[QuantisedLayer] = "none",
     calibration: Sequence[tuple[Sequence[Any], Mapping[str, Any]]] = (),
     faster: Faster | None = None,
+    timestep: str | None = None,
     progress: Progress | None = None,
 ) -> Program:
     """Compile ``module``, called with ``args`` and ``kwargs``, into a program for ``ranks`` processes.
@@ -113,6 +114,8 @@ def convert(
         faster: returns whether 8 bits make a layer of a size faster, such as ``backend.faster_in_8_bits``
             (:meth:`~districompile.backends.base.Backend.faster_in_8_bits`), which times it. ``quantise`` leaves other
             layers as they are. By default it chooses by accuracy alone.
+        timestep: the input that differs between the steps of a sampler. By default it is one with a usual name, such as
+            ``timestep``, ``t``, ``sigma`` or ``noise_labels``. Without one all calls are exact.
         progress: where progress is shown.
 
     Raises :class:`districompile.Error` for every mistake of a caller, with the way out. A mistake in a rule or a pass
@@ -124,7 +127,7 @@ def convert(
     bits = quantise if isinstance(quantise, str) else "fp8" if layers else "none"
     options = _options(
         ranks, cfg, groupnorm, displace, warmup_steps, segments, strict, parse_optimise(optimise), drift_limit, reuse,
-        transfer_bits, bits,
+        transfer_bits, bits, timestep,
     )  # fmt: skip
     calls = [(args, dict(kwargs or {})), *calibration][bool(calibration) :]
     bars = tasks(progress)
@@ -141,7 +144,7 @@ def convert(
             args, kwargs, halved = _halve(module, args, dict(kwargs or {}), rows)
             calls = [_halve(module, a, dict(k), rows)[:2] for a, k in calls]
         with bars.task("capturing the graph"), rules_for(rules), portable_functions():
-            captured = capture(module, args, kwargs)
+            captured = capture(module, args, kwargs, timestep)
     inputs = _with_rows(captured.inputs, rows)
     captured = dataclasses.replace(captured, inputs=inputs)
     wanted = _phases(phases, inputs, options)
@@ -169,7 +172,11 @@ def _phases(phases: str, inputs: Sequence[InputSpec], options: Options) -> tuple
     """Return the phases to compile. Raise :class:`ConvertError` for an unknown word, or reuse without later steps."""
     if phases not in PHASE_CHOICES:
         raise ConvertError(f"phases={phases!r}: there are {', '.join(PHASE_CHOICES)}")
-    repeats = any(names_timestep(i.path) for i in inputs)
+    beside = [i.path for i in inputs if i.rows is None]
+    if options.timestep is not None and options.timestep not in beside:
+        held = f"it has {', '.join(beside)}" if beside else "it has none"
+        raise ConvertError(f"timestep={options.timestep!r}: the module has no such input beside its images: {held}")
+    repeats = any(names_timestep(i.path, options.timestep) for i in inputs)
     if options.reuse is not None:
         if phases == "exact" or not repeats:
             why = "phases='exact' has none" if phases == "exact" else "a module without a timestep has none"
@@ -181,6 +188,7 @@ def _phases(phases: str, inputs: Sequence[InputSpec], options: Options) -> tuple
 def _options(
     ranks: int, cfg: str, groupnorm: str, displace: Sequence[str] | str, warmup_steps: int, segments: int, strict: bool,
     optimise: tuple[str, ...], drift_limit: float, reuse: str, transfer_bits: int | None, quantise: str,
+    timestep: str | None,
 ) -> Options:  # fmt: skip
     if cfg == "split":
         if ranks % 2:
@@ -193,7 +201,7 @@ def _options(
     purposes = tuple(k for k in displace if k != "none")
     return Options(
         ranks, cfg, groupnorm, purposes, warmup_steps, segments, strict, optimise, drift_limit, *parse_reuse(reuse),
-        transfer_bits, quantise,
+        transfer_bits, quantise, timestep,
     )  # fmt: skip
 
 

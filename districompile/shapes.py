@@ -129,7 +129,7 @@ def convert_like(
         segments=options.segments, optimise=options.optimise, strict=strict or options.strict, passes=passes,
         rules=rules, skip=skip, extensions=extensions, progress=progress,
         reuse=reuse_text(options.reuse, options.reuse_level), transfer_bits=options.transfer_bits,
-        quantise="none" if options.quantise == "none" else plan.report.quantised,
+        quantise="none" if options.quantise == "none" else plan.report.quantised, timestep=options.timestep,
     )  # fmt: skip
     program.plan = dataclasses.replace(program.plan, options=_described(plan, program.plan))
     return program

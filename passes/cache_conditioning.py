@@ -55,9 +55,10 @@ class CacheConditioning:
         if unit.phase != "displaced":
             return
         inputs = unit.captured.inputs
-        if not any(i.rows is None and names_timestep(i.path) for i in inputs):
+        named = unit.options.timestep
+        if not any(i.rows is None and names_timestep(i.path, named) for i in inputs):
             return  # without a timestep every call is exact
-        fixed = {i.value: i.path for i in inputs if i.rows is None and not names_timestep(i.path)}
+        fixed = {i.value: i.path for i in inputs if i.rows is None and not names_timestep(i.path, named)}
         reads = _reads(unit.graph, fixed)
         kept: dict[fx.Node, frozenset[str]] = {}
         for node in unit.graph.nodes:

@@ -154,7 +154,7 @@ def _divides(unit: CompilationUnit, node: fx.Node, dim: int) -> bool:
 
 def _changing(unit: CompilationUnit) -> set[fx.Node]:
     """Return the values that change from step to step: those that read the image or the timestep."""
-    inputs = {*unit.rows, *(i.value for i in unit.captured.inputs if names_timestep(i.path))}
+    inputs = {*unit.rows, *(i.value for i in unit.captured.inputs if names_timestep(i.path, unit.options.timestep))}
     found: set[fx.Node] = set()
     for node in unit.graph.nodes:
         if node.name in inputs or any(n in found for n in node.all_input_nodes):

@@ -39,7 +39,9 @@ def example_on(values: Any, device: torch.device) -> Any:
     return pytree.tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, values)
 
 
-def calibration_calls(loaded: LoadedModel, shape: Shape, cfg: str | None, progress: Progress) -> list[Call]:
+def calibration_calls(
+    loaded: LoadedModel, shape: Shape, cfg: str | None, progress: Progress, timestep: str | None = None
+) -> list[Call]:
     """Return calls of ``loaded`` in ``shape``: of a few images drawn with its pipeline, where it has one that fits.
 
     Otherwise they are the example at several timesteps.
@@ -51,7 +53,7 @@ def calibration_calls(loaded: LoadedModel, shape: Shape, cfg: str | None, progre
         found = like_example(loaded.module, own, _of_pipeline(loaded, shape, cfg, progress))
         if found:
             return found
-    return at_several_times(loaded.module, own)
+    return at_several_times(loaded.module, own, timestep)
 
 
 def _of_pipeline(loaded: LoadedModel, shape: Shape, cfg: str | None, progress: Progress) -> list[Call]:

@@ -75,6 +75,16 @@ class Settings(Conversion):
             rich_help_panel=options.MODEL,
         ),
     ] = ()
+    timestep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="For a module of a function: the input that differs between the steps of a sampler. Without one, all "
+            "steps are exact.",
+            show_default="one with a usual name, such as timestep, t, sigma or noise_labels",
+            rich_help_panel=options.MODEL,
+        ),
+    ] = None
     add: Annotated[
         bool,
         typer.Option(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _BFLOAT16_FROM = 80  # the kind of GPU
 _OF_A_PREDICTION = ("groupnorm", "displace", "warmup_steps", "drift_limit", "segments", "optimise", "strict", "passes",
-                    "rules", "skip")  # fmt: skip
+                    "rules", "skip", "timestep")  # fmt: skip
 S = TypeVar("S", bound=convert.Settings)
 
 

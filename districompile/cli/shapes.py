@@ -96,6 +96,6 @@ def of_size(plans: Mapping[str, ExecutionPlan], width: int | None, height: int |
 def unexpected_options(settings: convert.Settings) -> Sequence[str]:
     """Return the options that have no meaning with ``--add``, because those of the bundle hold."""
     fields = ("dtype", "gpus", "cfg", "segments", "groupnorm", "displace", "warmup_steps", "drift_limit", "quantise",
-              "reuse", "transfer_bits", "optimise", "backend", "collectives", "quality_floor", "out", "stop_after",
-              "config", "variant")  # fmt: skip
+              "reuse", "transfer_bits", "timestep", "optimise", "backend", "collectives", "quality_floor", "out",
+              "stop_after", "config", "variant")  # fmt: skip
     return ["--" + f.replace("_", "-") for f in fields if getattr(settings, f) is not None]

@@ -38,23 +38,28 @@ _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 
 
 def capture(
-    module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-) -> CapturedModule:
+    module: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None,
+    timestep: str | None = None,
+) -> CapturedModule:  # fmt: skip
     """Export ``module`` as called with ``args`` and ``kwargs``, on fake tensors: no weight is copied.
 
-    Python numbers passed where the signature takes a tensor (``timestep=5``) become 0-dim inputs, not constants.
+    Python numbers passed where the signature takes a tensor (``timestep=5``), or for the input ``timestep`` if it is
+    given, become 0-dim inputs, not constants.
     Raise :class:`CaptureError`, with the place and the reason, for a module that cannot be exported, that writes to its
     buffers or inputs, or whose output holds something else than tensors and constants.
     """
     load_extensions()  # the rules and decompositions of installed packages decide which operators are kept
     _check_module(module)
-    signature, args, kwargs = bind_call(module, args, dict(kwargs or {}))
+    signature, args, kwargs = bind_call(module, args, dict(kwargs or {}), timestep)
+    leaves = flatten_call(signature, args, kwargs)
+    if timestep is not None and not isinstance(leaves.get(timestep), Tensor):
+        tensors = ", ".join(path for path, value in leaves.items() if isinstance(value, Tensor))
+        raise InputError(f"timestep={timestep!r}: the call has no such tensor or number, it has {tensors}")
     program, functional = _export(module, args, kwargs)
     held = _held(program, module)
     graph, names = _graph_of(program, functional, held)
     put_on_one_device(graph, device_of(module))
     _refuse_unknown_sizes(graph)
-    leaves = flatten_call(signature, args, kwargs)
     inputs, constants = _inputs_of(program, names, leaves)
     weights = _weights_of(held)
     fake_mode = next(n.meta["val"].fake_mode for n in graph.nodes if isinstance(n.meta.get("val"), Tensor))
@@ -74,11 +79,13 @@ def capture(
         fake_mode,
         type(module).__name__,
         known,
-        _timestep_of(leaves),
+        _timestep_of(leaves, timestep),
     )
 
 
-def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[str, ...], Any, Any]:
+def bind_call(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any], timestep: str | None = None
+) -> tuple[tuple[str, ...], Any, Any]:
     """Return forward's parameter names, and its arguments in that order, with numbers converted to tensors."""
     parameters = inspect.signature(module.forward).parameters
     names = tuple(_STARS.get(p.kind, "") + n for n, p in parameters.items())
@@ -87,7 +94,7 @@ def bind_call(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, An
     except TypeError as e:
         raise InputError(f"{type(module).__name__}.forward: {e}") from None
     for name, value in bound.arguments.items():
-        takes_tensor = "Tensor" in str(parameters[name].annotation) or "timestep" in name
+        takes_tensor = "Tensor" in str(parameters[name].annotation) or "timestep" in name or name == timestep
         if takes_tensor and isinstance(value, int | float) and not isinstance(value, bool):
             bound.arguments[name] = torch.tensor(value)
     device = device_of(module)
@@ -251,9 +258,9 @@ def _flatten_outputs(graph: fx.Graph) -> None:
     output.args = (tuple(v for v in output.args[0] if isinstance(v, fx.Node)),)  # type: ignore[union-attr]
 
 
-def _timestep_of(leaves: Mapping[str, Any]) -> float | None:
+def _timestep_of(leaves: Mapping[str, Any], chosen: str | None) -> float | None:
     """Return the timestep of the example call: the largest by magnitude where it is a vector."""
-    value = next((v for path, v in leaves.items() if names_timestep(path) and isinstance(v, Tensor)), None)
+    value = next((v for path, v in leaves.items() if names_timestep(path, chosen) and isinstance(v, Tensor)), None)
     if value is None or not value.numel() or value.device.type == "meta" or isinstance(value, FakeTensor):
         return None
     flat = value.detach().reshape(-1).double()

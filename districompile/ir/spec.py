@@ -28,12 +28,13 @@ _DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 
 
-_TIMESTEPS = ("timestep", "timesteps", "timestep_ratio", "t", "time", "sigma", "sigmas")
+_TIMESTEPS = ("timestep", "timesteps", "timestep_ratio", "t", "time", "sigma", "sigmas", "noise_labels", "noise_level",
+              "noise_levels", "c_noise", "log_snr")  # fmt: skip
 
 
-def names_timestep(path: str) -> bool:
-    """Return whether an input has one of the names that samplers use for the time of a step."""
-    return path in _TIMESTEPS
+def names_timestep(path: str, chosen: str | None = None) -> bool:
+    """Return whether an input is the time of a step: the ``chosen`` one, or one with a name that samplers use."""
+    return path in _TIMESTEPS if chosen is None else path == chosen
 
 
 def dtype_name(dtype: torch.dtype) -> str:

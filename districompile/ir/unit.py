@@ -37,7 +37,8 @@ class Options:
     names purposes of transfers, of :data:`DISPLACEABLE`, ``optimise`` passes of :data:`OPTIMISATIONS`. Above the
     rate of change ``drift_limit`` steps are exact (0: no limit). With ``reuse=N``, one in N later steps computes all,
     and the others ``reuse_level`` levels (None: the pass chooses). ``transfer_bits``: 8 sends displaced rows as
-    differences of 8 bits. ``quantise`` matches :data:`QUANTISATIONS`.
+    differences of 8 bits. ``quantise`` matches :data:`QUANTISATIONS`. ``timestep`` is the input that differs between
+    the steps of a sampler (None: one with a usual name).
     """
 
     ranks: int
@@ -53,6 +54,7 @@ class Options:
     reuse_level: int | None = None
     transfer_bits: int | None = None
     quantise: str = "none"
+    timestep: str | None = None
 
     def __post_init__(self) -> None:
         if self.ranks < 1:

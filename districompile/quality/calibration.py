@@ -52,14 +52,16 @@ def _specs(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     return {p: (tuple(v.shape), v.dtype) for p, v in leaves.items() if isinstance(v, torch.Tensor)}
 
 
-def at_several_times(module: torch.nn.Module, example: Call) -> list[Call]:
+def at_several_times(module: torch.nn.Module, example: Call, timestep: str | None = None) -> list[Call]:
     """Return ``example`` at several timesteps, from its own to a tenth of it; the example alone where it has none.
+
+    ``timestep`` is the input that is the time of a step; by default one with a usual name.
 
     The inputs of an example are random, of unit variance. So are those of a sampler at any time, but for their content.
     """
-    names, args, kwargs = bind_call(module, example[0], dict(example[1]))
+    names, args, kwargs = bind_call(module, example[0], dict(example[1]), timestep)
     leaves = flatten_call(names, args, kwargs)
-    timed = [p for p, v in leaves.items() if names_timestep(p) and isinstance(v, torch.Tensor)]
+    timed = [p for p, v in leaves.items() if names_timestep(p, timestep) and isinstance(v, torch.Tensor)]
     if not timed:
         return [example]
     times = {id(leaves[p]): leaves[p] for p in timed}

@@ -252,6 +252,7 @@ def compile_shape(
         "reuse": settings.reuse,
         "transfer_bits": settings.transfer_bits,
         "segments": settings.segments,
+        "timestep": settings.timestep,
         "phases": settings.phases,
         "optimise": settings.optimise,
         "dump": settings.dump,
@@ -293,7 +294,9 @@ def _measured(
     for device in [torch.device("cuda")] * on_gpu + [torch.device("cpu")]:
         try:
             with measured_on(loaded, device):
-                calls = calibration_calls(loaded, shape, settings.cfg or loaded.cfg, options["progress"])
+                calls = calibration_calls(
+                    loaded, shape, settings.cfg or loaded.cfg, options["progress"], settings.timestep
+                )
                 args, kwargs = example_on(call, device)
                 options |= {"calibration": calls, "faster": backend.faster_in_8_bits}
                 return api.convert(loaded.module, args, kwargs, **options)
