@@ -15,7 +15,7 @@ from tests.families.measure import load_families, measure
 FAMILIES = load_families()
 RANKS = (2, 3, 4, 3)
 # Networks are marked slow, except for one of each kind. Small networks around one block are quick.
-NETWORKS = {"diffusers UNets", "diffusers UNets over frames and sequences", "MONAI",
+NETWORKS = {"diffusers UNets", "diffusers UNets over frames and sequences", "MONAI", "science",
             "denoising-diffusion-pytorch and relatives", "transformers for text and video"}  # fmt: skip
 ALWAYS = {"sdxl", "unet2d", "animatediff", "unet1d_rl", "monai_unet_conditioned", "ddpm",
           "qwen_image"}  # fmt: skip
