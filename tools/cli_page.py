@@ -50,6 +50,7 @@ REPORT = {
     "report.memory": "bytes of each rank: `weights`, `received` (buffers of transfers), `saved` (for the next step)",
     "report.fallbacks": "operators without a rule: `node`, `op`, `bytes`, `reason`, `source`",
     "report.few_rows": "a warning where ranks have few rows, or null",
+    "report.no_timestep": "a warning where all calls are exact, as no input is known as the time of a step, or null",
     "report.quantised": "layers that have a form in 8 bits: weight, module, why not (null: in 8 bits), signal to noise",
     "report.tokens": "tokens beside the image's: `divided` or not, `sequences`, and what a rank saves (`flops`) and "
     "receives more (`bytes`, `transfers`), or null",

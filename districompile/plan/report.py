@@ -185,6 +185,7 @@ class Report:
             "memory": self.memory(),
             "fallbacks": self.fallbacks(),
             "few_rows": self.few_rows(),
+            "no_timestep": self.no_timestep(),
             "quantised": [dataclasses.asdict(x) for x in found.quantised],
             "tokens": None if found.tokens is None else dataclasses.asdict(found.tokens),
             "quality": None if found.quality is None else dataclasses.asdict(found.quality),
@@ -268,9 +269,19 @@ class Report:
             yield table
         else:
             yield Text("fallbacks: none")
-        few = self.few_rows()
-        if few is not None:
-            yield Text(f"note: {few}")
+        for note in (self.few_rows(), self.no_timestep()):
+            if note is not None:
+                yield Text(f"note: {note}")
+
+    def no_timestep(self) -> str | None:
+        """Say that all calls are exact because no input is known as the time of a step, though some may be it."""
+        small = [i.path for i in self.plan.inputs if i.rows is None and len(i.spec.shape) < 2]
+        if not small or self.plan.timestep_path is not None:
+            return None
+        return (
+            f"all calls are exact, as no input is known as the time of a step: if it is {' or '.join(small)}, name it "
+            "(--timestep, in Python timestep=)"
+        )
 
     def _transfers(self) -> Iterator[RenderableType]:
         if self.plan.collectives:

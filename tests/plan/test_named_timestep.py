@@ -52,6 +52,8 @@ def test_a_named_timestep(tmp_path: Path) -> None:
     assert phases_of_an_image(program, tmp_path) == {"exact": 2, "displaced": 6}
     unnamed = dc.convert(module, kwargs=inputs(0.9), phases="auto", **usual)
     assert unnamed.phases == ("exact",) and unnamed.plan.timestep_path is None
+    assert "no input is known as the time of a step: if it is level, name it" in " ".join(str(unnamed.report()).split())
+    assert "time of a step" not in str(program.report())
     with pytest.raises(dc.ConvertError, match="a module without a timestep has none"):
         dc.convert(module, kwargs=inputs(0.9), ranks=2, reuse="deep=2")
 
@@ -80,6 +82,11 @@ def test_a_name_that_is_none(name: str) -> None:
 def test_an_image_is_no_timestep() -> None:
     with pytest.raises(dc.ConvertError, match="no such input beside its images: it has level, text"):
         dc.convert(Net().eval(), kwargs=inputs(0.9), ranks=2, timestep="sample")
+
+
+def test_a_module_without_small_inputs_needs_none() -> None:
+    program = dc.convert(nn.Conv2d(4, 4, 3, padding=1), (torch.randn(1, 4, 12, 8),), ranks=2, phases="auto")
+    assert program.plan.timestep_path is None and "time of a step" not in str(program.report())
 
 
 def test_names_of_other_code_bases() -> None:
