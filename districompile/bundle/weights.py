@@ -248,7 +248,7 @@ def upload_ahead(path: Path, names: Iterable[str], device: torch.device) -> None
     """Begin to read tensors into the memory of a GPU, for the next :func:`open_weights` of the file ``path``.
 
     A process has other work before it loads a bundle, such as imports. Nothing is raised here."""
-    with contextlib.suppress(Exception):  # whoever loads the bundle is told
+    with contextlib.suppress(Exception):  # loading the bundle raises it
         state, file = state_of(path), WeightFile.open(path)
         file._begin_upload(names, device)
         _AHEAD[path.resolve()] = state, file

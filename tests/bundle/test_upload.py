@@ -126,7 +126,7 @@ def test_a_file_that_was_replaced_after_it_began(file: tuple[WeightFile, dict[st
     WeightFile.write(path, [("conv", spec, lambda: torch.zeros(4, 3, 3, 3))])
     opened = weights.open_weights(path)
     assert opened.names() == ["conv"] and opened._upload is None and not opened.tensor("conv").any()
-    weights.upload_ahead(path.with_name("none"), ["conv"], CPU)  # whoever opens it is told
+    weights.upload_ahead(path.with_name("none"), ["conv"], CPU)  # opening the file raises it
     with pytest.raises(BundleError, match="cannot read the weight file"):
         weights.open_weights(path.with_name("none"))
 
