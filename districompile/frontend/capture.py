@@ -30,7 +30,7 @@ from districompile.frontend.one_device import device_of, put_on_one_device
 from districompile.frontend.writes import keeps_weight
 from districompile.ir.captured import CapturedModule
 from districompile.ir.graph import source_line
-from districompile.ir.spec import InputSpec, TensorSpec, names_timestep
+from districompile.ir.spec import InputSpec, TensorSpec, usual_timestep
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _WRITES = {getattr(OutputKind, name, None) for name in ("PARAMETER_MUTATION", "BUFFER_MUTATION")}
@@ -260,7 +260,8 @@ def _flatten_outputs(graph: fx.Graph) -> None:
 
 def _timestep_of(leaves: Mapping[str, Any], chosen: str | None) -> float | None:
     """Return the timestep of the example call: the largest by magnitude where it is a vector."""
-    value = next((v for path, v in leaves.items() if names_timestep(path, chosen) and isinstance(v, Tensor)), None)
+    tensors = {path: v for path, v in leaves.items() if isinstance(v, Tensor)}
+    value = tensors.get(chosen or usual_timestep(tensors) or "")
     if value is None or not value.numel() or value.device.type == "meta" or isinstance(value, FakeTensor):
         return None
     flat = value.detach().reshape(-1).double()

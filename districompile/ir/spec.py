@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -35,6 +36,11 @@ _TIMESTEPS = ("timestep", "timesteps", "timestep_ratio", "t", "time", "sigma", "
 def names_timestep(path: str, chosen: str | None = None) -> bool:
     """Return whether an input is the time of a step: the ``chosen`` one, or one with a name that samplers use."""
     return path in _TIMESTEPS if chosen is None else path == chosen
+
+
+def usual_timestep(paths: Iterable[str]) -> str | None:
+    """Return the input that is the time of a step by its name: of several, the one with the most usual name."""
+    return min(filter(names_timestep, paths), key=_TIMESTEPS.index, default=None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -34,7 +34,7 @@ from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
 from districompile.errors import BundleError
 from districompile.ir.report_builder import Fallback, Flops, Kept, QuantisedLayer, Reuse, Tokens
-from districompile.ir.spec import InputSpec, TensorSpec, names_timestep
+from districompile.ir.spec import InputSpec, TensorSpec, usual_timestep
 from districompile.plan.encode import encoded, frozen
 from districompile.plan.options import PlanOptions
 from districompile.plan.plan_report import PassRecord, PlanReport, QualitySearch, QualityTrial
@@ -296,7 +296,7 @@ class ExecutionPlan:
         """The input that differs between the steps of a sampler: the one of ``options``, or one with a usual name."""
         paths = [i.path for i in self.inputs if i.rows is None]
         named = self.options.timestep
-        return named if named in paths else next(filter(names_timestep, paths), None)
+        return named if named in paths else usual_timestep(paths)
 
     def is_halved(self, spec: InputSpec) -> bool:
         """Whether callers pass an input with both guidance halves on dim 0, of which a rank sees one.

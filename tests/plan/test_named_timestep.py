@@ -92,3 +92,14 @@ def test_a_module_without_small_inputs_needs_none() -> None:
 def test_names_of_other_code_bases() -> None:
     program = dc.convert(Usual(), (torch.randn(1, 4, 12, 8), torch.tensor([0.5])), ranks=2, phases="auto")
     assert program.plan.timestep_path == "noise_labels" and program.phases == ("exact", "displaced")
+
+
+class Both(nn.Module):
+    def forward(self, x: Tensor, noise_level: Tensor, timestep: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x, 3, 1, 1) * timestep + noise_level
+
+
+def test_the_most_usual_of_several_names() -> None:
+    call = torch.randn(1, 4, 12, 8), torch.tensor([0.1]), torch.tensor([0.5])
+    plan = dc.convert(Both(), call, ranks=2).plan
+    assert plan.timestep_path == "timestep" and plan.options.example_timestep == 0.5
